@@ -1,0 +1,153 @@
+"""Axes and types: the legend every other module is read with.
+
+Array names end in their axes, one letter each:
+
+    B query (of the global batch)      S prompt token      L layer
+    G rollout of a query's group       C candidate         D model width
+    T action (token of a transcript)   W identifier token  V vocabulary
+    P phase (0 slate, 1 rank)          N slate slot        M choice (allowed-token slot)
+    K rank slot                        H head              E head width
+
+`advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
+axis: it is never flattened into the batch and recovered by reshape.
+
+Two numberings of phases meet in `Rollout.phase`: per-token labels are 0 untrained,
+1 slate, 2 rank (`SLATE`, `RANK`), while the P axis of rewards and advantages holds only
+the two trained phases, slate at 0 and rank at 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+UNTRAINED, SLATE, RANK = 0, 1, 2
+PHASES = ("slate", "rank")  # the P axis, in order
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingExample:
+    """One query and its pool, on the host.
+
+    query_id: unique within a split.
+    query: free text (a question); empty when the history is the query.
+    candidates: the pool, `(id, text)` each; ids and texts are unique within a pool.
+    relevance: graded gain of each candidate, >= 0, finite; 0 is not relevant.
+    history: items the user consumed before, oldest first, `(id, text)` each.
+    """
+
+    query_id: str
+    query: str
+    candidates: tuple[tuple[str, str], ...]
+    relevance: tuple[float, ...]
+    history: tuple[tuple[str, str], ...] = ()
+
+
+@flax.struct.dataclass
+class Query:
+    """A batch of encoded queries, on the device.
+
+    Prompts are right-padded; a mask always comes from `prompt_len`, never from a token
+    value. `identifiers` and `relevance` are padded with -1 and 0 beyond `n_candidates`.
+    """
+
+    prompt: Array  # [B,S] int32
+    prompt_len: Array  # [B] int32, >= 1
+    identifiers: Array  # [B,C,W] int32, -1 padded: how each candidate is named
+    relevance: Array  # [B,C] float32
+    n_candidates: Array  # [B] int32, >= 1
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Groups of transcripts. `logp` is the sampling policy's own log-probability."""
+
+    actions: Array  # [B,G,T] int32; eos after the end
+    phase: Array  # [B,G,T] int32: UNTRAINED, SLATE or RANK
+    logp: Array  # [B,G,T] float32; 0 where untrained
+
+
+@flax.struct.dataclass
+class Lists:
+    """What the rollouts say, as candidate indices; -1 is an empty slot.
+
+    A list holds the items completed before the first violation, so a slate that broke
+    may be non-empty: whether it counts is decided by `outcome`, never by the length.
+    """
+
+    slate: Array  # [B,G,N] int32
+    ranking: Array  # [B,G,K] int32
+    outcome: Array  # [B,G] int32, index into transcript.OUTCOMES
+
+
+@flax.struct.dataclass
+class Batch:
+    """Everything an update needs. `old_logp` and `ref_logp` are None unless used."""
+
+    query: Query
+    rollout: Rollout
+    reward: Array  # [B,G,P] float32
+    advantage: Array  # [B,G,P] float32
+    weight: Array  # [B,G,T] float32, normalised over the global batch
+    old_logp: Array | None = None  # [B,G,T]: several epochs per rollout batch
+    ref_logp: Array | None = None  # [B,G,T]: KL to a frozen reference
+
+
+class Credit(NamedTuple):
+    """Which reward trains which phase. Hashable, so it can be a static argument.
+
+    terms: `(phase, reward name, weight)` each, phase being "slate" or "rank".
+    normalise: "none" (centred, Dr. GRPO), "each" (every reward centred and divided by
+        its group's population std, then weighted and summed), "sum" (weighted, summed,
+        then centred and divided).
+    """
+
+    terms: tuple[tuple[str, str, float], ...]
+    normalise: str = "none"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts rollout batches; the optimizer keeps its own count of updates."""
+
+    step: Array  # [] int32
+    params: PyTree
+    opt_state: PyTree
+
+
+@flax.struct.dataclass
+class Mean:
+    """A sum and a count, so microbatches and hosts add exactly; 0/0 reads as 0."""
+
+    sum: Array
+    count: Array
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+    def value(self) -> float:
+        count = float(self.count)
+        return float(self.sum) / count if count else 0.0
+
+
+class Policy(NamedTuple):
+    """What training and evaluation know of a policy.
+
+    init: (key) -> params, frozen. `frozen` is never updated and always passed explicitly.
+    encode: (list of RankingExample) -> Query; raises ValueError naming the query id.
+    rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted.
+    logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
+    greedy: as rollout with G = 1 and the most probable action everywhere.
+    """
+
+    init: Any
+    encode: Any
+    rollout: Any
+    logprobs: Any
+    greedy: Any
