@@ -1,0 +1,451 @@
+"""The grammar of a transcript, as one state machine over token ids, inside jit.
+
+    <SLATE>[7] > [12] > [3]</SLATE><RANK>[12] > [7]</RANK><eos>
+
+The prompt ends with the opening tag, so a transcript starts inside the slate. `advance`
+reads one token of every rollout; from the state it keeps follow the parse (`Lists`), the
+phase of every token, and (`allowed`) the tokens that may come next. Nothing is repaired:
+the first violation is recorded as the outcome and ends the transcript.
+
+Conventions. A token is labelled with the phase it was written in, so separators and
+`</SLATE><RANK>` belong to the slate and `</RANK><eos>` to the ranking; so does the token
+that breaks a rule. An identifier is complete as soon as no other candidate of the pool
+continues it; if one does, the next token decides. Duplicates and items outside the slate
+are told apart by matching against the whole pool, also the items already used.
+
+Limits are per query: `slate_min` and `slate_max` clamp to the pool, `rank_min` and
+`rank_max` to the slate written.
+
+Allowed tokens are a mask over *choices* (axis M), never over the vocabulary: the tokens of
+the pool's identifiers, the literals and eos. A token that occurs in several choices is
+represented by the first of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, Query
+
+OUTCOMES = (
+    "ok",
+    "slate_empty", "slate_duplicate", "slate_out_of_pool", "slate_too_short",
+    "slate_too_long", "slate_missing_tag", "slate_truncated",
+    "rank_empty", "rank_duplicate", "rank_out_of_pool", "rank_not_in_slate", "rank_too_short",
+    "rank_too_long", "rank_missing_tag", "rank_truncated", "trailing_text",
+)  # fmt: skip
+CODE = {name: i for i, name in enumerate(OUTCOMES)}
+FIRST_RANK_CODE = CODE["rank_empty"]  # codes from here on broke after a complete slate
+_RUNNING = -1
+
+_IDENTIFIER, _LITERAL, _END, _FINISHED = range(4)  # what the next token belongs to
+
+
+class Grammar(NamedTuple):
+    """Literals as token ids and list limits; hashable, so it is a static argument of jit."""
+
+    separator: tuple[int, ...]
+    slate_close: tuple[int, ...]
+    rank_close: tuple[int, ...]
+    eos: int
+    slate_min: int
+    slate_max: int
+    rank_min: int
+    rank_max: int
+
+    def length(self, n_candidates: int, width: int) -> int:
+        """T: the longest transcript over pools of `n_candidates` identifiers of `width` tokens."""
+        n = min(self.slate_max, n_candidates)
+        k = min(self.rank_max, n)
+        separators = (n - 1 + k - 1) * len(self.separator)
+        return (n + k) * width + separators + len(self.slate_close) + len(self.rank_close) + 1
+
+
+@flax.struct.dataclass
+class State:
+    """Where every rollout stands. `alive` are candidates the identifier so far still fits."""
+
+    at: Array  # [B,G] _IDENTIFIER, _LITERAL, _END (eos expected) or _FINISHED
+    phase: Array  # [B,G] SLATE or RANK
+    pos: Array  # [B,G] tokens of the current identifier or literal read so far
+    alive: Array  # [B,G,C]
+    is_separator: Array  # [B,G] the literal so far fits the separator
+    is_close: Array  # [B,G] ... fits the closing tag
+    used: Array  # [B,G,C] items of the current list
+    in_slate: Array  # [B,G,C]
+    count: Array  # [B,G] items of the current list
+    slate: Array  # [B,G,N]
+    ranking: Array  # [B,G,K]
+    outcome: Array  # [B,G] OUTCOMES code, or _RUNNING
+
+
+def start(grammar: Grammar, query: Query, group: int) -> State:
+    """The state right after the opening tag, for `group` rollouts of every query."""
+    batch, n_candidates, _ = query.identifiers.shape
+    shape = (batch, group)
+    zeros, false = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    none_BGC = jnp.zeros((*shape, n_candidates), bool)
+    return State(
+        at=zeros + _IDENTIFIER,
+        phase=zeros + SLATE,
+        pos=zeros,
+        alive=jnp.broadcast_to(_present(query)[:, None], none_BGC.shape),
+        is_separator=false,
+        is_close=false,
+        used=none_BGC,
+        in_slate=none_BGC,
+        count=zeros,
+        slate=jnp.full((*shape, grammar.slate_max), -1, jnp.int32),
+        ranking=jnp.full((*shape, grammar.rank_max), -1, jnp.int32),
+        outcome=zeros + _RUNNING,
+    )
+
+
+def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tuple[State, Array]:
+    """Read one token of every rollout: the next state and the token's phase label [B,G]."""
+    label_BG = jnp.where(state.at == _FINISHED, UNTRAINED, state.phase)
+    at_identifier = state.at == _IDENTIFIER
+    fits_BGC = state.alive & (_identifier_token(query, state.pos) == token_BG[..., None])
+    fits_any = at_identifier & fits_BGC.any(-1)
+    # A candidate that ends here while another continues: only the next token could tell.
+    ended_BGC = state.alive & (_lengths(query)[:, None] == state.pos[..., None]) & (state.pos > 0)[..., None]
+    decided_late = at_identifier & ~fits_any & ended_BGC.any(-1)
+    ends_now_BGC = fits_BGC & (_lengths(query)[:, None] == state.pos[..., None] + 1)
+    decided_now = fits_any & ends_now_BGC.any(-1) & (fits_BGC.sum(-1) == 1)
+
+    item_BG = jnp.argmax(jnp.where(decided_late[..., None], ended_BGC, ends_now_BGC), -1)
+    listed = _append(grammar, state, item_BG, decided_now | decided_late)
+    broken = listed.outcome != _RUNNING
+
+    opens_close = at_identifier & ~fits_any & ~decided_late & (state.pos == 0) & (state.count > 0)
+    opens_close &= not grammar.separator
+    reads_literal = (state.at == _LITERAL) | (decided_late & ~broken) | opens_close
+    after = _read_literal(grammar, query, listed, token_BG, reads_literal, decided_late, opens_close)
+
+    # Between two identifiers stands a literal, or nothing when the separator is empty.
+    next_item = decided_now & ~broken
+    after_item = _IDENTIFIER if not grammar.separator else _LITERAL
+    continues = fits_any & ~decided_now
+    after = after.replace(
+        at=jnp.where(next_item, after_item, after.at),
+        pos=jnp.where(next_item, 0, jnp.where(continues, state.pos + 1, after.pos)),
+        alive=jnp.where(
+            next_item[..., None],
+            _present(query)[:, None],
+            jnp.where(continues[..., None], fits_BGC, after.alive),
+        ),
+        is_separator=jnp.where(next_item, bool(grammar.separator), after.is_separator),
+        is_close=after.is_close | next_item,
+    )
+    lost = at_identifier & ~fits_any & ~decided_late & ~opens_close
+    after = _fail(after, lost, _lost_code(grammar, state, token_BG))
+    at_end = state.at == _END
+    after = _fail(after, at_end & (token_BG != grammar.eos), CODE["trailing_text"])
+    after = _fail(after, at_end & (token_BG == grammar.eos), CODE["ok"])
+    return after, label_BG
+
+
+def _append(grammar: Grammar, state: State, item_BG: Array, when: Array) -> State:
+    """Put the completed item on the current list, or record why it may not be there."""
+    in_slate_phase = state.phase == SLATE
+    used = _at(state.used, item_BG)
+    limit = jnp.where(in_slate_phase, grammar.slate_max, grammar.rank_max)
+    state = _fail(state, when & used, _phased(state, "duplicate"))
+    foreign = ~in_slate_phase & ~_at(state.in_slate, item_BG)
+    state = _fail(state, when & foreign, CODE["rank_not_in_slate"])
+    state = _fail(state, when & (state.count >= limit), _phased(state, "too_long"))
+    add = when & (state.outcome == _RUNNING)
+
+    def put(list_BGX: Array, here: Array) -> Array:
+        slot = jnp.arange(list_BGX.shape[-1]) == state.count[..., None]
+        return jnp.where(slot & here[..., None], item_BG[..., None].astype(jnp.int32), list_BGX)
+
+    is_item = jnp.arange(state.used.shape[-1]) == item_BG[..., None]
+    return state.replace(
+        used=state.used | (is_item & add[..., None]),
+        count=state.count + add,
+        slate=put(state.slate, add & in_slate_phase),
+        ranking=put(state.ranking, add & ~in_slate_phase),
+    )
+
+
+def _read_literal(
+    grammar: Grammar, query: Query, state: State, token_BG: Array, when: Array, starts: Array, close_only: Array
+) -> State:
+    """One token of a separator or closing tag; `starts`: it is the literal's first token."""
+    pos = jnp.where(starts | close_only, 0, state.pos)
+    could_separate = (state.is_separator | starts) & ~close_only
+    could_close = state.is_close | starts | close_only
+    in_slate_phase = state.phase == SLATE
+    close = jnp.where(
+        in_slate_phase, _literal_token(grammar.slate_close, pos), _literal_token(grammar.rank_close, pos)
+    )
+    separates = when & could_separate & (_literal_token(grammar.separator, pos) == token_BG)
+    closes = when & could_close & (close == token_BG)
+    separated = separates & (pos + 1 == len(grammar.separator))
+    close_len = jnp.where(in_slate_phase, len(grammar.slate_close), len(grammar.rank_close))
+    closed = closes & (pos + 1 == close_len)
+
+    # An opening of "close" straight after an item can also be a foreign identifier.
+    state = _fail(state, when & close_only & ~closes, _lost_code(grammar, state, token_BG))
+    state = _fail(state, when & ~separates & ~closes, _phased(state, "missing_tag"))
+    low, _ = _limits(grammar, query, state)
+    state = _fail(state, closed & (state.count < low), _phased(state, "too_short"))
+    slate_done = closed & in_slate_phase & (state.outcome == _RUNNING)
+    rank_done = closed & ~in_slate_phase & (state.outcome == _RUNNING)
+    to_identifier = separated | slate_done
+    return state.replace(
+        at=jnp.where(
+            state.at == _FINISHED,
+            _FINISHED,
+            jnp.where(to_identifier, _IDENTIFIER, jnp.where(rank_done, _END, jnp.where(when, _LITERAL, state.at))),
+        ),
+        pos=jnp.where(to_identifier | rank_done, 0, jnp.where(when, pos + 1, state.pos)),
+        alive=jnp.where(to_identifier[..., None], _present(query)[:, None], state.alive),
+        is_separator=jnp.where(when, separates & ~separated, state.is_separator),
+        is_close=jnp.where(when, closes & ~closed, state.is_close),
+        phase=jnp.where(slate_done, RANK, state.phase),
+        in_slate=jnp.where(slate_done[..., None], state.used, state.in_slate),
+        used=state.used & ~slate_done[..., None],
+        count=jnp.where(slate_done, 0, state.count),
+    )
+
+
+def _lost_code(grammar: Grammar, state: State, token_BG: Array) -> Array:
+    """Why a token fits no identifier: the list is empty, the text ended, or it is foreign."""
+    close = jnp.where(state.phase == SLATE, grammar.slate_close[0], grammar.rank_close[0])
+    empty = (state.pos == 0) & (state.count == 0) & (token_BG == close)
+    code = jnp.where(token_BG == grammar.eos, _phased(state, "missing_tag"), _phased(state, "out_of_pool"))
+    return jnp.where(empty, _phased(state, "empty"), code)
+
+
+def _phased(state: State, rule: str) -> Array:
+    return jnp.where(state.phase == SLATE, CODE[f"slate_{rule}"], CODE[f"rank_{rule}"])
+
+
+def _fail(state: State, when: Array, code: Array | int) -> State:
+    """Finish with an outcome where `when`; the first outcome stays."""
+    when = when & (state.outcome == _RUNNING)
+    return state.replace(
+        outcome=jnp.where(when, code, state.outcome), at=jnp.where(when, _FINISHED, state.at)
+    )
+
+
+# --------------------------------------------------------------------- what may come next
+
+
+@flax.struct.dataclass
+class Choices:
+    """The tokens a query's grammar can ever allow. `same` maps choices to their first twin."""
+
+    tokens: Array  # [B,M] int32, -1 where a slot holds no token
+    first: Array  # [B,M] bool: no earlier choice is the same token
+    same: Array  # [B,M,M] float32: [m, n] is 1 when n is the first twin of m
+
+
+def choices(grammar: Grammar, query: Query) -> Choices:
+    """M = C*W identifier tokens, then separator, both closing tags, and eos."""
+    batch = query.identifiers.shape[0]
+    literals = (*grammar.separator, *grammar.slate_close, *grammar.rank_close, grammar.eos)
+    tokens_BM = jnp.concatenate(
+        [
+            query.identifiers.reshape(batch, -1),
+            jnp.broadcast_to(jnp.array(literals, jnp.int32), (batch, len(literals))),
+        ],
+        axis=1,
+    )
+    twins_BMM = (tokens_BM[:, :, None] == tokens_BM[:, None, :]) & (tokens_BM >= 0)[:, :, None]
+    first_BM = (jnp.argmax(twins_BMM, -1) == jnp.arange(tokens_BM.shape[1])) & (tokens_BM >= 0)
+    return Choices(tokens_BM, first_BM, (twins_BMM & first_BM[:, None, :]).astype(jnp.float32))
+
+
+def allowed(grammar: Grammar, query: Query, options: Choices, state: State) -> Array:
+    """[B,G,M] mask of the choices that keep the transcript well-formed; never empty.
+
+    True only at first twins, so the mask is a set of distinct tokens.
+    """
+    low, high = _limits(grammar, query, state)
+    eligible_BGC = ~state.used & (state.in_slate | (state.phase == SLATE)[..., None])
+    lengths = _lengths(query)[:, None]
+    at_identifier = state.at == _IDENTIFIER
+    open_BGC = state.alive & eligible_BGC & (at_identifier & (state.count < high))[..., None]
+    width = jnp.arange(query.identifiers.shape[2])
+    item_BGCW = open_BGC[..., None] & (width == state.pos[..., None, None])
+    ended = (open_BGC & (lengths == state.pos[..., None]) & (state.pos > 0)[..., None]).any(-1)
+
+    at_literal = state.at == _LITERAL
+    may_separate = jnp.where(ended, state.count + 1 < high, at_literal & state.is_separator & (state.count < high))
+    may_close = jnp.where(ended, state.count + 1 >= low, at_literal & state.is_close & (state.count >= low))
+    if not grammar.separator:
+        may_close |= at_identifier & (state.pos == 0) & (state.count > 0) & (state.count >= low)
+    pos = jnp.where(ended, 0, state.pos)[..., None]
+
+    def literal(tokens: tuple[int, ...], may: Array) -> Array:
+        return may[..., None] & (jnp.arange(len(tokens)) == pos)
+
+    at_eos = (state.at == _END) | (state.at == _FINISHED)
+    raw_BGM = jnp.concatenate(
+        [
+            item_BGCW.reshape(*item_BGCW.shape[:2], -1),
+            literal(grammar.separator, may_separate),
+            literal(grammar.slate_close, may_close & (state.phase == SLATE)),
+            literal(grammar.rank_close, may_close & (state.phase == RANK)),
+            at_eos[..., None],
+        ],
+        axis=-1,
+    )
+    return jnp.einsum("bgm,bmn->bgn", raw_BGM.astype(jnp.float32), options.same) > 0
+
+
+# --------------------------------------------------------------------- whole transcripts
+
+
+def finish(state: State) -> Lists:
+    """The lists read so far; a transcript that never ended is truncated."""
+    outcome = jnp.where(state.outcome == _RUNNING, _phased(state, "truncated"), state.outcome)
+    return Lists(slate=state.slate, ranking=state.ranking, outcome=outcome)
+
+
+def parse(
+    grammar: Grammar, query: Query, actions_BGT: Array, options: Choices | None = None
+) -> tuple[Lists, Array, Array | None]:
+    """Read whole transcripts: lists, phase labels [B,G,T] and, given choices, masks [B,G,T,M]."""
+
+    def step(state: State, token_BG: Array):
+        mask_BGM = None if options is None else allowed(grammar, query, options, state)
+        state, label_BG = advance(grammar, query, state, token_BG)
+        return state, (label_BG, mask_BGM)
+
+    state = start(grammar, query, actions_BGT.shape[1])
+    state, (label_TBG, mask_TBGM) = jax.lax.scan(step, state, jnp.moveaxis(actions_BGT, -1, 0))
+    mask_BGTM = None if options is None else jnp.moveaxis(mask_TBGM, 0, 2)
+    return finish(state), jnp.moveaxis(label_TBG, 0, -1), mask_BGTM
+
+
+def render(grammar: Grammar, query: Query, slate_BGN: Array, ranking_BGK: Array) -> Array:
+    """The transcript that says these lists: actions [B,G,T], eos beyond the end.
+
+    Lists hold candidate indices, -1 in empty slots, which must be the last ones.
+    """
+    batch, n_candidates, width = query.identifiers.shape
+
+    def literal(tokens: tuple[int, ...], present: Array) -> Array:
+        return jnp.where(present[..., None], jnp.array(tokens, jnp.int32), -1)
+
+    def items(list_BGX: Array) -> Array:
+        which = jnp.maximum(list_BGX, 0)
+        ident = query.identifiers[jnp.arange(batch)[:, None, None], which]
+        ident = jnp.where((list_BGX >= 0)[..., None], ident, -1)
+        between = (list_BGX >= 0) & (jnp.arange(list_BGX.shape[-1]) > 0)
+        pieces = [literal(grammar.separator, between), ident] if grammar.separator else [ident]
+        both = jnp.concatenate(pieces, -1)
+        return both.reshape(*list_BGX.shape[:2], -1)
+
+    always = jnp.ones(slate_BGN.shape[:2], bool)
+    loose = jnp.concatenate(
+        [
+            items(slate_BGN),
+            literal(grammar.slate_close, always),
+            items(ranking_BGK),
+            literal((*grammar.rank_close, grammar.eos), always),
+        ],
+        axis=-1,
+    )
+    length = grammar.length(n_candidates, width)
+    present = loose >= 0
+    slot = jnp.where(present, jnp.cumsum(present, -1) - 1, length)
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(slate_BGN.shape[1])[None, :, None]
+    empty = jnp.full((*slate_BGN.shape[:2], length), grammar.eos, jnp.int32)
+    return empty.at[(*rows, slot)].set(loose, mode="drop")
+
+
+# --------------------------------------------------------------------- border checks (host)
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raises ValueError when separator and closing tags cannot be told apart."""
+    for name in ("slate_close", "rank_close"):
+        close = getattr(grammar, name)
+        if not close:
+            raise ValueError(f"transcript.{name} is encoded to no token by this tokenizer: choose another literal")
+        shorter = min(len(close), len(grammar.separator))
+        if grammar.separator and close[:shorter] == grammar.separator[:shorter]:
+            raise ValueError(
+                f"transcript.separator and transcript.{name} cannot be told apart: one is a prefix of the "
+                f"other as token ids ({grammar.separator} and {close}); change one of them"
+            )
+
+
+def check_identifiers(
+    grammar: Grammar, query_id: str, ids: Sequence[str], identifiers: Sequence[Sequence[int]]
+) -> None:
+    """Refuse a pool whose identifiers (token ids) the grammar cannot tell apart.
+
+    Raises ValueError naming the query and both candidates.
+    """
+    closes = {grammar.slate_close[0], grammar.rank_close[0]}
+    decisive = closes | set(grammar.separator[:1])
+    seen: dict[tuple[int, ...], str] = {}
+    for name, tokens in zip(ids, identifiers, strict=True):
+        key = tuple(tokens)
+        if not key:
+            raise ValueError(f"query {query_id}: candidate {name} has an empty identifier")
+        if grammar.eos in key:
+            raise ValueError(f"query {query_id}: the identifier of candidate {name} contains eos")
+        if key in seen:
+            raise ValueError(f"query {query_id}: candidates {seen[key]} and {name} have the same identifier")
+        if not grammar.separator and key[0] in closes:
+            raise ValueError(
+                f"query {query_id}: the identifier of candidate {name} starts like a closing tag, "
+                "which an empty transcript.separator cannot tell apart; set a separator"
+            )
+        seen[key] = name
+    for key, name in seen.items():
+        for cut in range(1, len(key)):
+            if key[:cut] in seen and (not grammar.separator or key[cut] in decisive):
+                raise ValueError(
+                    f"query {query_id}: the identifier of candidate {seen[key[:cut]]} is a prefix of that of "
+                    f"{name}, and what follows cannot be told from a separator or tag; "
+                    "set another transcript.separator, or transcript.identifier='index'"
+                )
+
+
+# --------------------------------------------------------------------- small readers
+
+
+def _present(query: Query) -> Array:
+    return jnp.arange(query.identifiers.shape[1]) < query.n_candidates[:, None]  # [B,C]
+
+
+def _lengths(query: Query) -> Array:
+    return (query.identifiers >= 0).sum(-1)  # [B,C]
+
+
+def _identifier_token(query: Query, pos_BG: Array) -> Array:
+    """[B,G,C]: each candidate's token at a position; -1 beyond its end."""
+    width = query.identifiers.shape[2]
+    here = jnp.arange(width) == pos_BG[..., None]
+    return jnp.where(here[:, :, None], query.identifiers[:, None], -1).max(-1)
+
+
+def _literal_token(tokens: tuple[int, ...], pos_BG: Array) -> Array:
+    """The literal's token at a position; -2, which no token equals, beyond its end."""
+    table = jnp.array(np.array((*tokens, -2), np.int32))
+    return table[jnp.minimum(pos_BG, len(tokens))]
+
+
+def _at(mask_BGC: Array, item_BG: Array) -> Array:
+    return jnp.take_along_axis(mask_BGC, item_BG[..., None], -1)[..., 0]
+
+
+def _limits(grammar: Grammar, query: Query, state: State) -> tuple[Array, Array]:
+    """Least and most items of the current list, [B,G], clamped to the pool or the slate."""
+    available = jnp.where(state.phase == SLATE, query.n_candidates[:, None], state.in_slate.sum(-1))
+    low = jnp.where(state.phase == SLATE, grammar.slate_min, grammar.rank_min)
+    high = jnp.where(state.phase == SLATE, grammar.slate_max, grammar.rank_max)
+    return jnp.minimum(low, available), jnp.minimum(high, available)
