@@ -43,7 +43,7 @@ CODE = {name: i for i, name in enumerate(OUTCOMES)}
 FIRST_RANK_CODE = CODE["rank_empty"]  # codes from here on broke after a complete slate
 _RUNNING = -1
 
-_IDENTIFIER, _LITERAL, _END, _FINISHED = range(4)  # what the next token belongs to
+_IDENTIFIER, _LITERAL, _END, FINISHED = range(4)  # what the next token belongs to
 
 
 class Grammar(NamedTuple):
@@ -70,7 +70,7 @@ class Grammar(NamedTuple):
 class State:
     """Where every rollout stands. `alive` are candidates the identifier so far still fits."""
 
-    at: Array  # [B,G] _IDENTIFIER, _LITERAL, _END (eos expected) or _FINISHED
+    at: Array  # [B,G] _IDENTIFIER, _LITERAL, _END (eos expected) or FINISHED
     phase: Array  # [B,G] SLATE or RANK
     pos: Array  # [B,G] tokens of the current identifier or literal read so far
     alive: Array  # [B,G,C]
@@ -108,7 +108,7 @@ def start(grammar: Grammar, query: Query, group: int) -> State:
 
 def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tuple[State, Array]:
     """Read one token of every rollout: the next state and the token's phase label [B,G]."""
-    label_BG = jnp.where(state.at == _FINISHED, UNTRAINED, state.phase)
+    label_BG = jnp.where(state.at == FINISHED, UNTRAINED, state.phase)
     at_identifier = state.at == _IDENTIFIER
     fits_BGC = state.alive & (_identifier_token(query, state.pos) == token_BG[..., None])
     fits_any = at_identifier & fits_BGC.any(-1)
@@ -201,8 +201,8 @@ def _read_literal(
     to_identifier = separated | slate_done
     return state.replace(
         at=jnp.where(
-            state.at == _FINISHED,
-            _FINISHED,
+            state.at == FINISHED,
+            FINISHED,
             jnp.where(to_identifier, _IDENTIFIER, jnp.where(rank_done, _END, jnp.where(when, _LITERAL, state.at))),
         ),
         pos=jnp.where(to_identifier | rank_done, 0, jnp.where(when, pos + 1, state.pos)),
@@ -232,7 +232,7 @@ def _fail(state: State, when: Array, code: Array | int) -> State:
     """Finish with an outcome where `when`; the first outcome stays."""
     when = when & (state.outcome == _RUNNING)
     return state.replace(
-        outcome=jnp.where(when, code, state.outcome), at=jnp.where(when, _FINISHED, state.at)
+        outcome=jnp.where(when, code, state.outcome), at=jnp.where(when, FINISHED, state.at)
     )
 
 
@@ -288,7 +288,7 @@ def allowed(grammar: Grammar, query: Query, options: Choices, state: State) -> A
     def literal(tokens: tuple[int, ...], may: Array) -> Array:
         return may[..., None] & (jnp.arange(len(tokens)) == pos)
 
-    at_eos = (state.at == _END) | (state.at == _FINISHED)
+    at_eos = (state.at == _END) | (state.at == FINISHED)
     raw_BGM = jnp.concatenate(
         [
             item_BGCW.reshape(*item_BGCW.shape[:2], -1),

@@ -1,0 +1,335 @@
+"""A Qwen3-family decoder that encodes a prompt once for the whole group of its rollouts.
+
+Parameters are a plain pytree. `param_table` declares each of them once (shape, logical
+axes, initialisation) and thereby serves initialisation, sharding, import and export.
+Layers are stacked on axis L and run by `lax.scan`.
+
+Three computations share one block:
+
+    completions   prompt [B,S] and completions [B,G,T] together, differentiable
+    prefill       keys and values of the prompt, for decoding
+    decode_step   one token of every rollout against both caches
+
+The completion stream is fed `[last prompt token, a_0 .. a_{T-2}]`, so it starts at position
+`prompt_len - 1` and sees prompt keys strictly before that. Hence the prompt needs no logits,
+and its last layer only keys and values.
+
+Source: the architecture of Qwen3 (arXiv 2505.09388): grouped-query attention with per-head
+RMS norm of queries and keys, rotary embedding, SwiGLU. Norms and softmax run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from fgrpo_jax.models import attention
+from fgrpo_jax.types import Array, PyTree
+
+
+class DecoderSpec(NamedTuple):
+    """Sizes and numerics; hashable, so it is a static argument of jit."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    logit_chunk: int = 4096
+
+
+class Param(NamedTuple):
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical axes, see sharding.RULES
+    init: str  # "normal" or "ones"
+
+
+def param_table(spec: DecoderSpec) -> PyTree:
+    """Every parameter of the model, once."""
+    layers, width, mlp = spec.num_layers, spec.hidden_size, spec.mlp_size
+    heads, kv_heads, head = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    table = {
+        "embed": Param((spec.vocab_size, width), ("vocab", "embed"), "normal"),
+        "layers": {
+            "attn_norm": Param((layers, width), ("layers", "norm"), "ones"),
+            "q": Param((layers, width, heads, head), ("layers", "embed", "heads", "head_dim"), "normal"),
+            "k": Param((layers, width, kv_heads, head), ("layers", "embed", "kv_heads", "head_dim"), "normal"),
+            "v": Param((layers, width, kv_heads, head), ("layers", "embed", "kv_heads", "head_dim"), "normal"),
+            "q_norm": Param((layers, head), ("layers", "norm"), "ones"),
+            "k_norm": Param((layers, head), ("layers", "norm"), "ones"),
+            "o": Param((layers, heads, head, width), ("layers", "heads", "head_dim", "embed"), "normal"),
+            "mlp_norm": Param((layers, width), ("layers", "norm"), "ones"),
+            "gate": Param((layers, width, mlp), ("layers", "embed", "mlp"), "normal"),
+            "up": Param((layers, width, mlp), ("layers", "embed", "mlp"), "normal"),
+            "down": Param((layers, mlp, width), ("layers", "mlp", "embed"), "normal"),
+        },
+        "final_norm": Param((width,), ("norm",), "ones"),
+    }
+    if not spec.tie_embeddings:
+        table["head"] = Param((spec.vocab_size, width), ("vocab", "embed"), "normal")
+    return table
+
+
+def _map_table(fn, table: PyTree) -> PyTree:
+    return jax.tree.map(fn, table, is_leaf=lambda x: isinstance(x, Param))
+
+
+def logical_axes(spec: DecoderSpec) -> PyTree:
+    return _map_table(lambda p: p.axes, param_table(spec))
+
+
+def shapes(spec: DecoderSpec) -> PyTree:
+    dtype = jnp.dtype(spec.param_dtype)
+    return _map_table(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), param_table(spec))
+
+
+def num_params(spec: DecoderSpec) -> int:
+    return sum(x.size for x in jax.tree.leaves(shapes(spec)))
+
+
+def init(spec: DecoderSpec, key: Array) -> PyTree:
+    """Random weights: normal of `init_std`, norms at one; a key per parameter path."""
+    dtype = jnp.dtype(spec.param_dtype)
+    leaves, treedef = jax.tree.flatten(param_table(spec), is_leaf=lambda x: isinstance(x, Param))
+    made = []
+    for i, p in enumerate(leaves):
+        if p.init == "ones":
+            made.append(jnp.ones(p.shape, dtype))
+        else:
+            normal = jax.random.normal(jax.random.fold_in(key, i), p.shape, jnp.float32)
+            made.append((spec.init_std * normal).astype(dtype))
+    return jax.tree.unflatten(treedef, made)
+
+
+# --------------------------------------------------------------------- the block
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """RMS norm over the last axis, in float32, back in the type of `x`."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of shape [..., 1, E/2]; the added axis is the head's."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotate pairs (i, i + E/2) of [..., H, E]."""
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
+    q = jnp.einsum("...d,dhe->...he", normed, layer["q"])
+    return apply_rope(rms_norm(q, layer["q_norm"], spec.norm_eps), rope)
+
+
+def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple[Array, Array]:
+    k = jnp.einsum("...d,dhe->...he", normed, layer["k"])
+    v = jnp.einsum("...d,dhe->...he", normed, layer["v"])
+    return apply_rope(rms_norm(k, layer["k_norm"], spec.norm_eps), rope), v
+
+
+def _finish_block(spec: DecoderSpec, layer: PyTree, x: Array, attended: Array) -> Array:
+    x = x + jnp.einsum("...he,hed->...d", attended, layer["o"])
+    normed = rms_norm(x, layer["mlp_norm"], spec.norm_eps)
+    gate = jnp.einsum("...d,df->...f", normed, layer["gate"])
+    up = jnp.einsum("...d,df->...f", normed, layer["up"])
+    return x + jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, layer["down"])
+
+
+def _maybe_remat(spec: DecoderSpec, fn):
+    return jax.checkpoint(fn) if spec.remat else fn
+
+
+def cast(spec: DecoderSpec, params: PyTree) -> PyTree:
+    """Weights in the compute type; once per rollout or update, never per decode step."""
+    return jax.tree.map(lambda x: x.astype(spec.dtype), params)
+
+
+def _split_last(layers: PyTree) -> tuple[PyTree, PyTree]:
+    return jax.tree.map(lambda x: x[:-1], layers), jax.tree.map(lambda x: x[-1], layers)
+
+
+# --------------------------------------------------------------------- training: both streams
+
+
+def completions(
+    spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array, actions_BGT: Array
+) -> Array:
+    """Final hidden states [B,G,T,D] whose head gives the distribution of each action.
+
+    The prompt is encoded once per query; gradients reach it once, from all its rollouts.
+    """
+    params = cast(spec, params)
+    batch, group, length = actions_BGT.shape
+    prompt_size = prompt_BS.shape[1]
+    last_B = jnp.take_along_axis(prompt_BS, prompt_len_B[:, None] - 1, 1)
+    last_BG1 = jnp.broadcast_to(last_B[:, None], (batch, group, 1))
+    fed_BGT = jnp.concatenate([last_BG1, actions_BGT[..., :-1]], -1)
+    # One stream of S + G*T tokens a query, so that every projection is one matrix product.
+    tokens_BX = jnp.concatenate([prompt_BS, fed_BGT.reshape(batch, -1)], 1)
+    own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), (batch, group, length))
+    prompt_positions = jnp.broadcast_to(jnp.arange(prompt_size), prompt_BS.shape)
+    rope = rope_tables(
+        jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1), spec.head_dim, spec.rope_theta
+    )
+    rope_own = jax.tree.map(lambda r: r[:, prompt_size:], rope)
+
+    def split(x: Array) -> tuple[Array, Array]:
+        return x[:, :prompt_size], x[:, prompt_size:].reshape(batch, group, length, *x.shape[2:])
+
+    @functools.partial(_maybe_remat, spec)
+    def block(x_BXD: Array, layer: PyTree):
+        normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
+        q_prompt, q_own = split(_queries(spec, layer, normed, rope))
+        k, v = _keys_values(spec, layer, normed, rope)
+        (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
+        over_prompt = attention.causal(q_prompt, k_prompt, v_prompt)
+        over_both = attention.shared_prefix(q_own, k_prompt, v_prompt, prompt_len_B - 1, k_own, v_own)
+        attended = jnp.concatenate([over_prompt, over_both.reshape(batch, -1, *over_both.shape[3:])], 1)
+        return _finish_block(spec, layer, x_BXD, attended), None
+
+    @functools.partial(_maybe_remat, spec)
+    def last_block(x_BXD: Array, layer: PyTree) -> Array:
+        normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
+        q = _queries(spec, layer, normed[:, prompt_size:], rope_own)
+        k, v = _keys_values(spec, layer, normed, rope)
+        (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
+        q_own = q.reshape(batch, group, length, *q.shape[2:])
+        over_both = attention.shared_prefix(q_own, k_prompt, v_prompt, prompt_len_B - 1, k_own, v_own)
+        return _finish_block(spec, layer, split(x_BXD)[1], over_both)
+
+    inner, last = _split_last(params["layers"])
+    x_BXD, _ = jax.lax.scan(block, params["embed"][tokens_BX], inner)
+    return rms_norm(last_block(x_BXD, last), params["final_norm"], spec.norm_eps)
+
+
+# --------------------------------------------------------------------- sampling: two caches
+
+
+@flax.struct.dataclass
+class PromptCache:
+    """Keys and values of the prompt, one pair per layer, shared by the group."""
+
+    k: tuple[Array, ...]  # L x [B,S,J,E], J kv heads
+    v: tuple[Array, ...]
+    prompt_len: Array  # [B]
+
+
+def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
+    """Encode every prompt once. `params` must be cast already."""
+    positions = jnp.broadcast_to(jnp.arange(prompt_BS.shape[1]), prompt_BS.shape)
+    rope = rope_tables(positions, spec.head_dim, spec.rope_theta)
+
+    def block(x_BSD: Array, layer: PyTree):
+        normed = rms_norm(x_BSD, layer["attn_norm"], spec.norm_eps)
+        k, v = _keys_values(spec, layer, normed, rope)
+        attended = attention.causal(_queries(spec, layer, normed, rope), k, v)
+        return _finish_block(spec, layer, x_BSD, attended), (k, v)
+
+    inner, last = _split_last(params["layers"])
+    x_BSD, (k_LBSJE, v_LBSJE) = jax.lax.scan(block, params["embed"][prompt_BS], inner)
+    normed = rms_norm(x_BSD, last["attn_norm"], spec.norm_eps)
+    k_last, v_last = _keys_values(spec, last, normed, rope)
+    return PromptCache((*k_LBSJE, k_last), (*v_LBSJE, v_last), prompt_len_B)
+
+
+def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
+    """Weights as decoding reads them: a list of layers, so that no step copies a slice."""
+    layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(spec.num_layers)]
+    return {**params, "layers": layers}
+
+
+def empty_cache(spec: DecoderSpec, batch: int, group: int, length: int) -> list[tuple[Array, Array]]:
+    """Room for the keys and values of the rollouts' own tokens, per layer [B,G,T,J,E]."""
+    zeros = jnp.zeros((batch, group, length, spec.num_kv_heads, spec.head_dim), spec.dtype)
+    return [(zeros, zeros) for _ in range(spec.num_layers)]
+
+
+def decode_step(
+    spec: DecoderSpec, params: PyTree, prompt: PromptCache, cache: list, token_BG: Array, t: Array
+) -> tuple[Array, list]:
+    """Feed token number `t` of every rollout: final hidden state [B,G,D] and the new cache.
+
+    `params` comes from `unstack`. The prompt's cache is read in place, never tiled to G.
+    """
+    position_BG1 = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None, None], (*token_BG.shape, 1))
+    rope = rope_tables(position_BG1, spec.head_dim, spec.rope_theta)
+    x = params["embed"][token_BG][:, :, None]  # [B,G,1,D]
+    grown = []
+    for layer, k_prompt, v_prompt, (k_own, v_own) in zip(params["layers"], prompt.k, prompt.v, cache, strict=True):
+        normed = rms_norm(x, layer["attn_norm"], spec.norm_eps)
+        k, v = _keys_values(spec, layer, normed, rope)
+        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t, axis=2)
+        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t, axis=2)
+        q = _queries(spec, layer, normed, rope)
+        attended = attention.shared_prefix(q, k_prompt, v_prompt, prompt.prompt_len - 1, k_own, v_own, first=t)
+        x = _finish_block(spec, layer, x, attended)
+        grown.append((k_own, v_own))
+    return rms_norm(x[:, :, 0], params["final_norm"], spec.norm_eps), grown
+
+
+# --------------------------------------------------------------------- the head
+
+
+def head_rows(params: PyTree) -> Array:
+    """[V,D]: the output embedding, tied or not."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def logits(params: PyTree, hidden: Array) -> Array:
+    """Full-vocabulary logits [..., V] in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, head_rows(params), preferred_element_type=jnp.float32)
+
+
+def choice_logits(params: PyTree, hidden_BGXD: Array, tokens_BM: Array) -> Array:
+    """Logits [B,G,...,M] of the choices alone: only their rows of the head are read."""
+    rows_BMD = head_rows(params)[jnp.maximum(tokens_BM, 0)].astype(hidden_BGXD.dtype)
+    return jnp.einsum("bg...d,bmd->bg...m", hidden_BGXD, rows_BMD, preferred_element_type=jnp.float32)
+
+
+def action_logprobs(spec: DecoderSpec, params: PyTree, hidden_BGTD: Array, actions_BGT: Array) -> Array:
+    """Full-vocabulary log-probabilities of actions [B,G,T], `logit_chunk` tokens at a time.
+
+    The logits of a chunk are recomputed in the backward pass, so no [tokens, V] array of the
+    whole batch ever exists.
+    """
+    rows = head_rows(params).astype(spec.dtype)
+    batch, group, length, width = hidden_BGTD.shape
+    per_chunk = min(length, max(1, spec.logit_chunk // (batch * group)))
+    n_chunks = -(-length // per_chunk)
+    padding = n_chunks * per_chunk - length
+
+    def chunked(x: Array) -> Array:  # [B,G,T,...] -> [n,B,G,t,...]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(batch, group, n_chunks, per_chunk, *x.shape[3:]), 2, 0)
+
+    @jax.checkpoint
+    def one(_: Any, chunk: tuple[Array, Array]):
+        hidden, action = chunk
+        logit = jnp.einsum("bgtd,vd->bgtv", hidden, rows, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logit, action[..., None], -1)[..., 0]
+        return None, chosen - jax.nn.logsumexp(logit, -1)
+
+    _, logp = jax.lax.scan(one, None, (chunked(hidden_BGTD), chunked(actions_BGT)))
+    return jnp.moveaxis(logp, 0, 2).reshape(batch, group, -1)[..., :length]
