@@ -163,7 +163,7 @@ class StageConfig:
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     k: int = 5
-    """Cut-off of ndcg and hit as rewards."""
+    """Cut-off of ndcg, mrr and hit as rewards."""
     broken: float = -0.1
     """Reward of a phase whose transcript broke a rule with no value of its own below
     (the paper's format penalty; its value is unspecified in the paper)."""

@@ -7,13 +7,14 @@ Array names end in their axes, one letter each:
     T action (token of a transcript)   W identifier token  V vocabulary
     P phase (0 slate, 1 rank)          N slate slot        M choice (allowed-token slot)
     K rank slot                        H head              E head width
+    R credit term
 
 `advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
 axis: it is never flattened into the batch and recovered by reshape.
 
 Two numberings of phases meet in `Rollout.phase`: per-token labels are 0 untrained,
-1 slate, 2 rank (`SLATE`, `RANK`), while the P axis of rewards and advantages holds only
-the two trained phases, slate at 0 and rank at 1.
+1 slate, 2 rank (`SLATE`, `RANK`), while the P axis of advantages holds only the two
+trained phases, slate at 0 and rank at 1.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Batch:
 
     query: Query
     rollout: Rollout
-    reward: Array  # [B,G,P] float32
+    reward: Array  # [B,G,R] float32: one per credit term, unweighted
     advantage: Array  # [B,G,P] float32
     weight: Array  # [B,G,T] float32, normalised over the global batch
     old_logp: Array | None = None  # [B,G,T]: several epochs per rollout batch
