@@ -131,9 +131,11 @@ class ObjectiveConfig:
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
     fill: Literal["first", "shuffled"] = "first"
-    """Slate target: relevant candidates first in gain order and then fill, or all shuffled."""
-    fill_weight: float = 1.0
-    """Loss weight of fill items (drawn uniformly from the rest of the pool)."""
+    """Slate target: relevant candidates first in gain order and then fill, or all shuffled.
+    Fill is drawn uniformly from the rest of the pool, up to transcript.slate_min; the ranking
+    is the relevant candidates in gain order, filled from the slate up to rank_min."""
+    train_fill: bool = True
+    """Whether the loss counts the tokens of fill items too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,8 +456,8 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
             problems.append(f"{name}.optim.{field}={value} must be positive")
     if s.optim.warmup_steps < 0 or s.optim.weight_decay < 0:
         problems.append(f"{name}.optim: warmup_steps and weight_decay must not be negative")
-    if s.patience < 0 or not 0 <= s.target.fill_weight:
-        problems.append(f"{name}: patience and target.fill_weight must not be negative")
+    if s.patience < 0:
+        problems.append(f"{name}.patience must not be negative")
     return problems
 
 

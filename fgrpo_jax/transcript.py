@@ -327,41 +327,47 @@ def parse(
     return finish(state), jnp.moveaxis(label_TBG, 0, -1), mask_BGTM
 
 
-def render(grammar: Grammar, query: Query, slate_BGN: Array, ranking_BGK: Array) -> Array:
+def render(grammar: Grammar, query: Query, slate_BGN: Array, ranking_BGK: Array) -> tuple[Array, Array]:
     """The transcript that says these lists: actions [B,G,T], eos beyond the end.
 
-    Lists hold candidate indices, -1 in empty slots, which must be the last ones.
+    Also, for every token, the candidate index it names, or -1 in literals. Lists hold
+    candidate indices, -1 in empty slots, which must be the last ones.
     """
     batch, n_candidates, width = query.identifiers.shape
+    group = slate_BGN.shape[1]
 
     def literal(tokens: tuple[int, ...], present: Array) -> Array:
         return jnp.where(present[..., None], jnp.array(tokens, jnp.int32), -1)
 
-    def items(list_BGX: Array) -> Array:
+    def items(list_BGX: Array) -> tuple[Array, Array]:
         which = jnp.maximum(list_BGX, 0)
         ident = query.identifiers[jnp.arange(batch)[:, None, None], which]
         ident = jnp.where((list_BGX >= 0)[..., None], ident, -1)
         between = (list_BGX >= 0) & (jnp.arange(list_BGX.shape[-1]) > 0)
-        pieces = [literal(grammar.separator, between), ident] if grammar.separator else [ident]
-        both = jnp.concatenate(pieces, -1)
-        return both.reshape(*list_BGX.shape[:2], -1)
+        separator = literal(grammar.separator, between)
+        both = jnp.concatenate([separator, ident], -1)
+        names = jnp.concatenate(
+            [jnp.full(separator.shape, -1), jnp.broadcast_to(list_BGX[..., None], ident.shape)], -1
+        )
+        return both.reshape(batch, group, -1), names.reshape(batch, group, -1)
 
-    always = jnp.ones(slate_BGN.shape[:2], bool)
-    loose = jnp.concatenate(
-        [
-            items(slate_BGN),
-            literal(grammar.slate_close, always),
-            items(ranking_BGK),
-            literal((*grammar.rank_close, grammar.eos), always),
-        ],
-        axis=-1,
+    always = jnp.ones((batch, group), bool)
+    slate, slate_names = items(slate_BGN)
+    ranking, ranking_names = items(ranking_BGK)
+    close = literal(grammar.slate_close, always)
+    end = literal((*grammar.rank_close, grammar.eos), always)
+    loose = jnp.concatenate([slate, close, ranking, end], -1)
+    names = jnp.concatenate(
+        [slate_names, jnp.full_like(close, -1), ranking_names, jnp.full_like(end, -1)], -1
     )
     length = grammar.length(n_candidates, width)
-    present = loose >= 0
-    slot = jnp.where(present, jnp.cumsum(present, -1) - 1, length)
-    rows = jnp.arange(batch)[:, None, None], jnp.arange(slate_BGN.shape[1])[None, :, None]
-    empty = jnp.full((*slate_BGN.shape[:2], length), grammar.eos, jnp.int32)
-    return empty.at[(*rows, slot)].set(loose, mode="drop")
+    slot = jnp.where(loose >= 0, jnp.cumsum(loose >= 0, -1) - 1, length)
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(group)[None, :, None]
+
+    def packed(values: Array, empty: int) -> Array:
+        return jnp.full((batch, group, length), empty, jnp.int32).at[(*rows, slot)].set(values, mode="drop")
+
+    return packed(loose, grammar.eos), packed(names, -1)
 
 
 # --------------------------------------------------------------------- border checks (host)

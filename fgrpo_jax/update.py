@@ -1,0 +1,131 @@
+"""One update: gradient, accumulation, clipping, AdamW; and the numbers a step reports."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Policy, PyTree, TrainState
+
+
+def make_optimizer(
+    learning_rate: float,
+    updates: int,
+    warmup_steps: int,
+    decay: str,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; `updates` is the length of warm-up and decay together.
+
+    Weight decay leaves vectors (norms) alone: it applies to parameters that are matrices.
+    """
+    rest = max(1, updates - warmup_steps)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
+    }[decay]
+    # Counted from 1: the first update must not have a learning rate of zero.
+    warmup = optax.linear_schedule(learning_rate / max(1, warmup_steps), learning_rate, max(1, warmup_steps - 1))
+    schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+    def is_matrix(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix),
+    )
+
+
+def make_update(
+    policy: Policy,
+    objective: Callable,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    epochs: int = 1,
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Mean]]]:
+    """The pure function `(state, frozen, batch) -> (state, metrics)`; jit it with `state` donated.
+
+    The weights of a batch are normalised over the whole of it, so losses and gradients of
+    microbatches are plainly added. Microbatch i takes rows i, i + n, ...: every device keeps
+    its own rows. `epochs` updates are made on the batch; the metrics are the last one's.
+
+    A non-finite loss or gradient leaves parameters and optimizer as they were; the metric
+    `nonfinite` then counts 1, and the caller is to stop.
+    """
+
+    def loss_fn(params: PyTree, frozen: PyTree, part: Batch) -> tuple[Array, dict[str, Mean]]:
+        logp_BGT = policy.logprobs(params, frozen, part.query, part.rollout)
+        loss, metrics = objective(logp_BGT, part)
+        return loss, {**metrics, **_drift(logp_BGT, part)}
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(params: PyTree, frozen: PyTree, batch: Batch):
+        if microbatches == 1:
+            return grad_fn(params, frozen, batch)
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, part)), None
+
+        one = jax.eval_shape(grad_fn, params, frozen, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def one_update(carry, _, frozen, batch):
+        params, opt_state = carry
+        (loss, metrics), grads = gradient(params, frozen, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state))
+        one = jnp.float32(1)
+        metrics |= {"loss": Mean(loss, one), "grad_norm": Mean(norm, one)}
+        return kept, metrics | {"nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
+
+    def update(state: TrainState, frozen: PyTree, batch: Batch):
+        (params, opt_state), metrics = jax.lax.scan(
+            lambda carry, x: one_update(carry, x, frozen, batch), (state.params, state.opt_state), length=epochs
+        )
+        last = jax.tree.map(lambda m: m[-1], metrics)
+        last["nonfinite"] = jax.tree.map(jnp.sum, metrics["nonfinite"])
+        return TrainState(state.step + 1, params, opt_state), last
+
+    return update
+
+
+def _drift(logp_BGT: Array, batch: Batch) -> dict[str, Mean]:
+    """How far the sampler's log-probabilities are from the trainer's: 0 but for rounding."""
+    trained = batch.weight > 0
+    gap = jnp.abs(jax.lax.stop_gradient(logp_BGT) - batch.rollout.logp)
+    return {"drift": Mean(jnp.where(trained, gap, 0).sum(), trained.sum().astype(jnp.float32))}
+
+
+def describe(lists: Lists, batch: Batch, dead_BP: Array, terms: tuple) -> dict[str, Mean]:
+    """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths."""
+    metrics = {}
+
+    def mean(name: str, values: Array) -> None:
+        metrics[name] = Mean(values.sum(dtype=jnp.float32), jnp.float32(values.size))
+
+    for r, (phase, reward, _) in enumerate(terms):
+        mean(f"reward/{phase}/{reward}", batch.reward[..., r])
+    for p, phase in enumerate(PHASES):
+        mean(f"dead_groups/{phase}", dead_BP[:, p])
+    for code, outcome in enumerate(OUTCOMES):
+        mean(f"outcome/{outcome}", lists.outcome == code)
+    mean("tokens_trained", (batch.rollout.phase != UNTRAINED).sum(-1))
+    mean("slate_length", (lists.slate >= 0).sum(-1))
+    mean("rank_length", (lists.ranking >= 0).sum(-1))
+    return metrics
