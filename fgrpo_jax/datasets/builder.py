@@ -1,0 +1,270 @@
+"""What the builders share: preparing once, freezing evaluation pools, reading back.
+
+A prepared folder holds TFDS array_record files, and beside them
+
+    meta.json        kind, catalogue, and per split: rows' query ids, which are trainable, hash
+    candidates.json  per evaluation split: hash, seed, how the negatives were made, the pools
+
+It is written into a temporary folder that is renamed when complete, so a killed
+preparation leaves nothing that looks prepared, and two processes may prepare at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fgrpo_jax.config import DataConfig, fingerprint
+from fgrpo_jax.datasets import DataError, Dataset, Item, Split
+from fgrpo_jax.types import RankingExample
+
+
+class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of the builders: raw files in, RankingExamples in array_record out.
+
+    A subclass sets the class fields and defines `find`, `examples`, and `frozen`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = None  # set where raw files are needed: which, and from where
+    kind = "recommendation"
+    instruction = ""
+    sampled_negatives = False  # training rows hold relevant items only; the rest of the pool is drawn
+
+    def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
+        """files: as `find` returned them. given: a run's catalogue, or None."""
+        super().__init__(file_format="array_record", **kwargs)
+        self.files, self.given = files, given
+        self.records: dict[str, dict[str, Any]] = {}
+        self.pools: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def find(cls, folder: Path | None) -> dict[str, Path]:
+        """The raw files by role. Raises DataError when none is there."""
+        return {}
+
+    def split_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def catalogue(self) -> tuple[Item, ...]:
+        return ()
+
+    def examples(self, split: str) -> Iterator[RankingExample]:
+        """The rows of a split, in their order. Raises DataError naming file and row."""
+        raise NotImplementedError
+
+    def frozen(self, split: str) -> dict[str, Any]:
+        """Record of an evaluation split's pools: {"seed": …, "negatives": how they were made}."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the TFDS interface
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        texts = tfds.features.Sequence(text)
+        features = {
+            "query_id": text,
+            "query": text,
+            "candidate_id": texts,
+            "candidate_text": texts,
+            "relevance": tfds.features.Sequence(np.float32),
+            "history_id": texts,
+            "history_text": texts,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Queries with candidate pools and graded relevance.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in self.split_names()}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        digest, ids, trainable, pools = hashlib.sha256(), [], [], {}
+        if split == "train" and self.sampled_negatives:
+            digest.update(_canonical(self.catalogue()))
+        for row, example in enumerate(self.examples(split)):
+            digest.update(_canonical(_content(example)))
+            ids.append(example.query_id)
+            trainable.append(any(gain > 0 for gain in example.relevance))
+            if split != "train":
+                pools[example.query_id] = [i for i, _ in example.candidates]
+            yield row, _encode(example)
+        if len(set(ids)) != len(ids):
+            raise DataError(f"{self.name}: the query ids of split {split!r} are not unique")
+        self.records[split] = {
+            "fingerprint": digest.hexdigest()[:16],
+            "query_ids": ids,
+            "trainable": trainable,
+        }
+        if split != "train":
+            hash_ = hashlib.sha256(_canonical(pools)).hexdigest()
+            self.pools[split] = {"hash": hash_, **self.frozen(split), "pools": pools}
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _content(e: RankingExample) -> list[Any]:
+    return [e.query_id, e.query, e.candidates, [float(np.float32(g)) for g in e.relevance], e.history]
+
+
+def _encode(e: RankingExample) -> dict[str, Any]:
+    return {
+        "query_id": e.query_id,
+        "query": e.query,
+        "candidate_id": [i for i, _ in e.candidates],
+        "candidate_text": [t for _, t in e.candidates],
+        "relevance": list(e.relevance),
+        "history_id": [i for i, _ in e.history],
+        "history_text": [t for _, t in e.history],
+    }
+
+
+def _decode(row: dict[str, Any]) -> RankingExample:
+    def items(name: str) -> tuple[Item, ...]:
+        pairs = zip(row[f"{name}_id"], row[f"{name}_text"], strict=True)
+        return tuple((i.decode(), t.decode()) for i, t in pairs)
+
+    return RankingExample(
+        query_id=row["query_id"].decode(),
+        query=row["query"].decode(),
+        candidates=items("candidate"),
+        relevance=tuple(float(gain) for gain in row["relevance"]),
+        history=items("history"),
+    )
+
+
+# ---------------------------------------------------------------------- prepare and open
+
+
+def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, ...] | None) -> Dataset:
+    """See `datasets.load`."""
+    folder = Path(config.manual_dir).expanduser() if config.manual_dir else None
+    files = builder.find(folder)
+    depends = {
+        "version": str(builder.VERSION),
+        "files": {role: sha256(path) for role, path in files.items()},
+        "catalogue": None if given is None else fingerprint(given),
+    }
+    name = config.name
+    home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
+    if not home.is_dir():
+        _prepare(builder, files, given, folder, home)
+    return _open(name, builder, home)
+
+
+def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    except OSError as error:
+        raise DataError(f"cannot write to {home.parent} ({error}): set data.prepared_dir") from error
+    try:
+        made = builder(files, given, data_dir=str(temporary))
+        manual = str(folder) if folder and builder.MANUAL_DOWNLOAD_INSTRUCTIONS else None
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+            made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
+        shutil.rmtree(temporary / "downloads", ignore_errors=True)
+        kind = made.kind
+        meta = {"kind": kind, "catalogue": made.catalogue(), "splits": made.records}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        (temporary / "candidates.json").write_text(json.dumps(made.pools))
+        try:
+            temporary.rename(home)
+        except OSError:
+            if not home.is_dir():  # otherwise another process was first, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
+    meta = json.loads((home / "meta.json").read_text())
+    (data_path,) = {path.parent for path in home.glob("*/*/dataset_info.json")}
+    reader = tfds.builder_from_directory(str(data_path))
+    keep = builder.sampled_negatives  # rows of recommendation sets are small
+    splits = {}
+    for split, record in meta["splits"].items():
+        source = reader.as_data_source(split=split)
+        splits[split] = Split(_reader(source), record["query_ids"], record["trainable"], keep)
+    return Dataset(
+        name=name,
+        kind=meta["kind"],
+        instruction=builder.instruction,
+        catalogue=tuple((i, t) for i, t in meta["catalogue"]),
+        splits=splits,
+        sampled_negatives=builder.sampled_negatives,
+        fingerprints={split: record["fingerprint"] for split, record in meta["splits"].items()},
+    )
+
+
+def _reader(source: Any) -> Callable[[int], RankingExample]:
+    return lambda index: _decode(source[index])
+
+
+# ---------------------------------------------------------------------- raw files
+
+
+def sha256(path: Path) -> str:
+    """Of the content, decompressed: a file and its .gz are the same raw file."""
+    digest = hashlib.sha256()
+    with open_raw(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_raw(path: Path) -> Any:
+    """A binary stream, decompressed where the name ends in .gz."""
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and UTF-8 lines. Raises DataError on bytes that are not UTF-8."""
+    with open_raw(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
+
+
+def find_one(folder: Path, matches: Callable[[str], bool]) -> Path | None:
+    """The one file under `folder` whose name without .gz matches, searched in all sub-folders.
+
+    None when there is none. Several with the same content count as one; raises DataError
+    when they differ.
+    """
+    found = sorted(
+        p for p in folder.rglob("*") if p.is_file() and matches(p.name.removesuffix(".gz"))
+    )
+    if len({sha256(p) for p in found}) > 1:
+        names = ", ".join(str(p) for p in found)
+        raise DataError(f"several different files for the same thing: {names}; leave only one")
+    return found[0] if found else None
+
+
+def manual_folder(folder: Path | None, needed: str) -> Path:
+    """The folder of raw files. Raises DataError when it is not given or not there."""
+    if folder is None:
+        raise DataError(f"data.manual_dir is not set; it must hold {needed}")
+    if not folder.is_dir():
+        raise DataError(f"data.manual_dir={folder} is not a folder; it must hold {needed}")
+    return folder
+
