@@ -1,0 +1,148 @@
+"""The mesh, the table and the split of queries; 8 simulated devices in a process of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.sharding import check_divisible, initialize_distributed, local_rows, make_mesh, shard_batch
+
+
+def run_on_8_devices(script):
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    script = textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+def test_shardings_on_8_devices():
+    out = run_on_8_devices("""
+        import jax, numpy as np
+        from jax.sharding import PartitionSpec as P
+        from fgrpo_jax.models import decoder
+        from fgrpo_jax.sharding import (
+            check_divisible, local_rows, make_mesh, param_shardings, query_sharding, shard_batch
+        )
+        assert make_mesh(-1, 1, 1).shape == dict(data=8, fsdp=1, tensor=1)
+        assert make_mesh(2, -1, 2).shape == dict(data=2, fsdp=2, tensor=2)
+        assert all(t == jax.sharding.AxisType.Auto for t in make_mesh(2, 2, 2).axis_types)
+        mesh = make_mesh(1, 2, 4)
+
+        axes = {"a": ("vocab", "embed"), "b": ("layers", "embed", "kv_heads", "head_dim"),
+                "c": ("norm",), "d": ("mlp", "heads")}
+        shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
+        shapes = {"a": shape(10, 6), "b": shape(3, 8, 2, 4), "c": shape(8), "d": shape(4, 8)}
+        specs = jax.tree.map(lambda s: s.spec, param_shardings(mesh, axes, shapes))
+        assert specs["a"] == P(None, "fsdp"), specs  # 10 tokens over 4: replicated
+        assert specs["b"] == P(None, "fsdp", None, None), specs  # 2 key-value heads over 4
+        assert specs["c"] == P(None) and specs["d"] == P("tensor", None), specs
+
+        spec = decoder.DecoderSpec(vocab_size=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2,
+                                   head_dim=4, mlp_size=16)
+        where = param_shardings(make_mesh(2, 2, 2), decoder.logical_axes(spec), decoder.shapes(spec))
+        params = jax.jit(lambda k: decoder.init(spec, k), out_shardings=where)(jax.random.key(0))
+        assert params["layers"]["gate"].addressable_shards[0].data.shape == (2, 4, 8)
+        alone = jax.jit(lambda k: decoder.init(spec, k))(jax.random.key(0))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, alone)
+
+        x = np.arange(24).reshape(8, 3)
+        for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+            mesh = make_mesh(*sizes)
+            y = shard_batch(mesh, {"x": x}, 8)["x"]
+            np.testing.assert_array_equal(y, x)
+            assert y.sharding.is_equivalent_to(query_sharding(mesh), 2)
+            assert y.addressable_shards[0].data.shape == (8 // (sizes[0] * sizes[1]), 3)
+            np.testing.assert_array_equal(local_rows(mesh, 8), np.arange(8))
+        print("fine")
+    """)
+    assert out == ["fine"]
+
+
+def test_loss_and_gradient_do_not_depend_on_the_mesh():
+    out = run_on_8_devices("""
+        import jax, jax.numpy as jnp, numpy as np
+        from fgrpo_jax.advantages import make_batch
+        from fgrpo_jax.objectives import clipped_pg
+        from fgrpo_jax.sharding import make_mesh, shard_batch
+        from fgrpo_jax.types import Credit, Rollout
+        rng = np.random.default_rng(0)
+        B, G, T = 8, 4, 6
+        phase = rng.integers(0, 3, (B, G, T)).astype(np.int32)
+        logp, old = -rng.random((2, B, G, T)).astype(np.float32)
+        reward = rng.random((B, G, 2)).astype(np.float32)
+        credit = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 1.0)), "each")
+
+        @jax.jit
+        def step(phase, logp, old, reward):
+            def loss(x):
+                batch = make_batch(None, Rollout(phase, phase, logp), None, reward, credit, "phase", old_logp=old)
+                return clipped_pg(kl_weight=0.0)(x, batch)[0]
+            return jax.value_and_grad(loss)(logp)
+
+        one = step(phase, logp, old, reward)
+        for sizes in ((8, 1, 1), (2, 2, 2)):
+            many = step(*shard_batch(make_mesh(*sizes), (phase, logp, old, reward), B))
+            np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+            np.testing.assert_allclose(many[1], one[1], rtol=1e-5, atol=1e-8)
+        print("fine")
+    """)
+    assert out == ["fine"]
+
+
+def test_one_device():
+    mesh = make_mesh(-1, 1, 1, jax.devices()[:1])
+    x = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(shard_batch(mesh, x, 3), x)
+    np.testing.assert_array_equal(local_rows(mesh, 3), [0, 1, 2])
+    with pytest.raises(ValueError, match="2 rows given, this process holds 3"):
+        shard_batch(mesh, x[:2], 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((-1, -1, 1), "at most one may be -1"),
+        ((0, 1, 1), "must be positive"),
+        ((-1, 3, 1), "3 does not divide the 8 device"),
+        ((2, 2, 1), "uses 4 of 8 devices"),
+    ],
+)
+def test_impossible_meshes_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(*sizes, devices=[object()] * 8)
+
+
+def test_indivisible_batches_are_refused():
+    class Fake:
+        shape = {"data": 4, "fsdp": 2, "tensor": 1}
+
+    check_divisible(Fake, 64, 2, "rl")
+    with pytest.raises(ConfigError, match="set rl.batch_queries to 48 or 64"):
+        check_divisible(Fake, 60, 2, "rl")
+    with pytest.raises(ConfigError, match="set sft.batch_queries to 16,"):
+        check_divisible(Fake, 8, 2, "sft")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"FGRPO_COORDINATOR": "a:1"}, "without FGRPO_NUM_PROCESSES, FGRPO_PROCESS_ID"),
+        ({"FGRPO_DISTRIBUTED": "yes"}, "only value is 'auto'"),
+        ({"FGRPO_DISTRIBUTED": "auto", "FGRPO_PROCESS_ID": "0"}, "unset FGRPO_PROCESS_ID"),
+        ({"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "2", "FGRPO_PROCESS_ID": "2"}, "from 0 to"),
+        ({"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "two", "FGRPO_PROCESS_ID": "1"}, "whole numbers"),
+    ],
+)
+def test_half_set_environments_are_refused(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        initialize_distributed(environ)
+
+
+def test_alone_without_variables():
+    assert initialize_distributed({}) is False
