@@ -32,6 +32,6 @@ def interactions(example: RankingExample) -> tuple[str, ...]:
 def require_interactions(train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str) -> None:
     """Raise NotApplicable unless the same items occur in many training queries."""
     if kind != "recommendation" or not len(catalogue):
-        raise NotApplicable(f"needs items shared between queries, and a {kind} pool belongs to its query alone")
+        raise NotApplicable(f"needs items shared between queries; a {kind} pool is its query's own")
     if not len(train_examples):
         raise NotApplicable("there is no training split to count in")

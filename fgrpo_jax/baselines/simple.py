@@ -22,7 +22,9 @@ def fit_random(train_examples: Sequence[RankingExample], catalogue: Sequence, ki
     return lambda examples: [scores(example) for example in examples]
 
 
-def fit_popularity(train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str, seed: int) -> Method:
+def fit_popularity(
+    train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str, seed: int
+) -> Method:
     """How often a candidate was the answer of a training query (histories are not counted again)."""
     require_interactions(train_examples, catalogue, kind)
     counts = Counter(item for example in train_examples for item in interactions(example))
