@@ -1,0 +1,266 @@
+"""Qwen3 checkpoints in the Hugging Face form, in and out: config.json and safetensors.
+
+    spec = hf.read_spec(directory, dtype="bfloat16", param_dtype="float32", remat=True, logit_chunk=4096)
+    params = hf.load(directory, spec, shardings)
+    hf.save(out, spec, params, hf.read_config(directory), tokenizer)
+
+`TENSORS` is the one place where the two layouts meet; shapes come from `decoder.param_table`.
+A checkpoint that loads gives the logits of `transformers`; everything else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fgrpo_jax.models.decoder import DecoderSpec, Param, param_table
+from fgrpo_jax.models.hf_config import ModelFilesError, make_config, read_config, read_json, read_spec
+from fgrpo_jax.types import Array, PyTree
+
+__all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_READABLE = ("F32", "F16", "BF16")
+_ROWS = 4096  # compared at a time
+
+
+class Stored(NamedTuple):
+    """How a parameter is called and laid out in a checkpoint.
+
+    ours: the axes of our array, one letter each, without the layer axis (letters as in
+        types.py, F the width of the MLP).
+    stored: the axes of the checkpoint's array, each a product of ours.
+    """
+
+    name: str  # "{}" is the layer's number
+    ours: str
+    stored: tuple[str, ...]
+
+
+TENSORS = {
+    "embed": Stored("model.embed_tokens.weight", "VD", ("V", "D")),
+    "layers/attn_norm": Stored("model.layers.{}.input_layernorm.weight", "D", ("D",)),
+    "layers/q": Stored("model.layers.{}.self_attn.q_proj.weight", "DHE", ("HE", "D")),
+    "layers/k": Stored("model.layers.{}.self_attn.k_proj.weight", "DHE", ("HE", "D")),
+    "layers/v": Stored("model.layers.{}.self_attn.v_proj.weight", "DHE", ("HE", "D")),
+    "layers/q_norm": Stored("model.layers.{}.self_attn.q_norm.weight", "E", ("E",)),
+    "layers/k_norm": Stored("model.layers.{}.self_attn.k_norm.weight", "E", ("E",)),
+    "layers/o": Stored("model.layers.{}.self_attn.o_proj.weight", "HED", ("D", "HE")),
+    "layers/mlp_norm": Stored("model.layers.{}.post_attention_layernorm.weight", "D", ("D",)),
+    "layers/gate": Stored("model.layers.{}.mlp.gate_proj.weight", "DF", ("F", "D")),
+    "layers/up": Stored("model.layers.{}.mlp.up_proj.weight", "DF", ("F", "D")),
+    "layers/down": Stored("model.layers.{}.mlp.down_proj.weight", "FD", ("D", "F")),
+    "final_norm": Stored("model.norm.weight", "D", ("D",)),
+    "head": Stored("lm_head.weight", "VD", ("V", "D")),
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint: (a layer of) the parameter at `path`."""
+
+    path: str
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]  # of our array, without the layer axis
+    stored_shape: tuple[int, ...]
+
+
+def _tensors(spec: DecoderSpec) -> Iterator[Tensor]:
+    """Every tensor a checkpoint of this model has, in the order they are written."""
+    for path, param in _flat_table(spec).items():
+        stacked = param.axes[0] == "layers"
+        shape = param.shape[1:] if stacked else param.shape
+        size = dict(zip(TENSORS[path].ours, shape, strict=True))
+        stored_shape = tuple(math.prod(size[a] for a in axes) for axes in TENSORS[path].stored)
+        for layer in range(param.shape[0]) if stacked else (None,):
+            yield Tensor(path, layer, TENSORS[path].name.format(layer), shape, stored_shape)
+
+
+def _flat_table(spec: DecoderSpec) -> dict[str, Param]:
+    return flatten_dict(param_table(spec), sep="/")
+
+
+def _to_ours(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    ours, axes = TENSORS[tensor.path].ours, "".join(TENSORS[tensor.path].stored)
+    size = dict(zip(ours, tensor.shape, strict=True))
+    return array.reshape([size[a] for a in axes]).transpose([axes.index(a) for a in ours])
+
+
+def _to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    """C-contiguous: safetensors writes the buffer of an array as it lies in memory."""
+    ours, axes = TENSORS[tensor.path].ours, "".join(TENSORS[tensor.path].stored)
+    moved = array.transpose([ours.index(a) for a in axes]).reshape(tensor.stored_shape)
+    return np.ascontiguousarray(moved)
+
+
+# --------------------------------------------------------------------- reading weights
+
+
+def load(directory: str | Path, spec: DecoderSpec, shardings: PyTree | None = None) -> PyTree:
+    """The weights in `spec.param_dtype`, laid out as `decoder.param_table` says.
+
+    shardings: a pytree as the parameters', or None for the default device. Tensors are read
+    one by one; the host never holds more than one parameter besides what devices hold.
+    Names, shapes and types are all checked before the first weight is read. Raises
+    ModelFilesError: a file that is missing or truncated, a tensor that is missing, unknown,
+    quantized, or of another shape than config.json gives.
+    """
+    folder = Path(directory).expanduser()
+    flat_shardings = None if shardings is None else flatten_dict(shardings, sep="/")
+    with contextlib.ExitStack() as stack:
+        files = _open_all(folder, stack)
+        _check(folder, spec, files)
+        params: dict[str, Array] = {}
+        for path, param in _flat_table(spec).items():
+            host = np.empty(param.shape, jnp.dtype(spec.param_dtype))
+            for tensor in (t for t in _tensors(spec) if t.path == path):
+                where = ... if tensor.layer is None else tensor.layer
+                host[where] = _to_ours(tensor, files[tensor.name].get_tensor(tensor.name))
+            if flat_shardings is None:
+                params[path] = jax.device_put(host)
+            else:
+                params[path] = jax.make_array_from_callback(host.shape, flat_shardings[path], host.__getitem__)
+    return unflatten_dict(params, sep="/")
+
+
+def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor's name and the open file that holds it; only headers are read."""
+    if not folder.is_dir():
+        raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
+    if (folder / SINGLE).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise ModelFilesError(f"{folder / INDEX} has no weight_map")
+        names = sorted(set(weight_map.values()))
+    else:
+        raise ModelFilesError(f"{folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read")
+    files = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelFilesError(f"{folder / name} is missing, but {INDEX} names it: copy the whole checkpoint")
+        try:
+            file = stack.enter_context(safetensors.safe_open(folder / name, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelFilesError(f"{folder / name} is truncated or damaged ({error}): copy it again") from None
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:
+    expected = {tensor.name: tensor for tensor in _tensors(spec)}
+    head = TENSORS["head"].name
+    if missing := sorted(set(expected) - set(files)):
+        hint = " (config.json says the embeddings are not tied)" if head in missing else ""
+        raise ModelFilesError(f"{folder} has no tensor {_some(missing)}{hint}")
+    tied_copy = {head} if spec.tie_embeddings else set()
+    if unknown := sorted(set(files) - set(expected) - tied_copy):
+        raise ModelFilesError(f"{folder} has tensors that config.json gives no place: {_some(unknown)}")
+    for name, tensor in expected.items():
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != tensor.stored_shape:
+            raise ModelFilesError(
+                f"{folder}: tensor {name} has shape {tuple(stored.get_shape())}, "
+                f"but config.json gives {tensor.stored_shape}"
+            )
+        if stored.get_dtype() not in _READABLE:
+            raise ModelFilesError(
+                f"{folder}: tensor {name} has type {stored.get_dtype()}; supported are {', '.join(_READABLE)}"
+            )
+    if spec.tie_embeddings and head in files:
+        embed = TENSORS["embed"].name
+        _check_tied(folder, files[embed].get_slice(embed), files[head].get_slice(head))
+
+
+def _check_tied(folder: Path, embed: Any, head: Any) -> None:
+    """Some writers store the tied head too: it must be the embedding, or something was lost."""
+    same = embed.get_shape() == head.get_shape() and embed.get_dtype() == head.get_dtype()
+    starts = range(0, embed.get_shape()[0], _ROWS)
+    if not same or not all(np.array_equal(embed[i : i + _ROWS], head[i : i + _ROWS]) for i in starts):
+        raise ModelFilesError(
+            f"{folder}: tie_word_embeddings is true in config.json, but {TENSORS['head'].name} "
+            f"differs from {TENSORS['embed'].name}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --------------------------------------------------------------------- writing
+
+
+def save(
+    directory: str | Path,
+    spec: DecoderSpec,
+    params: PyTree,
+    hf_config: dict[str, Any] | None,
+    tokenizer: Any,
+    max_file_bytes: int = 4 * 1024**3,
+) -> None:
+    """Write a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    hf_config: config.json of the checkpoint training started from: its other fields (context
+        length, token ids) are kept. None: those come from the tokenizer and the defaults of
+        `transformers`.
+    Weights are in the type of `params`. The directory appears whole or not at all. Raises
+    ModelFilesError when it exists and is not empty, or when parameters lie on other hosts.
+    """
+    target = Path(directory).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelFilesError(f"{target} exists and is not empty: remove it, or export somewhere else")
+    flat = flatten_dict(params, sep="/")
+    if not all(x.is_fully_addressable for x in flat.values() if isinstance(x, jax.Array)):
+        raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        dtype = str(flat["embed"].dtype)
+        config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(partial)
+        _save_weights(partial, spec, flat, max_file_bytes)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_file_bytes: int) -> None:
+    files: list[list[Tensor]] = [[]]
+    sizes = [0]
+    for tensor in _tensors(spec):
+        size = math.prod(tensor.shape) * flat[tensor.path].dtype.itemsize
+        if files[-1] and sizes[-1] + size > max_file_bytes:
+            files.append([])
+            sizes.append(0)
+        files[-1].append(tensor)
+        sizes[-1] += size
+    names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [SINGLE]
+    for name, tensors in zip(names, files, strict=True):
+        arrays = {}
+        for t in tensors:
+            array = flat[t.path] if t.layer is None else flat[t.path][t.layer]
+            arrays[t.name] = _to_stored(t, np.asarray(array))
+        safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(files) > 1:
+        weight_map = {t.name: name for name, tensors in zip(names, files, strict=True) for t in tensors}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
