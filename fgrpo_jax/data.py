@@ -97,9 +97,10 @@ class Batches:
     def batch_at(self, step: int) -> list[RankingExample]:
         """The `stage.batch_queries` examples of a step, ready for a prompt."""
         rng = generator(self._seed, self._stage, "present", step)
+        positions = range(step * self._size, (step + 1) * self._size)
+        read = self._split.rows([int(self._order[position]) for position in positions])
         batch = []
-        for position in range(step * self._size, (step + 1) * self._size):
-            example = self._split[int(self._order[position])]
+        for position, example in zip(positions, read, strict=True):
             if self._dataset.sampled_negatives:
                 example = self._with_negatives(example, epoch=position // len(self.rows))
             order = rng.permutation(len(example.candidates))

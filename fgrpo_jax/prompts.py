@@ -62,11 +62,11 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool, query_id: str = "") -> 
         body, _, opening = text.rpartition("\n")
         turns = [{"role": "user", "content": body}]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + opening
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
+    ids = tokenizer.encode(text, add_special_tokens=False)
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
-        start, end = encoded["offset_mapping"][ids.index(unknown)]
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        start, end = offsets[ids.index(unknown)]
         raise DataError(
             f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
             "tokenizer every line must be an item, or part of the template, seen when the run was started"

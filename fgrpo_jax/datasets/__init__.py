@@ -13,8 +13,8 @@ To add one: a module here with a subclass of `builder.RankingBuilder`, and a lin
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from fgrpo_jax.config import DataConfig
@@ -45,12 +45,15 @@ class Split(Sequence):
 
     query_ids: of all rows, in order.
     trainable: for all rows, whether any candidate is relevant.
-    `keep` holds decoded rows in memory (small rows only).
+    read: row indices -> examples; several at once are much faster than one by one.
+    keep: hold decoded rows in memory (small rows only).
     """
+
+    BLOCK = 1024  # rows decoded at once while iterating
 
     def __init__(
         self,
-        read: Callable[[int], RankingExample],
+        read: Callable[[list[int]], list[RankingExample]],
         query_ids: Sequence[str],
         trainable: Sequence[bool],
         keep: bool,
@@ -63,20 +66,26 @@ class Split(Sequence):
         return len(self.query_ids)
 
     def __getitem__(self, index: int) -> RankingExample:
-        index = range(len(self))[index]  # IndexError, and negative indices, as in a list
-        if index in self._rows:
-            return self._rows[index]
-        row = self._read(index)
+        return self.rows([range(len(self))[index]])[0]  # range: IndexError, negative indices
+
+    def __iter__(self) -> Iterator[RankingExample]:
+        for start in range(0, len(self), self.BLOCK):
+            yield from self.rows(range(start, min(start + self.BLOCK, len(self))))
+
+    def rows(self, indices: Sequence[int]) -> list[RankingExample]:
+        """The rows at `indices`, in that order; repetitions are allowed."""
+        missing = sorted({i for i in indices if i not in self._rows})
+        new = dict(zip(missing, self._read(missing), strict=True)) if missing else {}
         if self._keep:
-            self._rows[index] = row
-        return row
+            self._rows |= new
+        return [new[i] if i in new else self._rows[i] for i in indices]
 
 
 def in_memory(examples: Iterable[RankingExample]) -> Split:
     """The same interface over examples already at hand."""
     rows = tuple(examples)
     ids, trainable = [r.query_id for r in rows], [any(g > 0 for g in r.relevance) for r in rows]
-    return Split(rows.__getitem__, ids, trainable, keep=False)
+    return Split(lambda indices: [rows[i] for i in indices], ids, trainable, keep=False)
 
 
 class Dataset(NamedTuple):

@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     A subclass sets the class fields and defines `find`, `examples`, and `frozen`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.1")  # raise it when the same raw files are to be read anew
     MANUAL_DOWNLOAD_INSTRUCTIONS = None  # set where raw files are needed: which, and from where
     kind = "recommendation"
     instruction = ""
@@ -72,15 +72,13 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        texts = tfds.features.Sequence(text)
+        items = tfds.features.Tensor(shape=(None, 2), dtype=np.str_)  # (id, text)
         features = {
             "query_id": text,
             "query": text,
-            "candidate_id": texts,
-            "candidate_text": texts,
-            "relevance": tfds.features.Sequence(np.float32),
-            "history_id": texts,
-            "history_text": texts,
+            "candidates": items,
+            "relevance": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+            "history": items,
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -127,25 +125,19 @@ def _encode(e: RankingExample) -> dict[str, Any]:
     return {
         "query_id": e.query_id,
         "query": e.query,
-        "candidate_id": [i for i, _ in e.candidates],
-        "candidate_text": [t for _, t in e.candidates],
-        "relevance": list(e.relevance),
-        "history_id": [i for i, _ in e.history],
-        "history_text": [t for _, t in e.history],
+        "candidates": np.array(e.candidates, np.object_).reshape(-1, 2),
+        "relevance": np.array(e.relevance, np.float32),
+        "history": np.array(e.history, np.object_).reshape(-1, 2),
     }
 
 
 def _decode(row: dict[str, Any]) -> RankingExample:
-    def items(name: str) -> tuple[Item, ...]:
-        pairs = zip(row[f"{name}_id"], row[f"{name}_text"], strict=True)
-        return tuple((i.decode(), t.decode()) for i, t in pairs)
-
     return RankingExample(
         query_id=row["query_id"].decode(),
         query=row["query"].decode(),
-        candidates=items("candidate"),
-        relevance=tuple(float(gain) for gain in row["relevance"]),
-        history=items("history"),
+        candidates=tuple((i.decode(), t.decode()) for i, t in row["candidates"].tolist()),
+        relevance=tuple(row["relevance"].tolist()),
+        history=tuple((i.decode(), t.decode()) for i, t in row["history"].tolist()),
     )
 
 
@@ -170,8 +162,8 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
 
 def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+        temporary = home.parent / f".{home.name}-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise DataError(f"cannot write to {home.parent} ({error}): set data.prepared_dir") from error
     try:
@@ -181,8 +173,7 @@ def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
             made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
         shutil.rmtree(temporary / "downloads", ignore_errors=True)
-        kind = made.kind
-        meta = {"kind": kind, "catalogue": made.catalogue(), "splits": made.records}
+        meta = {"kind": made.kind, "catalogue": made.catalogue(), "splits": made.records}
         (temporary / "meta.json").write_text(json.dumps(meta))
         (temporary / "candidates.json").write_text(json.dumps(made.pools))
         try:
@@ -214,8 +205,8 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     )
 
 
-def _reader(source: Any) -> Callable[[int], RankingExample]:
-    return lambda index: _decode(source[index])
+def _reader(source: Any) -> Callable[[list[int]], list[RankingExample]]:
+    return lambda indices: [_decode(row) for row in source.__getitems__(indices)]
 
 
 # ---------------------------------------------------------------------- raw files
@@ -245,16 +236,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
 
 
-def find_one(folder: Path, matches: Callable[[str], bool]) -> Path | None:
-    """The one file under `folder` whose name without .gz matches, searched in all sub-folders.
+def find_one(folder: Path, matches: Callable[[str], bool], deep: bool = True) -> Path | None:
+    """The one file in `folder` (deep: or below) whose name without .gz matches.
 
     None when there is none. Several with the same content count as one; raises DataError
     when they differ.
     """
-    found = sorted(
-        p for p in folder.rglob("*") if p.is_file() and matches(p.name.removesuffix(".gz"))
-    )
-    if len({sha256(p) for p in found}) > 1:
+    paths = folder.rglob("*") if deep else folder.glob("*")
+    found = sorted(p for p in paths if p.is_file() and matches(p.name.removesuffix(".gz")))
+    if len(found) > 1 and len({sha256(p) for p in found}) > 1:
         names = ", ".join(str(p) for p in found)
         raise DataError(f"several different files for the same thing: {names}; leave only one")
     return found[0] if found else None
