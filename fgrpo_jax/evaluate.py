@@ -20,7 +20,7 @@ from fgrpo_jax.types import RankingExample
 
 AT_CUTOFF = ("recall", "precision", "hit", "ndcg")  # of the ranking, at every cut-off
 WHOLE = ("mrr", "slate_recall")  # of the whole ranking, of the slate
-ERRORS = ("none", "slate_miss", "rank_drop", "malformed", "no_relevant")
+ERRORS = ("ok", "slate_miss", "rank_drop", "malformed", "no_relevant")
 DIGITS = 6  # decimals kept in everything written, so that files are the same bytes everywhere
 
 
@@ -129,7 +129,7 @@ def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
     malformed    the transcript broke a rule
     slate_miss   fewer than n relevant items entered the slate
     rank_drop    n or more entered it, but fewer than n stand in the first k of the ranking
-    none         n relevant items stand in the first k
+    ok           n relevant items stand in the first k
     """
     relevant = {i for i, gain in enumerate(example.relevance) if gain > 0}
     n = min(len(relevant), k)
@@ -139,7 +139,7 @@ def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
         return "malformed"
     if len(relevant.intersection(prediction.slate)) < n:
         return "slate_miss"
-    return "rank_drop" if len(relevant.intersection(prediction.ranking[:k])) < n else "none"
+    return "rank_drop" if len(relevant.intersection(prediction.ranking[:k])) < n else "ok"
 
 
 def resampled_means(values_QM: np.ndarray, resamples: int, seed: int) -> np.ndarray:
