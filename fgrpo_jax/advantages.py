@@ -122,27 +122,23 @@ WEIGHTINGS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def action_weights(phase_BGT: Array, weighting: str, trained_BGT: Array | None = None) -> Array:
+def action_weights(phase_BGT: Array, weighting: str) -> Array:
     """Loss weight of every action, `weight_BGT` float32, 0 where untrained.
 
     token: 1 / trained tokens of the batch. phase: each phase of each rollout sums to
     1 / ((rollout, phase) pairs that have trained tokens). constant: 1 / (B·G·T) (Dr. GRPO).
     Advantages play no part: a dead group stays in the denominator.
 
-    phase_BGT: of the global batch; inside jit the array may be sharded.
-    trained_BGT: bool; an action is trained if it is and its phase is not UNTRAINED. None: all.
+    phase_BGT: of the global batch; inside jit the array may be sharded. Actions labelled
+        UNTRAINED (also those with a single allowed choice) count in no mean.
     weighting: static under jit. Raises KeyError on one that WEIGHTINGS lacks.
     """
-    active_BGT = phase_BGT != UNTRAINED
-    if trained_BGT is not None:
-        active_BGT &= trained_BGT
-    return WEIGHTINGS[weighting](phase_BGT, active_BGT).astype(jnp.float32)
+    return WEIGHTINGS[weighting](phase_BGT, phase_BGT != UNTRAINED).astype(jnp.float32)
 
 
 def make_batch(
     query: Query,
     rollout: Rollout,
-    n_allowed_BGT: Array | None,
     reward_BGR: Array,
     credit: Credit,
     weighting: str,
@@ -151,17 +147,14 @@ def make_batch(
 ) -> Batch:
     """Everything an update needs, from rollouts and their rewards; the global batch.
 
-    n_allowed_BGT: int, the choices the grammar left to each action; actions with a single
-        one get weight 0 and count in no mean. None: sampled without constraint.
     credit, weighting: static under jit.
     """
-    choice_BGT = None if n_allowed_BGT is None else n_allowed_BGT != 1
     return Batch(
         query=query,
         rollout=rollout,
         reward=reward_BGR,
         advantage=group_advantage(reward_BGR, credit),
-        weight=action_weights(rollout.phase, weighting, choice_BGT),
+        weight=action_weights(rollout.phase, weighting),
         old_logp=old_logp,
         ref_logp=ref_logp,
     )

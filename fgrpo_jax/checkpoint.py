@@ -87,7 +87,9 @@ class Checkpoints:
         Raises ValueError when the metric is not finite, or the step older than the latest.
         """
         if metric is not None and not math.isfinite(metric):
-            raise ValueError(f"step {step}: metric {metric} is not finite; a best checkpoint could not be told")
+            raise ValueError(
+                f"step {step}: metric {metric} is not finite; a best checkpoint could not be told"
+            )
         latest = self.latest_step()
         if step in self._metrics:
             return False
@@ -174,7 +176,9 @@ class Checkpoints:
         asked = _described(abstract_state)
         names = sorted(name for name in {*saved, *asked} if saved.get(name) != asked.get(name))
         if names:
-            found = [f"{n}: saved {saved.get(n, 'nothing')}, asked for {asked.get(n, 'nothing')}" for n in names]
+            found = [
+                f"{n}: saved {saved.get(n, 'nothing')}, asked for {asked.get(n, 'nothing')}" for n in names
+            ]
             rest = [f"and {len(names) - 5} more"] if len(names) > 5 else []
             raise ValueError(
                 f"checkpoint of step {step} in {self._directory} was written for another model or "
@@ -183,9 +187,23 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=args)["state"]
 
+    def restore_part(self, step: int, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Some branches of a saved state, as `{"params": ...}` without the optimizer's.
+
+        wanted: ShapeDtypeStructs with shardings. Raises as `restore`.
+        """
+        self.wait()
+        self._check_exists(step)
+        places = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self._directory / str(step) / "state", args=args)
+
     def _check_exists(self, step: int) -> None:
         if step not in self._manager.all_steps():
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self._directory}; there are {self.steps()}")
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self._directory}; there are {self.steps()}"
+            )
 
 
 def _described(tree: PyTree) -> dict[str, str]:

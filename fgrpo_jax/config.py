@@ -222,6 +222,8 @@ class Config:
     seed: int = 0
     run_dir: str = "runs/synthetic"
     """Everything the run writes; a run directory that is not empty is resumed."""
+    start_from: str = ""
+    """Run directory whose best SFT checkpoint `rl` starts from, where sft.steps = 0."""
     tokenizer: str = "catalogue"
     """`catalogue` (each candidate text is one token) or a Hugging Face tokenizer directory."""
     data: DataConfig = DataConfig()
@@ -332,6 +334,10 @@ def validate(config: Config, known: Registries) -> None:
         *_check_model(config.model),
         *_check_data(config),
     ]
+    if config.start_from and config.sft.steps:
+        problems.append("start_from replaces the sft stage: set sft.steps=0, or leave start_from empty")
+    if config.start_from and config.model.checkpoint:
+        problems.append("start_from and model.checkpoint both say where to start: leave one empty")
     for name in ("sft", "rl"):
         problems += _check_stage(name, getattr(config, name), known)
     if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:

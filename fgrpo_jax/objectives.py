@@ -106,7 +106,9 @@ def clipped_pg(
 
     def objective(logp_BGT: Array, batch: Batch) -> tuple[Array, dict[str, Mean]]:
         if kl_weight and batch.ref_logp is None:
-            raise ValueError(f"kl_weight={kl_weight} needs batch.ref_logp, the frozen policy's log-probabilities")
+            raise ValueError(
+                f"kl_weight={kl_weight} needs batch.ref_logp, the frozen policy's log-probabilities"
+            )
         phase_BGT, weight_BGT = batch.rollout.phase, batch.weight
         trained_BGT = weight_BGT > 0
         logp_BGT = jnp.where(trained_BGT, logp_BGT, 0.0)

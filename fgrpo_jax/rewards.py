@@ -63,7 +63,9 @@ def broken_values(default: float, rules: tuple[tuple[str, float], ...]) -> tuple
     """
     own = dict(rules)
     if unknown := sorted(set(own) - set(OUTCOMES[1:])):
-        raise ValueError(f"no broken outcome is called {', '.join(unknown)}; there are {', '.join(OUTCOMES[1:])}")
+        raise ValueError(
+            f"no broken outcome is called {', '.join(unknown)}; there are {', '.join(OUTCOMES[1:])}"
+        )
     return (0.0, *(float(own.get(name, default)) for name in OUTCOMES[1:]))
 
 

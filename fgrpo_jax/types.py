@@ -6,7 +6,8 @@ Array names end in their axes, one letter each:
     G rollout of a query's group       C candidate         D model width
     T action (token of a transcript)   W identifier token  V vocabulary
     P phase (0 slate, 1 rank)          N slate slot        M choice (allowed-token slot)
-    K rank slot                        H head              E head width
+    R credit term                      K rank slot         H head, J key/value head
+                                       E head width
     R credit term
 
 `advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
@@ -30,6 +31,10 @@ PHASES = ("slate", "rank")  # the P axis, in order
 
 Array = jax.Array
 PyTree = Any
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; nothing bad was written into parameters or checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)

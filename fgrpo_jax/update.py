@@ -112,16 +112,19 @@ def _drift(logp_BGT: Array, batch: Batch) -> dict[str, Mean]:
     return {"drift": Mean(jnp.where(trained, gap, 0).sum(), trained.sum().astype(jnp.float32))}
 
 
-def describe(lists: Lists, batch: Batch, dead_BP: Array, terms: tuple) -> dict[str, Mean]:
-    """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths."""
+def describe(lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array) -> dict[str, Mean]:
+    """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths.
+
+    reward_BGP: coverage and utility by what they measure (rewards.phase_rewards), so that
+    runs of different credit log comparable numbers.
+    """
     metrics = {}
 
     def mean(name: str, values: Array) -> None:
         metrics[name] = Mean(values.sum(dtype=jnp.float32), jnp.float32(values.size))
 
-    for r, (phase, reward, _) in enumerate(terms):
-        mean(f"reward/{phase}/{reward}", batch.reward[..., r])
     for p, phase in enumerate(PHASES):
+        mean(f"reward/{phase}", reward_BGP[..., p])
         mean(f"dead_groups/{phase}", dead_BP[:, p])
     for code, outcome in enumerate(OUTCOMES):
         mean(f"outcome/{outcome}", lists.outcome == code)

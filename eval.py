@@ -1,0 +1,2 @@
+def evaluate_run(run_dir, experiment):
+    return "x"

@@ -1,0 +1,225 @@
+"""From a configuration to the things it names: data, tokenizer, model, policy, places.
+
+train.py and eval.py build the same experiment here, so an evaluation can never use another
+grammar, prompt or model than the training did.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fgrpo_jax import datasets, sharding, tokenizers
+from fgrpo_jax.baselines import BASELINES
+from fgrpo_jax.config import Config, ConfigError, ModelConfig, Registries, StageConfig
+from fgrpo_jax.data import seed_of
+from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
+from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.objectives import OBJECTIVES
+from fgrpo_jax.policies import llm
+from fgrpo_jax.policies.logged import logged
+from fgrpo_jax.rewards import REWARDS
+from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.types import Policy, PyTree, Query, RankingExample
+
+KNOWN = Registries(
+    datasets=frozenset(datasets.DATASETS),
+    rewards=frozenset(REWARDS),
+    objectives=frozenset(OBJECTIVES),
+    baselines=frozenset(BASELINES),
+    outcomes=frozenset(OUTCOMES[1:]),
+    metrics=frozenset((*AT_CUTOFF, *WHOLE)),
+)
+
+
+class Experiment(NamedTuple):
+    config: Config
+    dataset: datasets.Dataset
+    tokenizer: Any
+    spec: decoder.DecoderSpec
+    mesh: Mesh
+    param_shardings: PyTree
+
+
+def enable_compilation_cache(folder: str) -> None:
+    """Keep compiled programs on disk between runs."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def assemble(config: Config, dataset: datasets.Dataset, run_dir: Path) -> Experiment:
+    """Tokenizer (the run's own, once it has one), model sizes, mesh.
+
+    Raises ConfigError when the parts do not fit each other.
+    """
+    saved = run_dir / "tokenizer"
+    if saved.is_dir():
+        tokenizer = tokenizers.from_directory(str(saved))
+    else:
+        tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+    spec = _spec(config.model, len(tokenizer))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    for name in ("sft", "rl"):
+        stage = getattr(config, name)
+        if stage.steps:
+            sharding.check_divisible(mesh, stage.batch_queries, stage.microbatches, name)
+    places = sharding.param_shardings(mesh, decoder.logical_axes(spec), decoder.shapes(spec))
+    return Experiment(config, dataset, tokenizer, spec, mesh, places)
+
+
+def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
+    numerics = {"dtype": model.dtype, "param_dtype": model.param_dtype}
+    numerics |= {"remat": model.remat, "logit_chunk": model.logit_chunk}
+    if model.checkpoint:
+        spec = hf.read_spec(model.checkpoint, **numerics)
+        if vocab_size > spec.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {vocab_size} tokens, model.checkpoint {model.checkpoint} only "
+                f"{spec.vocab_size}: they do not belong together; set `tokenizer` to the checkpoint's directory"
+            )
+        return spec
+    return decoder.DecoderSpec(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        mlp_size=model.mlp_size,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        tie_embeddings=model.tie_embeddings,
+        init_std=model.init_std,
+        **numerics,
+    )
+
+
+def make_policy(experiment: Experiment, stage: StageConfig | None) -> Policy:
+    """The policy of a stage; None: for greedy evaluation only."""
+    config, dataset = experiment.config, experiment.dataset
+    policy = llm.make(
+        config,
+        experiment.spec,
+        experiment.tokenizer,
+        dataset.kind,
+        dataset.instruction,
+        stage.group_size if stage else 1,
+    )
+    if stage and stage.source == "logged":
+        grammar = llm.make_grammar(config, experiment.tokenizer)
+        return logged(policy, grammar, config.transcript.constrained, stage.target.fill, stage.target.train_fill)
+    return policy
+
+
+def initial_params(experiment: Experiment) -> PyTree:
+    """The configured checkpoint's weights, or random ones, in their places."""
+    if experiment.config.model.checkpoint:
+        return hf.load(experiment.config.model.checkpoint, experiment.spec, experiment.param_shardings)
+    init = jax.jit(lambda key: decoder.init(experiment.spec, key), out_shardings=experiment.param_shardings)
+    return init(random_key(experiment.config.seed, "model", "init", 0))
+
+
+def random_key(seed: int, stage: str, stream: str, step: int) -> jax.Array:
+    """A key for everything random at a step: a function of (seed, stage, stream, step)."""
+    return jax.random.fold_in(jax.random.key(seed_of(seed, stage, stream) % 2**32), step)
+
+
+def place(experiment: Experiment, query: Query) -> Query:
+    """Put a global batch, encoded on the host, on the devices: each host gives its own rows."""
+    size = query.prompt.shape[0]
+    rows = sharding.local_rows(experiment.mesh, size)
+    return sharding.shard_batch(experiment.mesh, jax.tree.map(lambda x: x[rows], query), size)
+
+
+def save_description(experiment: Experiment, run_dir: Path) -> None:
+    """The tokenizer and the model's sizes, for whoever opens the run later."""
+    if not (run_dir / "tokenizer").is_dir():
+        partial = run_dir / ".tokenizer.partial"
+        experiment.tokenizer.save_pretrained(str(partial))
+        partial.rename(run_dir / "tokenizer")
+        (run_dir / "model.json").write_text(json.dumps(experiment.spec._asdict(), indent=1) + "\n")
+
+
+class Predictor:
+    """Greedy predictions of parameters, compiled once per shape."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._policy = make_policy(experiment, None)
+        replicated = sharding.replicated(experiment.mesh)
+        self._greedy = jax.jit(
+            lambda params, query: self._policy.greedy(params, {}, query)[1], out_shardings=replicated
+        )
+        shards = sharding.query_shards(experiment.mesh)
+        self._size = -(-experiment.config.eval.batch_queries // shards) * shards
+
+    def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
+        """One Prediction per example; padding rows repeat the last example and are dropped."""
+        found: list[Prediction] = []
+        for start in range(0, len(examples), self._size):
+            part = list(examples[start : start + self._size])
+            padded = part + [part[-1]] * (self._size - len(part))
+            query = place(self._experiment, self._policy.encode(padded))
+            lists = jax.tree.map(np.asarray, self._greedy(params, query))
+            for i in range(len(part)):
+                found.append(
+                    Prediction(
+                        slate=tuple(int(c) for c in lists.slate[i, 0] if c >= 0),
+                        ranking=tuple(int(c) for c in lists.ranking[i, 0] if c >= 0),
+                        outcome=OUTCOMES[int(lists.outcome[i, 0])],
+                    )
+                )
+        return found
+
+
+def plan(experiment: Experiment) -> str:
+    """What will run, in the units users count in: printed before anything compiles."""
+    c, spec = experiment.config, experiment.spec
+    devices = experiment.mesh.devices
+    mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
+    lines = [
+        f"devices   {devices.size} x {devices.flat[0].device_kind} ({jax.process_count()} process(es)), mesh {mesh}",
+        f"model     {decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
+        f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {spec.param_dtype} weights",
+        f"data      {experiment.dataset.name}: "
+        + ", ".join(f"{name} {len(split):,}" for name, split in experiment.dataset.splits.items())
+        + " queries",
+    ]
+    policy = make_policy(experiment, None)
+    for name in ("sft", "rl"):
+        stage = getattr(c, name)
+        if not stage.steps:
+            lines.append(f"{name:9} skipped (steps = 0)")
+            continue
+        lines.append(f"{name:9} {_shapes(experiment, policy, stage)}")
+    return "\n".join([*lines, f"output    {c.run_dir}"])
+
+
+def _shapes(experiment: Experiment, policy: Policy, stage: StageConfig) -> str:
+    from fgrpo_jax.data import make_batches
+
+    batches = make_batches(experiment.dataset, experiment.config, "plan", stage)
+    query = policy.encode(batches.batch_at(0))
+    grammar = llm.make_grammar(experiment.config, experiment.tokenizer)
+    length = grammar.length(query.identifiers.shape[1], query.identifiers.shape[2])
+    b, g, s = stage.batch_queries, stage.group_size, query.prompt.shape[1]
+    tokens = b * (s + g * length)
+    return (
+        f"{stage.steps} steps of [B {b}, G {g}, S {s}, T {length}], {tokens:,} tokens a step "
+        f"({stage.source}, {stage.objective.name}), {len(batches.rows):,} queries"
+        + (f", {batches.skipped:,} skipped: nothing relevant" if batches.skipped else "")
+    )
+
+
+def as_state(step: int, params: PyTree, opt_state: PyTree):
+    from fgrpo_jax.types import TrainState
+
+    return TrainState(jnp.int32(step), params, opt_state)

@@ -1,0 +1,172 @@
+"""A run directory: everything a run writes, and the rules by which it is entered again.
+
+    config.json       the configuration; another one in it is refused
+    data.json         fingerprints of the data splits, and the catalogue's items
+    tokenizer/        the tokenizer
+    model.json        sizes of the decoder
+    metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
+    sft/, rl/         checkpoints/ and done.json (written when the stage is complete)
+    curves.png        training curves of both phases
+    eval/SPLIT/       evaluations
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fgrpo_jax import config as config_lib
+from fgrpo_jax.config import Config, ConfigError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is there whole or not at all, also when the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def enter(config: Config, is_main: bool = True) -> Path:
+    """Create the run directory, or enter one of the same configuration.
+
+    Raises ConfigError when it cannot be written, holds something else, or belongs to another
+    configuration (every differing field is named; where the directory lies does not count).
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    saved = run_dir / "config.json"
+    if saved.is_file():
+        old = read_config(run_dir)
+        differing = config_lib.differences(_placeless(old), _placeless(config))
+        if differing:
+            raise ConfigError(
+                f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
+                + "\n".join(f"  - {line}" for line in differing)
+            )
+        return run_dir
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} is not empty and holds no config.json, so it is no run: choose another run_dir")
+    if is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(saved, config_lib.to_json(config))
+        except OSError as error:
+            raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another run_dir") from None
+    return run_dir
+
+
+def _placeless(config: Config) -> Config:
+    import dataclasses
+
+    return dataclasses.replace(config, run_dir="")
+
+
+def read_config(run_dir: Path) -> Config:
+    """Raises ConfigError when the directory is no run, or of an incompatible version."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
+    return config_lib.from_json(path.read_text(encoding="utf-8"))
+
+
+def check_data(run_dir: Path, fingerprints: dict[str, str], catalogue: Any, is_main: bool = True) -> None:
+    """Record what the run was trained on; refuse to go on with other data under the same name.
+
+    A split that was not there before is added: it does not invalidate anything.
+    """
+    path = run_dir / "data.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fingerprints": {}}
+    for split, value in fingerprints.items():
+        if known["fingerprints"].get(split, value) != value:
+            raise ConfigError(
+                f"the {split} split is not the one {run_dir} was started with (fingerprint {value}, "
+                f"was {known['fingerprints'][split]}): restore the raw files, or choose another run_dir"
+            )
+    merged = {"fingerprints": known["fingerprints"] | fingerprints, "catalogue": [list(item) for item in catalogue]}
+    if is_main and merged != known:
+        write_atomically(path, json.dumps(merged, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_catalogue(run_dir: Path) -> tuple[tuple[str, str], ...]:
+    items = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["catalogue"]
+    return tuple((item, text) for item, text in items)
+
+
+class MetricsLog:
+    """metrics.jsonl, and TensorBoard where asked for. Only the main process writes."""
+
+    def __init__(self, run_dir: Path, tensorboard: bool, is_main: bool):
+        self.path, self._is_main, self._board = run_dir / "metrics.jsonl", is_main, None
+        if tensorboard and is_main:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ConfigError("tensorboard=True needs the `log` extra: pip install 'fgrpo_jax[log]'") from None
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [row for line in lines if (row := json.loads(line))["stage"] == stage]
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop what an interrupted run logged beyond the checkpoint it resumes from."""
+        if not (self._is_main and self.path.is_file()):
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # torn by a kill
+            row = json.loads(line)
+            if row["stage"] != stage or row["step"] <= step:
+                kept.append(line)
+        write_atomically(self.path, "".join(kept))
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        if not self._is_main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+
+
+class Progress:
+    """One line per log interval; `\\r` would be unreadable in a file, so lines only."""
+
+    def __init__(self, stage: str, start: int, steps: int, queries: int, is_main: bool):
+        self._stage, self._steps, self._queries, self._is_main = stage, steps, queries, is_main
+        self._last_step, self._last_time = start, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        """Queries per second since the last call (or `skip`)."""
+        now = time.monotonic()
+        rate = (step - self._last_step) * self._queries / max(now - self._last_time, 1e-9)
+        self._last_step, self._last_time = step, now
+        return rate
+
+    def skip(self, step: int) -> None:
+        """Time spent evaluating is not throughput."""
+        self._last_step, self._last_time = step, time.monotonic()
+
+    def line(self, step: int, values: dict[str, float], rate: float) -> None:
+        if not self._is_main:
+            return
+        left = (self._steps - step) * self._queries / max(rate, 1e-9)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"{self._stage} {step}/{self._steps}  {shown}  {rate:.0f} queries/s  ETA {_clock(left)}")
+        sys.stdout.flush()
+
+
+def _clock(seconds: float) -> str:
+    seconds = int(min(seconds, 359_999))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,0 +1,172 @@
+"""Train a policy to choose and rank: config -> stages -> one loop, here.
+
+    python train.py [configs/NAME.py] [--rl.optim.learning-rate 3e-6 ...]
+
+Two stages, `sft` and `rl`, run the same loop: SFT is the loop whose rollouts are written
+from the relevance labels and whose objective is the negative log-likelihood; GRPO, F-GRPO
+and GDPO are the loop with sampled rollouts and different credit. Stopping it (SIGTERM) saves
+and exits 0; the same command resumes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str]):
+    """The configuration: a file's `get_config()`, overridden by flags."""
+    import tyro
+
+    from fgrpo_jax import config as config_lib
+
+    rest, default = list(argv), config_lib.Config()
+    if rest and not rest[0].startswith("-"):
+        path = rest.pop(0)
+        default = config_lib.load_file(path)
+    elif not rest or "--help" not in rest and "-h" not in rest:
+        default = config_lib.load_file(Path(__file__).with_name("configs") / "synthetic.py")
+    return tyro.cli(config_lib.Config, default=default, args=rest, prog="train.py", description=__doc__)
+
+
+# ===================================================================== the algorithm
+
+
+def make_step(experiment, policy, stage):
+    """The two programs of a step: rollouts with their credit, and the update."""
+    import jax
+
+    from fgrpo_jax import advantages, rewards
+    from fgrpo_jax.objectives import OBJECTIVES
+    from fgrpo_jax.types import Credit
+    from fgrpo_jax.update import describe, make_optimizer, make_update
+
+    config, loss = experiment.config, stage.objective
+    credit = Credit(stage.credit.terms, stage.credit.normalise)
+    broken = rewards.broken_values(config.reward.broken, config.reward.rules)
+
+    @jax.jit
+    def collect(params, frozen, query, key):
+        rollout, lists = policy.rollout(params, frozen, query, key)
+        reward_BGR = rewards.term_rewards(credit, lists, query, config.reward.k, broken)
+        batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
+        if loss.epochs > 1:  # the policy before the first of several updates
+            batch = batch.replace(old_logp=policy.logprobs(params, frozen, query, rollout))
+        if loss.kl_weight:
+            batch = batch.replace(ref_logp=policy.logprobs(frozen["reference"], frozen, query, rollout))
+        reward_BGP = rewards.phase_rewards(reward_BGR, credit)
+        dead_BP = advantages.dead_groups(reward_BGR, credit)
+        return batch, describe(lists, batch, reward_BGP, dead_BP) if stage.source == "sampled" else {}
+
+    objective = OBJECTIVES[loss.name](
+        ratio=loss.ratio, clip_low=loss.clip_low, clip_high=loss.clip_high, kl_weight=loss.kl_weight
+    )
+    o = stage.optim
+    optimizer = make_optimizer(
+        o.learning_rate, stage.steps * loss.epochs, o.warmup_steps, o.decay, o.b1, o.b2, o.eps,
+        o.weight_decay, o.clip_norm,
+    )  # fmt: skip
+    update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs)
+    return collect, jax.jit(update, donate_argnums=0), optimizer
+
+
+def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, stop) -> bool:
+    """Run one stage to its end, or to a stop signal; False if it was stopped.
+
+    start_params: () -> params, called only where no checkpoint is there to resume from, or
+    where the frozen reference has to be rebuilt.
+    """
+    from fgrpo_jax.data import make_batches
+    from fgrpo_jax.experiment import make_policy, place, random_key
+    from fgrpo_jax.stage import Stage
+
+    config = experiment.config
+    policy = make_policy(experiment, stage)
+    batches = make_batches(experiment.dataset, config, name, stage)
+    collect, update, optimizer = make_step(experiment, policy, stage)
+    with Stage(experiment, name, stage, optimizer, start_params, run_dir, log) as keeper:
+        state, frozen = keeper.state, keeper.frozen
+        for step in range(int(state.step), stage.steps):
+            examples = batches.batch_at(step)
+            query = place(experiment, policy.encode(examples))
+            batch, seen = collect(state.params, frozen, query, random_key(config.seed, name, "rollout", step))
+            state, metrics = update(state, frozen, batch)
+            if not keeper.on_step(state, seen | metrics, examples, stopping=stop()):
+                break
+        return keeper.finished
+
+
+# ===================================================================== the run
+
+
+def main(argv: list[str]) -> int:
+    config = parse(argv)
+    from fgrpo_jax.config import ConfigError, validate
+    from fgrpo_jax.datasets import DataError
+    from fgrpo_jax.types import TrainingError
+
+    try:
+        return run(config, validate)
+    except (ConfigError, DataError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config, validate) -> int:
+    """Everything between a configuration and its evaluation table."""
+    from fgrpo_jax import experiment as experiment_lib
+
+    validate(config, experiment_lib.KNOWN)
+    import jax
+
+    from fgrpo_jax import datasets, report
+    from fgrpo_jax import run as run_lib
+    from fgrpo_jax.checkpoint import preemption
+    from fgrpo_jax.sharding import initialize_distributed
+
+    initialize_distributed()
+    experiment_lib.enable_compilation_cache(config.compilation_cache)
+    is_main = jax.process_index() == 0
+    dataset = datasets.load(config.data)
+    experiment = experiment_lib.assemble(config, dataset, Path(config.run_dir).expanduser())
+    plan = experiment_lib.plan(experiment)
+    run_dir = run_lib.enter(config, is_main)
+    run_lib.check_data(run_dir, dataset.fingerprints, dataset.catalogue, is_main)
+    if is_main:
+        print(plan, flush=True)
+        experiment_lib.save_description(experiment, run_dir)
+    log = run_lib.MetricsLog(run_dir, config.tensorboard, is_main)
+    try:
+        with preemption() as stop:
+            for name in ("sft", "rl"):
+                stage = getattr(config, name)
+                if stage.steps and not _run_stage(experiment, name, stage, run_dir, log, stop):
+                    print(f"stopped in {name}: saved; the same command resumes", flush=True)
+                    return 0
+    finally:
+        log.close()
+    if is_main and log.path.is_file():
+        report.curves(log.path, run_dir / "curves.png")
+    import eval as evaluation
+
+    print(evaluation.evaluate_run(run_dir, experiment), flush=True)
+    return 0
+
+
+def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
+    from fgrpo_jax.stage import best_params, is_done, source_of
+
+    if is_done(run_dir, name):
+        return True
+
+    def start_params():
+        from fgrpo_jax.experiment import initial_params
+
+        source = source_of(experiment.config, run_dir, name)
+        return best_params(experiment, *source) if source else initial_params(experiment)
+
+    return train_stage(experiment, name, stage, start_params, run_dir, log, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
