@@ -172,18 +172,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_exists(step)
-        saved = _described(self._manager.item_metadata(step)["state"].tree)
-        asked = _described(abstract_state)
-        names = sorted(name for name in {*saved, *asked} if saved.get(name) != asked.get(name))
-        if names:
-            found = [
-                f"{n}: saved {saved.get(n, 'nothing')}, asked for {asked.get(n, 'nothing')}" for n in names
-            ]
-            rest = [f"and {len(names) - 5} more"] if len(names) > 5 else []
-            raise ValueError(
-                f"checkpoint of step {step} in {self._directory} was written for another model or "
-                f"optimizer:\n  " + "\n  ".join(found[:5] + rest)
-            )
+        self._check_fits(step, abstract_state, everything=True)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=args)["state"]
 
@@ -194,6 +183,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_exists(step)
+        self._check_fits(step, wanted, everything=False)
         places = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=places, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -203,6 +193,21 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {self._directory}; there are {self.steps()}"
+            )
+
+    def _check_fits(self, step: int, wanted: PyTree, everything: bool) -> None:
+        saved = _described(self._manager.item_metadata(step)["state"].tree)
+        asked = _described(wanted)
+        compared = {*saved, *asked} if everything else {*asked}
+        names = sorted(name for name in compared if saved.get(name) != asked.get(name))
+        if names:
+            found = [
+                f"{n}: saved {saved.get(n, 'nothing')}, asked for {asked.get(n, 'nothing')}" for n in names
+            ]
+            rest = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+            raise ValueError(
+                f"checkpoint of step {step} in {self._directory} was written for another model or "
+                f"optimizer:\n  " + "\n  ".join(found[:5] + rest)
             )
 
 
@@ -228,11 +233,12 @@ def preemption() -> Iterator[Callable[[], bool]]:
     service hears the signal on any host and picks a step for all of them: every process
     must ask equally often, from the same step on, and some more steps may pass.
     """
-    asked = [0]
+    answers: list[bool] = []  # JAX says yes at one step only; we go on saying it
 
     def agreed() -> bool:
-        asked[0] += 1
-        return multihost_utils.reached_preemption_sync_point(asked[0])
+        reached = multihost_utils.reached_preemption_sync_point(len(answers) + 1)
+        answers.append(reached or answers[-1:] == [True])
+        return answers[-1]
 
     if jax.process_count() > 1:
         yield agreed  # a handler of ours would take the signal away from JAX's service

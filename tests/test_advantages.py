@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgrpo_jax.advantages import NORMALISE, WEIGHTINGS, action_weights, dead_groups, group_advantage, make_batch
+from fgrpo_jax.advantages import (
+    NORMALISE,
+    WEIGHTINGS,
+    action_weights,
+    dead_groups,
+    group_advantage,
+    make_batch,
+)
 from fgrpo_jax.types import PHASES, Credit, Rollout
 
 B, G, T, R = 5, 4, 7, 3
@@ -19,7 +26,9 @@ def by_loop(reward, credit):
     out = np.zeros((*reward.shape[:2], 2))
     for b in range(reward.shape[0]):
         for p, phase in enumerate(PHASES):
-            own = [(reward[b, :, r].astype(float), w) for r, (ph, _, w) in enumerate(credit.terms) if ph == phase]
+            own = [
+                (reward[b, :, r].astype(float), w) for r, (ph, _, w) in enumerate(credit.terms) if ph == phase
+            ]
             if credit.normalise == "each":
                 parts = [w * (x - x.mean()) / x.std() if x.max() > x.min() else 0 * x for x, w in own]
                 out[b, :, p] = sum(parts)
@@ -43,7 +52,9 @@ def test_equals_loop(normalise):
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.floats(-100, 100, width=32, allow_subnormal=False), st.sampled_from(NORMALISE), st.integers(0, B - 1))
+@given(
+    st.floats(-100, 100, width=32, allow_subnormal=False), st.sampled_from(NORMALISE), st.integers(0, B - 1)
+)
 def test_group_without_signal_is_exactly_zero(value, normalise, b):
     """0.1 eight times has a mean that is not 0.1 in floats: dead groups are compared, not summed."""
     rng = np.random.default_rng(b)
@@ -107,15 +118,18 @@ def random_phases(rng):
     return phase
 
 
-def weights_by_loop(phase, trained, weighting):
-    out = np.zeros(phase.shape)
-    active = trained & (phase > 0)
+def weights_by_loop(phase, weighting):
+    out, active = np.zeros(phase.shape), phase > 0
     cells = [(b, g, p) for b in range(B) for g in range(G) for p in (1, 2)]
     cells = [(c, active[c[0], c[1]] & (phase[c[0], c[1]] == c[2])) for c in cells]
     pairs = sum(mask.any() for _, mask in cells)
     for (b, g, _), mask in cells:
         if mask.any():
-            share = {"token": 1 / active.sum(), "phase": 1 / (pairs * mask.sum()), "constant": 1 / active.size}
+            share = {
+                "token": 1 / active.sum(),
+                "phase": 1 / (pairs * mask.sum()),
+                "constant": 1 / active.size,
+            }
             out[b, g, mask] = share[weighting]
     return out
 
@@ -123,30 +137,24 @@ def weights_by_loop(phase, trained, weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weights_equal_loop(weighting):
     rng = np.random.default_rng(3)
-    phase, trained = random_phases(rng), rng.random((B, G, T)) < 0.7
-    weight = action_weights(jnp.asarray(phase), weighting, jnp.asarray(trained))
-    np.testing.assert_allclose(weight, weights_by_loop(phase, trained, weighting), rtol=1e-5)
+    phase = np.where(rng.random((B, G, T)) < 0.7, random_phases(rng), 0)  # with gaps: forced actions
+    weight = action_weights(jnp.asarray(phase), weighting)
+    np.testing.assert_allclose(weight, weights_by_loop(phase, weighting), rtol=1e-5)
     if weighting != "constant":
         np.testing.assert_allclose(weight.sum(), 1, rtol=1e-5)
     nothing = action_weights(jnp.zeros((B, G, T), jnp.int32), weighting)
     assert (nothing == 0).all()
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_single_choices_count_in_no_mean(weighting):
-    """Forced actions weigh nothing, and the others as if the forced ones were not there."""
+def test_batch_holds_rewards_advantages_and_weights():
     rng = np.random.default_rng(4)
-    phase, n_allowed = random_phases(rng), rng.integers(1, 4, (B, G, T))
     reward = jnp.asarray(rng.random((B, G, R)), jnp.float32)
-    rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(phase), jnp.zeros((B, G, T)))
-    credit = Credit(TERMS)
-    batch = make_batch(None, rollout, jnp.asarray(n_allowed), reward, credit, weighting)
-    np.testing.assert_array_equal(np.asarray(batch.weight) > 0, (phase > 0) & (n_allowed > 1))
-    untrained = jnp.asarray(np.where(n_allowed > 1, phase, 0))
-    np.testing.assert_array_equal(batch.weight, action_weights(untrained, weighting))
-    np.testing.assert_array_equal(batch.advantage, group_advantage(reward, credit))
-    free = make_batch(None, rollout, None, reward, credit, weighting)
-    np.testing.assert_array_equal(free.weight, action_weights(jnp.asarray(phase), weighting))
+    rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(random_phases(rng)), jnp.zeros((B, G, T)))
+    batch = make_batch(None, rollout, reward, Credit(TERMS), "phase", ref_logp=rollout.logp)
+    np.testing.assert_array_equal(batch.reward, reward)
+    np.testing.assert_array_equal(batch.advantage, group_advantage(reward, Credit(TERMS)))
+    np.testing.assert_array_equal(batch.weight, action_weights(rollout.phase, "phase"))
+    assert batch.old_logp is None and batch.ref_logp is rollout.logp
 
 
 def test_dead_groups_stay_in_the_denominator():
@@ -156,7 +164,9 @@ def test_dead_groups_stay_in_the_denominator():
     alive = rng.random((B, G, R)).astype(np.float32)
     dead = alive.copy()
     dead[0] = 0.5
-    weights = [make_batch(None, rollout, None, jnp.asarray(r), Credit(TERMS), "token").weight for r in (alive, dead)]
+    weights = [
+        make_batch(None, rollout, jnp.asarray(r), Credit(TERMS), "token").weight for r in (alive, dead)
+    ]
     np.testing.assert_array_equal(*weights)
 
 

@@ -46,6 +46,8 @@ def test_round_trip_and_reopening(tmp_path):
     with Checkpoints(tmp_path / "new" / "dir", keep_latest=2, read_only=True) as kept:
         assert (kept.latest_step(), kept.best_step(), kept.metric(4)) == (4, 4, 0.25)
         assert_same(kept.restore(4, abstract(make_state(0))), make_state(4))
+        part = kept.restore_part(4, {"params": abstract(PARAMS)})
+        assert_same(part, {"params": make_state(4).params})
 
 
 def test_keeps_latest_best_and_pinned(tmp_path):
@@ -95,6 +97,8 @@ def test_refusals(tmp_path):
         ):
             with pytest.raises(ValueError, match=message):
                 kept.restore(3, other.replace(params=params))
+        with pytest.raises(ValueError, match="params.z: saved nothing"):
+            kept.restore_part(3, {"params": {"z": wide}})
 
 
 def test_kill_while_saving_leaves_the_older_step(tmp_path):
@@ -156,6 +160,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
                     print("ready", flush=True)
                 if stop():
                     kept.save(step, dict(x=x), dict(step=step), None)
+                    assert stop()
                     break
                 time.sleep(0.02)
         print("stopped", step, flush=True)

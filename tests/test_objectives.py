@@ -21,12 +21,14 @@ def make(seed=0, weighting="token", credit=CREDIT, old=0.0, ref=0.0):
         for g in range(G):
             n, k = rng.integers(1, 4, 2)
             phase[b, g, :n], phase[b, g, n : n + k] = 1, 2
+    phase[rng.random((B, G, T)) < 0.2] = 0  # forced actions inside a phase
     logp = jnp.asarray(-rng.random((B, G, T)), jnp.float32)
     reward = rng.integers(0, 5, (B, G, len(credit.terms))).astype(np.float32) / 4
     rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(phase), logp)
-    n_allowed = jnp.asarray(rng.integers(1, 6, (B, G, T)))
-    near = [jnp.asarray(logp + d * rng.standard_normal((B, G, T)), jnp.float32) if d else None for d in (old, ref)]
-    return make_batch(None, rollout, n_allowed, jnp.asarray(reward), credit, weighting, *near), logp
+    near = [
+        jnp.asarray(logp + d * rng.standard_normal((B, G, T)), jnp.float32) if d else None for d in (old, ref)
+    ]
+    return make_batch(None, rollout, jnp.asarray(reward), credit, weighting, *near), logp
 
 
 def gradient(objective, logp, batch):
@@ -35,7 +37,11 @@ def gradient(objective, logp, batch):
 
 def loss_by_loop(batch, logp, level, low, high, kl_weight):
     """Token by token, in float64; the metrics' sums and counts too."""
-    logp, weight, phase = np.asarray(logp, float), np.asarray(batch.weight, float), np.asarray(batch.rollout.phase)
+    logp, weight, phase = (
+        np.asarray(logp, float),
+        np.asarray(batch.weight, float),
+        np.asarray(batch.rollout.phase),
+    )
     old, ref = np.asarray(batch.old_logp, float), np.asarray(batch.ref_logp, float)
     total, clipped, trained, kl = 0.0, np.zeros(3), np.zeros(3), 0.0
     for b, g, t in zip(*np.nonzero(weight), strict=True):
@@ -113,7 +119,9 @@ def test_kl_gradient():
     batch, logp = make(4, ref=0.3)
     batch = batch.replace(advantage=jnp.zeros_like(batch.advantage))
     expected = 0.7 * batch.weight * (1 - jnp.exp(batch.ref_logp - logp))
-    np.testing.assert_allclose(gradient(clipped_pg(kl_weight=0.7), logp, batch), expected, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(
+        gradient(clipped_pg(kl_weight=0.7), logp, batch), expected, rtol=1e-4, atol=1e-8
+    )
     np.testing.assert_array_equal(gradient(clipped_pg(kl_weight=0.7), logp, batch.replace(ref_logp=logp)), 0)
 
 
@@ -128,7 +136,9 @@ def test_any_split_adds_up(name, weighting):
         parts = [(jax.tree.map(lambda x, s=s: x[s], batch), logp[s]) for s in map(slice, cuts, cuts[1:])]
         found = [objective(x, part) for part, x in parts]
         np.testing.assert_allclose(sum(f[0] for f in found), loss, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(np.concatenate([gradient(objective, x, p) for p, x in parts]), whole, rtol=1e-6)
+        np.testing.assert_allclose(
+            np.concatenate([gradient(objective, x, p) for p, x in parts]), whole, rtol=1e-6
+        )
         for key, mean in metrics.items():
             total = sum((f[1][key] for f in found[1:]), found[0][1][key])
             np.testing.assert_allclose(total.value(), mean.value(), rtol=1e-4, atol=1e-7)
@@ -156,7 +166,9 @@ def test_shared_credit_with_phase_blind_weights_is_grpo():
 
         objective = clipped_pg("token", 0.2, 0.2)
         np.testing.assert_allclose(objective(logp, shared)[0], grpo(logp), rtol=1e-4, atol=1e-7)
-        np.testing.assert_allclose(gradient(objective, logp, shared), jax.grad(grpo)(logp), rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            gradient(objective, logp, shared), jax.grad(grpo)(logp), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_each_token_follows_its_own_phase():
@@ -207,7 +219,9 @@ def test_nll_is_the_weighted_mean():
     np.testing.assert_allclose(loss, -np.asarray(logp)[trained].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value(), loss, rtol=1e-5)
     np.testing.assert_allclose(gradient(nll(), logp, batch), -np.asarray(batch.weight))
-    empty = Batch(None, batch.rollout, batch.reward, batch.advantage, action_weights(batch.rollout.phase * 0, "token"))
+    empty = Batch(
+        None, batch.rollout, batch.reward, batch.advantage, action_weights(batch.rollout.phase * 0, "token")
+    )
     assert nll()(logp, empty)[0] == 0 and nll()(logp, empty)[1]["loss"].value() == 0
 
 

@@ -21,7 +21,9 @@ BROKEN = broken_values(-0.1, (("slate_duplicate", -0.5), ("rank_truncated", -0.2
 def make_query(relevance_BC):
     b, c = relevance_BC.shape
     zeros = jnp.zeros((b, 1), jnp.int32)
-    return Query(zeros, zeros[:, 0] + 1, jnp.zeros((b, c, 1), jnp.int32), jnp.asarray(relevance_BC), zeros[:, 0] + c)
+    return Query(
+        zeros, zeros[:, 0] + 1, jnp.zeros((b, c, 1), jnp.int32), jnp.asarray(relevance_BC), zeros[:, 0] + c
+    )
 
 
 def random_lists(rng):
@@ -91,7 +93,9 @@ def test_relabelling_candidates_changes_nothing(seed):
     np.put_along_axis(relabelled, new, relevance, axis=1)
 
     def relabel(x):
-        return np.where(x >= 0, np.take_along_axis(new[:, None], np.maximum(x, 0), axis=2), -1).astype(np.int32)
+        return np.where(x >= 0, np.take_along_axis(new[:, None], np.maximum(x, 0), axis=2), -1).astype(
+            np.int32
+        )
 
     np.testing.assert_array_equal(
         rewards_of(slate, ranking, outcome, relevance),
@@ -139,6 +143,8 @@ def test_phase_rewards_count_each_reward_once():
 def test_bad_broken_values_are_refused():
     with pytest.raises(ValueError, match="slate_wrong"):
         broken_values(0.0, (("slate_wrong", 1.0),))
-    lists = Lists(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+    lists = Lists(
+        jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    )
     with pytest.raises(ValueError, match="broken_values"):
         term_rewards(Credit(ALL_TERMS), lists, make_query(np.ones((1, 1), np.float32)), 1, (0.0,))

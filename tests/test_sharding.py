@@ -16,7 +16,9 @@ from fgrpo_jax.sharding import check_divisible, initialize_distributed, local_ro
 def run_on_8_devices(script):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
 
@@ -81,8 +83,8 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh():
         @jax.jit
         def step(phase, logp, old, reward):
             def loss(x):
-                batch = make_batch(None, Rollout(phase, phase, logp), None, reward, credit, "phase", old_logp=old)
-                return clipped_pg(kl_weight=0.0)(x, batch)[0]
+                batch = make_batch(None, Rollout(phase, phase, logp), reward, credit, "phase", old_logp=old)
+                return clipped_pg()(x, batch)[0]
             return jax.value_and_grad(loss)(logp)
 
         one = step(phase, logp, old, reward)
@@ -136,7 +138,10 @@ def test_indivisible_batches_are_refused():
         ({"FGRPO_DISTRIBUTED": "yes"}, "only value is 'auto'"),
         ({"FGRPO_DISTRIBUTED": "auto", "FGRPO_PROCESS_ID": "0"}, "unset FGRPO_PROCESS_ID"),
         ({"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "2", "FGRPO_PROCESS_ID": "2"}, "from 0 to"),
-        ({"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "two", "FGRPO_PROCESS_ID": "1"}, "whole numbers"),
+        (
+            {"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "two", "FGRPO_PROCESS_ID": "1"},
+            "whole numbers",
+        ),
     ],
 )
 def test_half_set_environments_are_refused(environ, message):
