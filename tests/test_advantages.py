@@ -78,6 +78,15 @@ def test_terms_that_cancel_are_dead_unless_normalised_each():
     np.testing.assert_array_equal(dead_groups(reward, Credit(terms, "each")), [[True, False]])
 
 
+def test_constant_term_adds_nothing_to_a_live_one():
+    """Standardising a term whose rounded mean is not its value would make noise as large as signal."""
+    reward = np.random.default_rng(3).random((B, 7, R)).astype(np.float32)
+    reward[..., 2] = np.array([0.1, 0.3, 0.7, 1.1, 2.3], np.float32)[:, None]  # mrr, the same in each group
+    assert (reward[..., 2] - jnp.asarray(reward)[..., 2].mean(1, keepdims=True) != 0).any()
+    both = advantage(jnp.asarray(reward), Credit(TERMS, "each"))
+    np.testing.assert_array_equal(both, advantage(jnp.asarray(reward), Credit(TERMS[:2], "each")))
+
+
 def test_no_terms_no_advantage():
     assert (group_advantage(jnp.zeros((B, G, 0)), Credit(())) == 0).all()
     assert dead_groups(jnp.zeros((B, G, 0)), Credit(())).all()
