@@ -356,6 +356,9 @@ def _check_names(config: Config, known: Registries) -> list[str]:
     check("data.name", config.data.name, known.datasets)
     for name in config.eval.baselines:
         check("eval.baselines", name, known.baselines)
+    methods = set(config.eval.baselines) | {name for name in ("sft", "rl") if getattr(config, name).steps}
+    methods |= {"sft"} if config.start_from else set()
+    check("eval.versus", config.eval.versus, frozenset(methods))
     for outcome, _ in config.reward.rules:
         check("reward.rules", outcome, known.outcomes)
     metric, _, cutoff = config.eval.metric.partition("@")

@@ -218,5 +218,5 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
     wanted = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, experiment.param_shardings
     )
-    with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep) as checkpoints:
+    with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
         return checkpoints.restore_part(record["best_step"], {"params": wanted})["params"]
