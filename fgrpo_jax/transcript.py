@@ -23,47 +23,22 @@ represented by the first of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fgrpo_jax.grammar import CODE, FIRST_RANK_CODE, OUTCOMES, Grammar, check_grammar, check_identifiers, render
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, Query
 
-OUTCOMES = (
-    "ok",
-    "slate_empty", "slate_duplicate", "slate_out_of_pool", "slate_too_short",
-    "slate_too_long", "slate_missing_tag", "slate_truncated",
-    "rank_empty", "rank_duplicate", "rank_out_of_pool", "rank_not_in_slate", "rank_too_short",
-    "rank_too_long", "rank_missing_tag", "rank_truncated", "trailing_text",
-)  # fmt: skip
-CODE = {name: i for i, name in enumerate(OUTCOMES)}
-FIRST_RANK_CODE = CODE["rank_empty"]  # codes from here on broke after a complete slate
+__all__ = [
+    "CODE", "FIRST_RANK_CODE", "OUTCOMES", "Grammar", "check_grammar", "check_identifiers", "render",
+    "FINISHED", "State", "start", "advance", "Choices", "choices", "allowed", "finish", "parse",
+]  # fmt: skip
+
 _RUNNING = -1
 
 _IDENTIFIER, _LITERAL, _END, FINISHED = range(4)  # what the next token belongs to
-
-
-class Grammar(NamedTuple):
-    """Literals as token ids and list limits; hashable, so it is a static argument of jit."""
-
-    separator: tuple[int, ...]
-    slate_close: tuple[int, ...]
-    rank_close: tuple[int, ...]
-    eos: int
-    slate_min: int
-    slate_max: int
-    rank_min: int
-    rank_max: int
-
-    def length(self, n_candidates: int, width: int) -> int:
-        """T: the longest transcript over pools of `n_candidates` identifiers of `width` tokens."""
-        n = min(self.slate_max, n_candidates)
-        k = min(self.rank_max, n)
-        separators = (n - 1 + k - 1) * len(self.separator)
-        return (n + k) * width + separators + len(self.slate_close) + len(self.rank_close) + 1
 
 
 @flax.struct.dataclass
@@ -122,10 +97,12 @@ def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tu
     listed = _append(grammar, state, item_BG, decided_now | decided_late)
     broken = listed.outcome != _RUNNING
 
-    opens_close = at_identifier & ~fits_any & ~decided_late & (state.pos == 0) & (state.count > 0)
+    # With an empty separator an identifier or the closing tag may follow an item.
+    unfit = at_identifier & ~fits_any & ~decided_late
+    opens_close = unfit & (state.pos == 0) & (state.count > 0) & (token_BG == _first_of_close(grammar, state))
     opens_close &= not grammar.separator
-    reads_literal = (state.at == _LITERAL) | (decided_late & ~broken) | opens_close
-    after = _read_literal(grammar, query, listed, token_BG, reads_literal, decided_late, opens_close)
+    starts = (decided_late & ~broken) | opens_close
+    after = _read_literal(grammar, query, listed, token_BG, starts)
 
     # Between two identifiers stands a literal, or nothing when the separator is empty.
     next_item = decided_now & ~broken
@@ -142,8 +119,7 @@ def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tu
         is_separator=jnp.where(next_item, bool(grammar.separator), after.is_separator),
         is_close=after.is_close | next_item,
     )
-    lost = at_identifier & ~fits_any & ~decided_late & ~opens_close
-    after = _fail(after, lost, _lost_code(grammar, state, token_BG))
+    after = _fail(after, unfit & ~opens_close, _unfit_code(grammar, state, token_BG))
     at_end = state.at == _END
     after = _fail(after, at_end & (token_BG != grammar.eos), CODE["trailing_text"])
     after = _fail(after, at_end & (token_BG == grammar.eos), CODE["ok"])
@@ -174,25 +150,20 @@ def _append(grammar: Grammar, state: State, item_BG: Array, when: Array) -> Stat
     )
 
 
-def _read_literal(
-    grammar: Grammar, query: Query, state: State, token_BG: Array, when: Array, starts: Array, close_only: Array
-) -> State:
-    """One token of a separator or closing tag; `starts`: it is the literal's first token."""
-    pos = jnp.where(starts | close_only, 0, state.pos)
-    could_separate = (state.is_separator | starts) & ~close_only
-    could_close = state.is_close | starts | close_only
+def _read_literal(grammar: Grammar, query: Query, state: State, token_BG: Array, starts: Array) -> State:
+    """One token of a separator or closing tag; `starts`: a literal begins where none was due yet."""
+    when = (state.at == _LITERAL) | starts
+    pos = jnp.where(starts, 0, state.pos)
     in_slate_phase = state.phase == SLATE
     close = jnp.where(
         in_slate_phase, _literal_token(grammar.slate_close, pos), _literal_token(grammar.rank_close, pos)
     )
-    separates = when & could_separate & (_literal_token(grammar.separator, pos) == token_BG)
-    closes = when & could_close & (close == token_BG)
-    separated = separates & (pos + 1 == len(grammar.separator))
     close_len = jnp.where(in_slate_phase, len(grammar.slate_close), len(grammar.rank_close))
+    separates = when & (state.is_separator | starts) & (_literal_token(grammar.separator, pos) == token_BG)
+    closes = when & (state.is_close | starts) & (close == token_BG)
+    separated = separates & (pos + 1 == len(grammar.separator))
     closed = closes & (pos + 1 == close_len)
 
-    # An opening of "close" straight after an item can also be a foreign identifier.
-    state = _fail(state, when & close_only & ~closes, _lost_code(grammar, state, token_BG))
     state = _fail(state, when & ~separates & ~closes, _phased(state, "missing_tag"))
     low, _ = _limits(grammar, query, state)
     state = _fail(state, closed & (state.count < low), _phased(state, "too_short"))
@@ -216,12 +187,15 @@ def _read_literal(
     )
 
 
-def _lost_code(grammar: Grammar, state: State, token_BG: Array) -> Array:
+def _unfit_code(grammar: Grammar, state: State, token_BG: Array) -> Array:
     """Why a token fits no identifier: the list is empty, the text ended, or it is foreign."""
-    close = jnp.where(state.phase == SLATE, grammar.slate_close[0], grammar.rank_close[0])
-    empty = (state.pos == 0) & (state.count == 0) & (token_BG == close)
+    empty = (state.pos == 0) & (state.count == 0) & (token_BG == _first_of_close(grammar, state))
     code = jnp.where(token_BG == grammar.eos, _phased(state, "missing_tag"), _phased(state, "out_of_pool"))
     return jnp.where(empty, _phased(state, "empty"), code)
+
+
+def _first_of_close(grammar: Grammar, state: State) -> Array:
+    return jnp.where(state.phase == SLATE, grammar.slate_close[0], grammar.rank_close[0])
 
 
 def _phased(state: State, rule: str) -> Array:
@@ -325,100 +299,6 @@ def parse(
     state, (label_TBG, mask_TBGM) = jax.lax.scan(step, state, jnp.moveaxis(actions_BGT, -1, 0))
     mask_BGTM = None if options is None else jnp.moveaxis(mask_TBGM, 0, 2)
     return finish(state), jnp.moveaxis(label_TBG, 0, -1), mask_BGTM
-
-
-def render(grammar: Grammar, query: Query, slate_BGN: Array, ranking_BGK: Array) -> tuple[Array, Array]:
-    """The transcript that says these lists: actions [B,G,T], eos beyond the end.
-
-    Also, for every token, the candidate index it names, or -1 in literals. Lists hold
-    candidate indices, -1 in empty slots, which must be the last ones.
-    """
-    batch, n_candidates, width = query.identifiers.shape
-    group = slate_BGN.shape[1]
-
-    def literal(tokens: tuple[int, ...], present: Array) -> Array:
-        return jnp.where(present[..., None], jnp.array(tokens, jnp.int32), -1)
-
-    def items(list_BGX: Array) -> tuple[Array, Array]:
-        which = jnp.maximum(list_BGX, 0)
-        ident = query.identifiers[jnp.arange(batch)[:, None, None], which]
-        ident = jnp.where((list_BGX >= 0)[..., None], ident, -1)
-        between = (list_BGX >= 0) & (jnp.arange(list_BGX.shape[-1]) > 0)
-        separator = literal(grammar.separator, between)
-        both = jnp.concatenate([separator, ident], -1)
-        names = jnp.concatenate(
-            [jnp.full(separator.shape, -1), jnp.broadcast_to(list_BGX[..., None], ident.shape)], -1
-        )
-        return both.reshape(batch, group, -1), names.reshape(batch, group, -1)
-
-    always = jnp.ones((batch, group), bool)
-    slate, slate_names = items(slate_BGN)
-    ranking, ranking_names = items(ranking_BGK)
-    close = literal(grammar.slate_close, always)
-    end = literal((*grammar.rank_close, grammar.eos), always)
-    loose = jnp.concatenate([slate, close, ranking, end], -1)
-    names = jnp.concatenate(
-        [slate_names, jnp.full_like(close, -1), ranking_names, jnp.full_like(end, -1)], -1
-    )
-    length = grammar.length(n_candidates, width)
-    slot = jnp.where(loose >= 0, jnp.cumsum(loose >= 0, -1) - 1, length)
-    rows = jnp.arange(batch)[:, None, None], jnp.arange(group)[None, :, None]
-
-    def packed(values: Array, empty: int) -> Array:
-        return jnp.full((batch, group, length), empty, jnp.int32).at[(*rows, slot)].set(values, mode="drop")
-
-    return packed(loose, grammar.eos), packed(names, -1)
-
-
-# --------------------------------------------------------------------- border checks (host)
-
-
-def check_grammar(grammar: Grammar) -> None:
-    """Raises ValueError when separator and closing tags cannot be told apart."""
-    for name in ("slate_close", "rank_close"):
-        close = getattr(grammar, name)
-        if not close:
-            raise ValueError(f"transcript.{name} is encoded to no token by this tokenizer: choose another literal")
-        shorter = min(len(close), len(grammar.separator))
-        if grammar.separator and close[:shorter] == grammar.separator[:shorter]:
-            raise ValueError(
-                f"transcript.separator and transcript.{name} cannot be told apart: one is a prefix of the "
-                f"other as token ids ({grammar.separator} and {close}); change one of them"
-            )
-
-
-def check_identifiers(
-    grammar: Grammar, query_id: str, ids: Sequence[str], identifiers: Sequence[Sequence[int]]
-) -> None:
-    """Refuse a pool whose identifiers (token ids) the grammar cannot tell apart.
-
-    Raises ValueError naming the query and both candidates.
-    """
-    closes = {grammar.slate_close[0], grammar.rank_close[0]}
-    decisive = closes | set(grammar.separator[:1])
-    seen: dict[tuple[int, ...], str] = {}
-    for name, tokens in zip(ids, identifiers, strict=True):
-        key = tuple(tokens)
-        if not key:
-            raise ValueError(f"query {query_id}: candidate {name} has an empty identifier")
-        if grammar.eos in key:
-            raise ValueError(f"query {query_id}: the identifier of candidate {name} contains eos")
-        if key in seen:
-            raise ValueError(f"query {query_id}: candidates {seen[key]} and {name} have the same identifier")
-        if not grammar.separator and key[0] in closes:
-            raise ValueError(
-                f"query {query_id}: the identifier of candidate {name} starts like a closing tag, "
-                "which an empty transcript.separator cannot tell apart; set a separator"
-            )
-        seen[key] = name
-    for key, name in seen.items():
-        for cut in range(1, len(key)):
-            if key[:cut] in seen and (not grammar.separator or key[cut] in decisive):
-                raise ValueError(
-                    f"query {query_id}: the identifier of candidate {seen[key[:cut]]} is a prefix of that of "
-                    f"{name}, and what follows cannot be told from a separator or tag; "
-                    "set another transcript.separator, or transcript.identifier='index'"
-                )
 
 
 # --------------------------------------------------------------------- small readers

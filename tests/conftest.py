@@ -1,0 +1,81 @@
+"""Shared by all tests: the CPU, a cache of compiled programs, and one tiny world."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fgrpo_jax.models import decoder
+from fgrpo_jax.transcript import Grammar
+from fgrpo_jax.types import Query
+
+
+def pytest_configure(config):
+    """Programs compiled by an earlier run of the tests are found again."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+SPEC = decoder.DecoderSpec(
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=24,
+    init_std=0.3,  # far from uniform, so that a wrong mask or position shows
+    logit_chunk=8,
+)
+
+# Two-token names 10x, a separator and tags of two tokens that all begin with token 3.
+GRAMMAR = Grammar(
+    separator=(3, 4), slate_close=(3, 5), rank_close=(3, 6), eos=1, slate_min=2, slate_max=3, rank_min=1, rank_max=2
+)
+
+
+@pytest.fixture(scope="session")
+def spec():
+    return SPEC
+
+
+@pytest.fixture(scope="session")
+def grammar():
+    return GRAMMAR
+
+
+@pytest.fixture(scope="session")
+def params(spec):
+    """Random weights; the norms are moved away from one, so that leaving one out shows."""
+    made = decoder.init(spec, jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(made)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope="session")
+def query():
+    """B=3, S=8, C=5, W=2: a prompt of one token, one in between, one that fills its bucket.
+
+    The last pool is smaller than slate_max.
+    """
+    rng = np.random.default_rng(0)
+    names = [(10, 11), (10, 12), (13, -1), (14, 10), (15, -1)]
+    n_candidates = np.array([5, 4, 2], np.int32)
+    identifiers = np.full((3, 5, 2), -1, np.int32)
+    for b, n in enumerate(n_candidates):
+        identifiers[b, :n] = names[:n]
+    relevance = np.array([[0, 2, 0, 1, 0], [1, 0, 0, 1, 0], [0, 1, 0, 0, 0]], np.float32)
+    return Query(
+        prompt=jnp.asarray(rng.integers(7, 32, (3, 8)), jnp.int32),
+        prompt_len=jnp.array([1, 5, 8], jnp.int32),
+        identifiers=jnp.asarray(identifiers),
+        relevance=jnp.asarray(relevance),
+        n_candidates=jnp.asarray(n_candidates),
+    )

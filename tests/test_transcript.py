@@ -1,0 +1,493 @@
+"""The state machine against a plain parser that reads one transcript at a time."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import quick_jit
+
+from fgrpo_jax import transcript
+from fgrpo_jax.transcript import OUTCOMES, Grammar
+from fgrpo_jax.types import Query
+
+# --------------------------------------------------------------------- the plain parser
+
+
+class Broken(Exception):
+    pass
+
+
+class Reader:
+    """Reads one transcript, token by token, and labels what it has read."""
+
+    def __init__(self, grammar, names, tokens):
+        self.grammar, self.names, self.tokens = grammar, names, list(tokens)
+        self.labels, self.phase = [], "slate"
+        self.lists = {"slate": [], "rank": []}
+
+    def fail(self, rule):
+        raise Broken(rule if rule == "trailing_text" else f"{self.phase}_{rule}")
+
+    def peek(self):
+        if len(self.labels) == len(self.tokens):
+            self.fail("truncated")
+        return self.tokens[len(self.labels)]
+
+    def take(self):
+        token = self.peek()
+        self.labels.append({"slate": 1, "rank": 2}[self.phase])
+        return token
+
+    def starts_name(self, token):
+        return any(name[0] == token for name in self.names)
+
+    def item(self):
+        """The candidate named next, and whether only the token after it could tell."""
+        read = ()
+        while True:
+            longer = [n for n in self.names if n[: len(read)] == read and len(n) > len(read)]
+            if read in self.names and not longer:
+                return self.names.index(read), False
+            if self.peek() in [n[len(read)] for n in longer]:
+                read += (self.take(),)
+            elif read in self.names:
+                return self.names.index(read), True
+            else:
+                self.foreign(self.take(), may_be_empty=not read)
+
+    def foreign(self, token, may_be_empty):
+        if may_be_empty and not self.lists[self.phase] and token == self.close()[0]:
+            self.fail("empty")
+        self.fail("missing_tag" if token == self.grammar.eos else "out_of_pool")
+
+    def close(self):
+        return self.grammar.slate_close if self.phase == "slate" else self.grammar.rank_close
+
+    def add(self, item, late):
+        items, most = self.lists[self.phase], self.grammar.slate_max
+        broken = None
+        if item in items:
+            broken = "duplicate"
+        elif self.phase == "rank" and item not in self.lists["slate"]:
+            broken = "not_in_slate"
+        elif len(items) >= (most if self.phase == "slate" else self.grammar.rank_max):
+            broken = "too_long"
+        if broken:
+            if late:
+                self.take()
+            self.fail(broken)
+        items.append(item)
+
+    def closes(self):
+        """Read what stands after an item: whether it closed the list."""
+        if not self.grammar.separator:
+            if self.starts_name(self.peek()):
+                return False
+            if self.peek() != self.close()[0]:
+                self.foreign(self.take(), may_be_empty=False)
+        literals = [x for x in (self.grammar.separator, self.close()) if x]
+        for pos in itertools.count():
+            token = self.take()
+            literals = [x for x in literals if x[pos] == token]
+            if not literals:
+                self.fail("missing_tag")
+            for literal in literals:
+                if len(literal) == pos + 1:
+                    return literal == self.close()
+
+    def read_list(self, at_least):
+        while True:
+            self.add(*self.item())
+            if self.closes():
+                if len(self.lists[self.phase]) < at_least:
+                    self.fail("too_short")
+                return
+
+    def read(self):
+        try:
+            self.read_list(min(self.grammar.slate_min, len(self.names)))
+            self.phase = "rank"
+            self.read_list(min(self.grammar.rank_min, len(self.lists["slate"])))
+            if self.take() != self.grammar.eos:
+                self.fail("trailing_text")
+            return "ok"
+        except Broken as broken:
+            return str(broken)
+
+
+def plain_parse(grammar, names, tokens):
+    reader = Reader(grammar, names, tokens)
+    outcome = reader.read()
+    labels = reader.labels + [0] * (len(tokens) - len(reader.labels))
+    return reader.lists["slate"], reader.lists["rank"], outcome, labels
+
+
+# --------------------------------------------------------------------- pools and grammars
+
+EOS, TEXT = 1, 2  # TEXT: a token that occurs in no literal and no name
+B, G = 4, 64
+
+
+class Case(NamedTuple):
+    grammar: Grammar
+    names: tuple[tuple[int, ...], ...]
+
+    @property
+    def pools(self):
+        """B pools of different sizes: all names, all but one, two, one."""
+        return [self.names, self.names[1:], self.names[-2:], self.names[:1]]
+
+    @property
+    def alphabet(self):
+        g = self.grammar
+        return sorted({*itertools.chain(*self.names), *g.separator, *g.slate_close, *g.rank_close, EOS, TEXT})
+
+
+LIMITS = dict(eos=EOS, slate_min=2, slate_max=4, rank_min=1, rank_max=3)
+SEPARATOR, SLATE_CLOSE, RANK_CLOSE = (20, 21), (30, 31, 32), (30, 31, 33)
+CASES = {
+    # [1] [2] [12] [3] with one token per character
+    "characters": Case(
+        Grammar(SEPARATOR, SLATE_CLOSE, RANK_CLOSE, **LIMITS), ((5, 6, 9), (5, 7, 9), (5, 6, 7, 9), (5, 8, 9))
+    ),
+    # the same with "[1" and "12" as tokens of their own: names of different lengths
+    "merged": Case(Grammar((20,), (30, 31), (33,), **LIMITS), ((40, 9), (5, 7, 9), (5, 41, 9), (5, 42))),
+    "single": Case(Grammar((), (30,), (33,), **LIMITS), ((5,), (6,), (7,), (8,), (9,))),
+    # no separator, names that share beginnings, and tags that begin with the same token
+    "unseparated": Case(Grammar((), SLATE_CLOSE, RANK_CLOSE, **LIMITS), ((5, 6), (5, 7, 31), (8, 5), (9,), (6, 30))),
+    # every name continues another one
+    "prefixes": Case(
+        Grammar((20, 21), (30, 31), (33, 34), **LIMITS), ((5,), (5, 6), (5, 6, 7), (6,), (6, 5, 21), (6, 5))
+    ),
+    # separator and tags share two tokens, and names start with them too
+    "trie": Case(
+        Grammar((30, 31, 32), (30, 31, 33), (30, 34), **LIMITS), ((30, 31, 32), (31,), (32, 31), (31, 32), (33,))
+    ),
+    # fixed lengths, as in the defaults of the config
+    "fixed": Case(
+        Grammar((), (30,), (33,), EOS, slate_min=3, slate_max=3, rank_min=2, rank_max=2), ((5,), (6,), (7,), (8,))
+    ),
+}  # fmt: skip
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def make_query(pools):
+    most, width = max(map(len, pools)), max(len(name) for pool in pools for name in pool)
+    identifiers = np.full((len(pools), most, width), -1, np.int32)
+    for b, pool in enumerate(pools):
+        for c, name in enumerate(pool):
+            identifiers[b, c, : len(name)] = name
+    ones = jnp.ones(len(pools), jnp.int32)
+    n_candidates = jnp.array([len(pool) for pool in pools], jnp.int32)
+    return Query(ones[:, None], ones, jnp.asarray(identifiers), jnp.zeros((len(pools), most)), n_candidates)
+
+
+def length_of(case):
+    """T of the tests: room for a transcript of the greatest length and some text after it."""
+    return case.grammar.length(len(case.names), max(map(len, case.names))) + 4
+
+
+render = quick_jit(transcript.render, static_argnums=0)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def parse(grammar, query, actions_BGT):
+    options = transcript.choices(grammar, query)
+    lists, label_BGT, mask_BGTM = transcript.parse(grammar, query, actions_BGT, options)
+    return lists, label_BGT, mask_BGTM, options.tokens
+
+
+def written(grammar, names, slate, ranking):
+    """A transcript from its pieces; nothing is checked."""
+
+    def between(items):
+        return [t for i, c in enumerate(items) for t in (*(grammar.separator if i else ()), *names[c])]
+
+    return [*between(slate), *grammar.slate_close, *between(ranking), *grammar.rank_close, grammar.eos]
+
+
+def check(case, strings_BG):
+    """The state machine reads all strings as the plain parser does; returns the outcomes."""
+    length = length_of(case)
+    actions = np.full((B, G, length), EOS, np.int32)
+    for b, strings in enumerate(strings_BG):
+        for g, tokens in enumerate(strings):
+            actions[b, g, : len(tokens)] = tokens[:length]
+    lists, labels, _, _ = jax.device_get(parse(case.grammar, make_query(case.pools), actions))
+    seen = []
+    for b, names in enumerate(case.pools):
+        for g in range(G):
+            slate, ranking, outcome, label = plain_parse(case.grammar, names, actions[b, g])
+            got = (
+                [c for c in lists.slate[b, g].tolist() if c >= 0],
+                [c for c in lists.ranking[b, g].tolist() if c >= 0],
+                OUTCOMES[lists.outcome[b, g]],
+                labels[b, g].tolist(),
+            )
+            assert got == (slate, ranking, outcome, label), f"names {names}, tokens {actions[b, g].tolist()}"
+            seen.append(outcome)
+    return seen
+
+
+# --------------------------------------------------------------------- equal to the plain parser
+
+
+def nearly_valid(case, names, rng):
+    """A transcript of lists that often break a rule, changed in up to three places."""
+    g = case.grammar
+    slate = rng.choice(len(names), rng.integers(1, g.slate_max + 2), replace=bool(rng.random() < 0.2) or len(names) < 6)
+    if rng.random() < 0.7:
+        slate = list(dict.fromkeys(slate.tolist()))
+    ranking = rng.permutation(slate)[: rng.integers(1, g.rank_max + 2)].tolist()
+    if rng.random() < 0.7:
+        ranking = list(dict.fromkeys(ranking))
+    if rng.random() < 0.2:
+        ranking[rng.integers(len(ranking))] = int(rng.integers(len(names)))
+    tokens = written(g, names, slate, ranking)
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        at, other = rng.integers(len(tokens), size=2)
+        change = rng.integers(6)
+        if change == 0:
+            del tokens[at]
+        elif change == 1:
+            tokens.insert(at, tokens[at])
+        elif change == 2:
+            tokens[at], tokens[other] = tokens[other], tokens[at]
+        elif change == 3:
+            tokens = tokens[: max(1, at)]
+        elif change == 4:
+            tokens[at:at] = [int(rng.choice(case.alphabet))]
+        else:
+            tokens[at] = int(rng.choice(case.alphabet))
+        tokens = tokens or [EOS]
+    if rng.random() < 0.2:  # never ends: truncated
+        tokens = [t for t in tokens if t != EOS] + [TEXT] * length_of(case)
+    if rng.random() < 0.1:
+        tokens = tokens[:-1] + rng.choice(case.alphabet, 3).tolist() + [EOS]
+    return tokens
+
+
+@each_case
+def test_mutated_transcripts_read_as_by_the_plain_parser(case):
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(5):
+        seen += check(case, [[nearly_valid(case, names, rng) for _ in range(G)] for names in case.pools])
+    assert seen.count("ok") > 50 and len(set(seen)) >= 11  # the strings are worth reading
+
+
+@each_case
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_strings_read_as_by_the_plain_parser(case, data):
+    string = st.lists(st.sampled_from(case.alphabet), max_size=length_of(case))
+    check(case, [data.draw(st.lists(string, max_size=8)) for _ in range(B)])
+
+
+# --------------------------------------------------------------------- every outcome, by hand
+
+A, BB, C, D = range(4)  # candidates of the case "characters"
+SEP, CLOSE, END = list(SEPARATOR), list(SLATE_CLOSE), list(RANK_CLOSE)
+N = [list(name) for name in CASES["characters"].names]
+SLATE = N[A] + SEP + N[BB] + CLOSE
+BY_HAND = {
+    "ok": SLATE + N[BB] + END + [EOS],
+    "slate_empty": CLOSE + N[A] + END + [EOS],
+    "slate_duplicate": N[A] + SEP + N[BB] + SEP + N[A] + CLOSE,
+    "slate_out_of_pool": N[A] + SEP + [5, 5, 9] + CLOSE,
+    "slate_too_short": N[A] + CLOSE + N[A] + END + [EOS],
+    "slate_too_long": N[A] + SEP + N[BB] + SEP + N[C] + SEP + N[D] + SEP + [5, 8, 8, 9] + CLOSE,
+    "slate_missing_tag": N[A] + SEP + N[BB] + [EOS],
+    "slate_truncated": N[A] + SEP + N[BB] + SEP + N[C] + SEP + N[D] + SEP + [5, 8, 8],
+    "rank_empty": SLATE + END + [EOS],
+    "rank_duplicate": SLATE + N[A] + SEP + N[A] + END + [EOS],
+    "rank_out_of_pool": SLATE + [TEXT] + END + [EOS],
+    "rank_not_in_slate": SLATE + N[C] + END + [EOS],
+    "rank_too_short": SLATE + N[A] + END + [EOS],
+    "rank_too_long": N[A] + SEP + N[BB] + SEP + N[C] + CLOSE + N[A] + SEP + N[BB] + SEP + N[C] + END + [EOS],
+    "rank_missing_tag": SLATE + N[A] + CLOSE + [EOS],
+    "rank_truncated": N[A] + SEP + N[BB] + SEP + N[C] + CLOSE + N[BB] + SEP + N[A][:-1],
+    "trailing_text": SLATE + N[A] + END + [TEXT, EOS],
+}
+
+
+def test_every_outcome_by_hand():
+    case = CASES["characters"]
+    fifth = (*case.names[:3], (5, 8, 9), (5, 8, 8, 9))
+    query = make_query([fifth])
+    exactly_two = case.grammar._replace(rank_min=2, rank_max=2)
+    cut, of_two = ("slate_truncated", "rank_truncated"), ("rank_too_short", "rank_too_long")
+    rest = [name for name in OUTCOMES if name not in cut + of_two]
+    assert BY_HAND.keys() == set(OUTCOMES)
+    for grammar, outcomes in ((case.grammar, cut), (exactly_two, of_two), (case.grammar, rest)):
+        length = max(len(BY_HAND[outcome]) for outcome in outcomes)
+        actions = np.full((1, len(outcomes), length), EOS, np.int32)
+        for g, outcome in enumerate(outcomes):
+            actions[0, g, : len(BY_HAND[outcome])] = BY_HAND[outcome]
+        lists, _, _, _ = parse(grammar, query, actions)
+        for g, outcome in enumerate(outcomes):
+            assert OUTCOMES[int(lists.outcome[0, g])] == outcome
+            assert plain_parse(grammar, fifth, actions[0, g].tolist())[2] == outcome
+
+
+def test_labels_and_lists_of_a_broken_ranking():
+    """The slate of a transcript whose ranking breaks is kept; the breaking token is trained."""
+    case = CASES["characters"]
+    tokens = SLATE + N[A] + SEP + N[A] + END + [EOS]
+    query = make_query([case.names])
+    lists, labels, _, _ = parse(case.grammar, query, np.array([[tokens]], np.int32))
+    assert lists.slate[0, 0].tolist() == [A, BB, -1, -1]
+    assert lists.ranking[0, 0].tolist() == [A, -1, -1]
+    # [1] may go on as [12] until its last token, so the second [1] is complete at "]"
+    assert labels[0, 0].tolist() == [1] * len(SLATE) + [2] * (2 * len(N[A]) + len(SEP)) + [0] * (len(END) + 1)
+
+
+# --------------------------------------------------------------------- masks
+
+
+def everything(grammar, names):
+    """All transcripts the grammar allows over one pool."""
+    low, high = min(grammar.slate_min, len(names)), min(grammar.slate_max, len(names))
+    for n in range(low, high + 1):
+        for slate in itertools.permutations(range(len(names)), n):
+            for k in range(min(grammar.rank_min, n), min(grammar.rank_max, n) + 1):
+                for ranking in itertools.permutations(slate, k):
+                    yield tuple(written(grammar, names, slate, ranking))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_mask_allows_exactly_what_can_be_completed(name):
+    case = CASES[name]
+    grammar = case.grammar._replace(slate_min=1, slate_max=3, rank_min=1, rank_max=2)
+    if name == "fixed":
+        grammar = case.grammar
+    names = case.names[:3] if name != "unseparated" else (*case.names[:2], case.names[4])
+    valid = sorted(everything(grammar, names))
+    length = grammar.length(len(names), max(map(len, names)))
+    assert max(map(len, valid)) <= length
+    actions = np.full((1, len(valid), length), EOS, np.int32)
+    for g, tokens in enumerate(valid):
+        actions[0, g, : len(tokens)] = tokens
+    lists, _, mask, options = jax.device_get(parse(grammar, make_query([names]), actions))
+    assert (lists.outcome == 0).all()
+    follows = {}
+    for tokens in valid:
+        for t in range(len(tokens)):
+            follows.setdefault(tokens[:t], set()).add(tokens[t])
+    for g, tokens in enumerate(valid):
+        for t in range(length):
+            allowed = options[0][mask[0, g, t]].tolist()
+            assert len(allowed) == len(set(allowed))
+            assert set(allowed) == (follows[tokens[:t]] if t < len(tokens) else {EOS}), (tokens, t)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 2, 3))
+def walk(grammar, query, group, length, key):
+    """Uniform choices under the mask: actions and the least number of choices met."""
+    options = transcript.choices(grammar, query)
+
+    def step(state, key):
+        mask = transcript.allowed(grammar, query, options, state)
+        pick = jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
+        token = jnp.take_along_axis(jnp.broadcast_to(options.tokens[:, None], mask.shape), pick[..., None], -1)[..., 0]
+        state, _ = transcript.advance(grammar, query, state, token)
+        return state, (token, mask.sum(-1))
+
+    state, (tokens, n_allowed) = jax.lax.scan(
+        step, transcript.start(grammar, query, group), jax.random.split(key, length)
+    )
+    return jnp.moveaxis(tokens, 0, -1), transcript.finish(state), n_allowed.min()
+
+
+@each_case
+def test_random_walks_under_the_mask_end_well(case):
+    query = make_query(case.pools)
+    length = case.grammar.length(*query.identifiers.shape[1:])
+    tokens, lists, least = jax.device_get(walk(case.grammar, query, G, length, jax.random.key(0)))
+    assert least >= 1
+    assert (lists.outcome == 0).all()
+    for b, names in enumerate(case.pools):
+        for g in range(G):
+            assert plain_parse(case.grammar, names, tokens[b, g])[2] == "ok"
+
+
+# --------------------------------------------------------------------- writing
+
+
+@each_case
+def test_what_is_written_reads_back(case):
+    g, rng = case.grammar, np.random.default_rng(0)
+    slate = np.full((B, G, g.slate_max), -1, np.int32)
+    ranking = np.full((B, G, g.rank_max), -1, np.int32)
+    for b, names in enumerate(case.pools):
+        for i in range(G):
+            n = rng.integers(min(g.slate_min, len(names)), min(g.slate_max, len(names)) + 1)
+            k = rng.integers(min(g.rank_min, n), min(g.rank_max, n) + 1)
+            slate[b, i, :n] = rng.permutation(len(names))[:n]
+            ranking[b, i, :k] = rng.permutation(slate[b, i, :n])[:k]
+    query = make_query(case.pools)
+    actions, named = jax.device_get(render(g, query, slate, ranking))
+    assert actions.shape[-1] == g.length(*query.identifiers.shape[1:])
+    padded = np.pad(actions, ((0, 0), (0, 0), (0, length_of(case) - actions.shape[-1])), constant_values=EOS)
+    lists, _, _, _ = jax.device_get(parse(g, query, padded))
+    assert (lists.outcome == 0).all()
+    np.testing.assert_array_equal(lists.slate, slate)
+    np.testing.assert_array_equal(lists.ranking, ranking)
+    for b, names in enumerate(case.pools):
+        for i in range(G):
+            items = [c for c in slate[b, i] if c >= 0], [c for c in ranking[b, i] if c >= 0]
+            tokens = written(g, names, *items)
+            assert actions[b, i].tolist() == tokens + [EOS] * (actions.shape[-1] - len(tokens))
+            of_items = [t for c in itertools.chain(*items) for t in names[c]]
+            assert actions[b, i][named[b, i] >= 0].tolist() == of_items
+            assert named[b, i][named[b, i] >= 0].tolist() == [c for c in itertools.chain(*items) for _ in names[c]]
+
+
+# --------------------------------------------------------------------- refusals
+
+SEPARATED, BARE = CASES["characters"].grammar, CASES["single"].grammar
+
+
+@pytest.mark.parametrize(
+    "grammar, message",
+    [
+        (SEPARATED._replace(separator=SLATE_CLOSE[:2]), "transcript.separator and transcript.slate_close"),
+        (SEPARATED._replace(rank_close=SEPARATOR[:1]), "transcript.separator and transcript.rank_close"),
+        (SEPARATED._replace(slate_close=()), "transcript.slate_close is encoded to no token"),
+        (SEPARATED._replace(rank_close=()), "transcript.rank_close is encoded to no token"),
+        (SEPARATED._replace(rank_close=(30, EOS)), "transcript.rank_close contains eos"),
+        (SEPARATED._replace(separator=(EOS,)), "transcript.separator contains eos"),
+    ],
+)
+def test_grammars_refused(grammar, message):
+    with pytest.raises(ValueError, match=message):
+        transcript.check_grammar(grammar)
+
+
+@pytest.mark.parametrize(
+    "grammar, names, message",
+    [
+        (SEPARATED, [[5], []], "candidate y has an empty identifier"),
+        (SEPARATED, [[5], [5]], "candidates x and y have the same identifier"),
+        (SEPARATED, [[5], [6, EOS]], "candidate y contains eos"),
+        (SEPARATED, [[5], [5, 20]], "identifier of candidate x is a prefix of that of y"),
+        (SEPARATED, [[5, 30, 7], [5]], "identifier of candidate y is a prefix of that of x"),
+        (BARE, [[5], [5, 6]], "identifier of candidate x is a prefix of that of y"),
+        (BARE, [[5], [30, 6]], "candidate y starts like a closing tag"),
+    ],
+)
+def test_identifiers_refused(grammar, names, message):
+    with pytest.raises(ValueError, match=f"query q7: .*{message}"):
+        transcript.check_identifiers(grammar, "q7", ["x", "y"], names)
+
+
+@each_case
+def test_the_cases_are_accepted(case):
+    transcript.check_grammar(case.grammar)
+    transcript.check_identifiers(case.grammar, "q", [str(i) for i in range(len(case.names))], case.names)
