@@ -8,7 +8,6 @@ Array names end in their axes, one letter each:
     P phase (0 slate, 1 rank)          N slate slot        M choice (allowed-token slot)
     R credit term                      K rank slot         H head, J key/value head
                                        E head width
-    R credit term
 
 `advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
 axis: it is never flattened into the batch and recovered by reshape.

@@ -6,6 +6,7 @@ from the pool alone, so that every method sees the same input.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ def bm25_scores(query: str, texts: Sequence[str]) -> np.ndarray:
     """Score of every text; 0 where it shares no word with the query."""
     import bm25s  # a heavy import, only here
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index it builds
     documents = [_words(text) for text in texts]
     vocabulary = set().union(*documents)
     words = [word for word in _words(query) if word in vocabulary]
