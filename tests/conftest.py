@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick_jit
 
 from fgrpo_jax.models import decoder
 from fgrpo_jax.transcript import Grammar
@@ -52,11 +53,9 @@ def grammar():
 @pytest.fixture(scope="session")
 def params(spec):
     """Random weights; the norms are moved away from one, so that leaving one out shows."""
-    made = decoder.init(spec, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(made)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
+    rng = np.random.default_rng(0)
+    made = quick_jit(decoder.init, static_argnums=0)(spec, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), x.dtype), made)
 
 
 @pytest.fixture(scope="session")
