@@ -78,7 +78,9 @@ class Batches:
         import grain
 
         if "train" not in dataset.splits:
-            raise DataError(f"data set {dataset.name!r} has no training split: its raw file is not in data.manual_dir")
+            raise DataError(
+                f"data set {dataset.name!r} has no training split: its raw file is not in data.manual_dir"
+            )
         split = dataset.splits["train"]
         self._split = split if isinstance(split, Split) else in_memory(split)
         self._dataset, self._data, self._size = dataset, cfg.data, stage.batch_queries
@@ -89,7 +91,8 @@ class Batches:
         if not len(self.rows):
             raise DataError(
                 f"stage {stage_name!r} has nothing to train on: subset {stage.subset} of data set "
-                f"{dataset.name!r} holds {len(mine)} queries, {self.skipped} of them without a relevant candidate"
+                f"{dataset.name!r} holds {len(mine)} queries, "
+                f"{self.skipped} of them without a relevant candidate"
             )
         shuffle = seed_of(cfg.seed, stage_name, "order") % 2**32
         self._order = grain.MapDataset.source(self.rows).shuffle(seed=shuffle).repeat()

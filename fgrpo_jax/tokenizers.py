@@ -62,7 +62,9 @@ def catalogue(dataset: Dataset, transcript: TranscriptConfig, prompt: PromptConf
     fixed = [text for text in fixed if text]
     items = list(dict.fromkeys(one_line(text) for text in _item_texts(dataset)))
     if clash := sorted(set(fixed) & set(items)):
-        raise DataError(f"item {clash[0]!r} is also a special token, a literal or a line of the prompt: rename it")
+        raise DataError(
+            f"item {clash[0]!r} is also a special token, a literal or a line of the prompt: rename it"
+        )
     vocabulary = {text: token for token, text in enumerate([*fixed, *items])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "removed")

@@ -65,8 +65,9 @@ class Split(Sequence):
     def __len__(self) -> int:
         return len(self.query_ids)
 
-    def __getitem__(self, index: int) -> RankingExample:
-        return self.rows([range(len(self))[index]])[0]  # range: IndexError, negative indices
+    def __getitem__(self, index: int | slice) -> RankingExample | list[RankingExample]:
+        chosen = range(len(self))[index]  # bounds and negative indices as in a list
+        return self.rows(chosen) if isinstance(index, slice) else self.rows([chosen])[0]
 
     def __iter__(self) -> Iterator[RankingExample]:
         for start in range(0, len(self), self.BLOCK):

@@ -40,6 +40,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = None  # set where raw files are needed: which, and from where
     kind = "recommendation"
     instruction = ""
+    takes_catalogue = False  # raw files may name items of a catalogue that is not among them
     sampled_negatives = False  # training rows hold relevant items only; the rest of the pool is drawn
 
     def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
@@ -101,6 +102,8 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if split != "train":
                 pools[example.query_id] = [i for i, _ in example.candidates]
             yield row, _encode(example)
+        if not ids:
+            raise DataError(f"{self.files.get(split, split)}: there are no queries in it")
         if len(set(ids)) != len(ids):
             raise DataError(f"{self.name}: the query ids of split {split!r} are not unique")
         self.records[split] = {
@@ -148,16 +151,23 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
     """See `datasets.load`."""
     folder = Path(config.manual_dir).expanduser() if config.manual_dir else None
     files = builder.find(folder)
+    used = given if builder.takes_catalogue and "catalogue" not in files else None
     depends = {
         "version": str(builder.VERSION),
         "files": {role: sha256(path) for role, path in files.items()},
-        "catalogue": None if given is None else fingerprint(given),
+        "catalogue": None if used is None else fingerprint(used),
     }
     name = config.name
     home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
     if not home.is_dir():
-        _prepare(builder, files, given, folder, home)
-    return _open(name, builder, home)
+        _prepare(builder, files, used, folder, home)
+    dataset = _open(name, builder, home)
+    if given is not None and builder.takes_catalogue and dataset.catalogue != given:
+        raise DataError(
+            f"{files['catalogue']} is not the catalogue this run was trained with ({len(dataset.catalogue)} "
+            f"items, {len(given)} then): use the run's own file, or remove this one"
+        )
+    return dataset
 
 
 def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:

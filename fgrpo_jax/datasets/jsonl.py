@@ -39,7 +39,9 @@ GAIN_MAX = 1e30  # gains are float32 on the device, and summed
 
 
 class Jsonl(RankingBuilder, skip_registration=True):
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "train.jsonl, validation.jsonl or test.jsonl (see fgrpo_jax/datasets/jsonl.py)"
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "train.jsonl, validation.jsonl or test.jsonl (see fgrpo_jax/datasets/jsonl.py)"
+    )
     instruction = "Choose and rank the candidates that fit."
 
     def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
@@ -48,7 +50,8 @@ class Jsonl(RankingBuilder, skip_registration=True):
             self._rows[split], found = read(path)
             problems += found
         if problems:
-            raise DataError(f"{len(problems)} malformed line(s), nothing was prepared:\n" + "\n".join(problems))
+            head = f"{len(problems)} malformed line(s), nothing was prepared:"
+            raise DataError("\n".join([head, *problems]))
         super().__init__(files, given, **kwargs)
 
     @classmethod

@@ -47,7 +47,10 @@ class Row(NamedTuple):
 
 
 class Lastfm(RankingBuilder, skip_registration=True):
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "the LastFM files of LLaRA (id2name.txt, train_data.jsonl, …) or of S-DPO"
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "the LastFM files of LLaRA (id2name.txt, train_data.jsonl, …) or of S-DPO"
+    )
+    takes_catalogue = True
     instruction = "Choose and rank the artists this user listens to next."
     sampled_negatives = True
 
@@ -57,11 +60,14 @@ class Lastfm(RankingBuilder, skip_registration=True):
         found = {"catalogue": find_one(folder, "id2name.txt".__eq__)}
         for split, short in _NAMES.items():
             names = [{f"{short}_data.jsonl", f"{short.capitalize()}_data.jsonl"}, {f"lastfm-{short}.json"}]
-            preferred, otherwise = names if split == "train" else reversed(names)
-            found[split] = find_one(folder, preferred.__contains__) or find_one(folder, otherwise.__contains__)
+            first, second = names if split == "train" else reversed(names)
+            found[split] = find_one(folder, first.__contains__) or find_one(folder, second.__contains__)
         found = {role: path for role, path in found.items() if path}
         if not set(found) & set(_NAMES):
-            raise DataError(f"{folder} and its sub-folders hold no sequences; expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+            raise DataError(
+                f"{folder} and its sub-folders hold no sequences; "
+                f"expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            )
         return found
 
     def split_names(self) -> tuple[str, ...]:
@@ -69,15 +75,14 @@ class Lastfm(RankingBuilder, skip_registration=True):
 
     @cached_property
     def _items(self) -> tuple[Item, ...]:
-        own = read_catalogue(self.files["catalogue"]) if "catalogue" in self.files else None
-        if own is None and self.given is None:
-            raise DataError("no id2name.txt under data.manual_dir, and no run whose catalogue could be used: add the file")
-        if own is not None and self.given is not None and own != self.given:
+        if "catalogue" in self.files:
+            return read_catalogue(self.files["catalogue"])
+        if self.given is None:
             raise DataError(
-                f"{self.files['catalogue']} is not the catalogue this run was trained with "
-                f"({len(own)} items, {len(self.given)} then): use the run's own file, or remove this one"
+                "there is no id2name.txt under data.manual_dir, and no run whose catalogue could be used: "
+                "add the file"
             )
-        return own or self.given
+        return self.given
 
     def catalogue(self) -> tuple[Item, ...]:
         return self._items
@@ -111,7 +116,7 @@ class Lastfm(RankingBuilder, skip_registration=True):
     def frozen(self, split: str) -> dict[str, Any]:
         return {
             "seed": "the id of the answer",
-            "negatives": f"S-DPO: {NEGATIVES} items, uniform over those not in the history, by Python's random",
+            "negatives": f"S-DPO: {NEGATIVES} uniform over the items not in the history, by Python's random",
         }
 
 
@@ -138,7 +143,8 @@ def read_catalogue(path: Path) -> tuple[Item, ...]:
         name = one_line(name)
         if not separator or item != str(len(items)) or not name or name in seen:
             raise DataError(
-                f"{path}, line {number}: expected `{len(items)}::name` with a name not used before, found {line!r}"
+                f"{path}, line {number}: expected `{len(items)}::name` with a name not used before, "
+                f"found {line!r}"
             )
         seen.add(name)
         items.append((item, name))
@@ -164,7 +170,8 @@ def read_steps(path: Path, n_items: int) -> Iterator[Row]:
                 and answer not in history
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a row with seq, len_seq and next ({error!r})") from error
+            reason = f"not a row with seq, len_seq and next ({error!r})"
+            raise DataError(f"{path}, line {number}: {reason}") from error
         if not sound:
             raise DataError(
                 f"{path}, line {number}: expected ids below {n_items}, padded at the end with {n_items}, "
@@ -196,7 +203,8 @@ def read_pools(path: Path, position: dict[str, int]) -> Iterator[Row]:
             history = history.split("::") if history else []
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, row {number}: not an object with historyList, itemList and trueSelection ({error!r})"
+                f"{path}, row {number}: not an object with historyList, itemList and trueSelection "
+                f"({error!r})"
             ) from error
         if not isinstance(names, list):
             raise DataError(f"{path}, row {number}: itemList is not a list")

@@ -36,7 +36,8 @@ class Musique(RankingBuilder, skip_registration=True):
         found = {split: path for split, path in found.items() if path}
         if not found:
             raise DataError(
-                f"{folder} and its sub-folders hold no usable file; expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+                f"{folder} and its sub-folders hold no usable file; "
+                f"expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             )
         return found
 

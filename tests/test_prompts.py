@@ -1,0 +1,150 @@
+"""Prompt templates, and the tokenizers they are encoded with."""
+
+import pytest
+
+from fgrpo_jax import prompts, tokenizers
+from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
+from fgrpo_jax.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.types import RankingExample
+
+ITEMS = tuple((str(i), f"artist {i} & co") for i in range(30))
+EXAMPLE = RankingExample("q1", "", ITEMS[:2], (0.0, 1.0), ITEMS[2:4])
+QUESTION = RankingExample("q2", "who\n was it?", (("a", "A:  some\ttext"), ("b", "B: more")), (1.0, 0.0))
+
+
+def dataset(catalogue=ITEMS, rows=()):
+    return Dataset("tiny", "recommendation", "Rank these.", catalogue, {"train": in_memory(rows)}, True, {})
+
+
+def catalogue(made=None, transcript=TranscriptConfig(), prompt=PromptConfig()):
+    return tokenizers.load("catalogue", made or dataset(), transcript, prompt)
+
+
+def render(example, kind="recommendation", instruction="Rank these.", identifier="text"):
+    return prompts.render(example, kind, instruction, identifier, "<SLATE>")
+
+
+def test_recommendation_prompt():
+    assert render(EXAMPLE) == (
+        "Rank these.\nHistory:\nartist 2 & co\nartist 3 & co\n"
+        "Candidates:\nartist 0 & co\nartist 1 & co\n<SLATE>"
+    )
+
+
+def test_question_prompt_with_numbers():
+    assert render(QUESTION, "qa", identifier="index") == (
+        "Rank these.\nCandidates:\n[1] A: some text\n[2] B: more\nQuestion: who was it?\n<SLATE>"
+    )
+    assert prompts.identifier_texts(QUESTION, "index") == ["[1]", "[2]"]
+    assert prompts.identifier_texts(QUESTION, "text") == ["A: some text", "B: more"]
+
+
+def test_empty_parts_are_left_out_with_their_heading():
+    bare = RankingExample("q", "", ITEMS[:1], (1.0,))
+    assert render(bare, instruction="") == "Candidates:\nartist 0 & co\n<SLATE>"
+    with pytest.raises(ConfigError, match="not recommendation or qa"):
+        render(bare, kind="other")
+
+
+def test_catalogue_gives_every_line_a_token_of_its_own():
+    tokenizer = catalogue()
+    ids = prompts.encode_prompt(tokenizer, render(EXAMPLE), False)
+    assert len(ids) == len(set(ids)) == 8
+    assert tokenizer.convert_ids_to_tokens(ids) == render(EXAMPLE).split("\n")
+    pieces = ("<SLATE>", "</SLATE><RANK>", "</RANK>", *(text for _, text in ITEMS))
+    encoded = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+    assert all(len(piece) == 1 for piece in encoded)
+    tokens = {*sum(encoded, []), tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert len(tokens) == len(pieces) + 2
+    assert tokenizer.unk_token_id not in sum(encoded, [])
+    assert len(tokenizer) == len(ITEMS) + 3 + 3 + 3  # specials, literals, instruction and headings
+
+
+def test_separators_and_instructions_of_the_config_are_known():
+    transcript, prompt = TranscriptConfig(separator=" > "), PromptConfig(instruction="Two\nlines")
+    tokenizer = catalogue(transcript=transcript, prompt=prompt)
+    assert len(tokenizer.encode(" > ", add_special_tokens=False)) == 1
+    ids = prompts.encode_prompt(tokenizer, render(EXAMPLE, instruction="Two\nlines"), False)
+    assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["Two", "lines"]
+
+
+def test_a_full_prompt_has_34_tokens():
+    full = RankingExample("q", "", ITEMS[:20], (1.0,) + (0.0,) * 19, ITEMS[20:30])
+    assert len(prompts.encode_prompt(catalogue(), render(full), False)) == 20 + 10 + 4
+
+
+def test_without_a_catalogue_the_items_of_the_splits_are_taken():
+    tokenizer = catalogue(dataset((), [EXAMPLE]))
+    assert len(prompts.encode_prompt(tokenizer, render(EXAMPLE), False)) == 8
+
+
+def test_unknown_text_names_the_query():
+    stranger = RankingExample("q9", "", (("x", "nobody"),), (1.0,))
+    with pytest.raises(DataError, match="query 'q9': the tokenizer has no token for 'nobody'"):
+        prompts.encode_prompt(catalogue(), render(stranger), False, "q9")
+
+
+def test_items_that_look_like_the_template_are_refused():
+    for text in ("History:", "<eos>", "<SLATE>", "Rank  these."):
+        with pytest.raises(DataError, match="rename it"):
+            catalogue(dataset((("0", text), ("1", "fine"))))
+
+
+def test_the_catalogue_survives_saving(tmp_path):
+    tokenizer = catalogue()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
+    assert loaded.get_vocab() == tokenizer.get_vocab() == catalogue().get_vocab()
+    assert (loaded.eos_token, loaded.pad_token) == ("<eos>", "<pad>")
+    text = render(EXAMPLE)
+    assert prompts.encode_prompt(loaded, text, False) == prompts.encode_prompt(tokenizer, text, False)
+
+
+def test_unknown_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is not a directory; tokenizer must be 'catalogue' or"):
+        tokenizers.load("Qwen/Nothing", None, TranscriptConfig(), PromptConfig())
+    with pytest.raises(ConfigError, match="could not be loaded"):
+        tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
+    with pytest.raises(ConfigError, match="made from a data set"):
+        tokenizers.load("catalogue", None, TranscriptConfig(), PromptConfig())
+
+
+def byte_pair():
+    """A tiny byte-level BPE with ChatML turns, as Qwen's."""
+    import tokenizers as backend
+    import transformers
+
+    model = backend.Tokenizer(backend.models.BPE())
+    model.pre_tokenizer = backend.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = backend.decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = backend.pre_tokenizers.ByteLevel.alphabet()
+    trainer = backend.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    model.train_from_iterator([render(QUESTION, "qa")] * 3, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def test_other_tokenizers_and_chat(tmp_path):
+    byte_pair().save_pretrained(tmp_path)
+    tokenizer = tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
+    text = render(QUESTION, "qa")
+    assert tokenizer.decode(prompts.encode_prompt(tokenizer, text, False)) == text
+    body = text.removesuffix("\n<SLATE>")
+    assert tokenizer.decode(prompts.encode_prompt(tokenizer, text, True)) == (
+        f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n<SLATE>"
+    )
+    with pytest.raises(ConfigError, match="has no chat template"):
+        prompts.encode_prompt(catalogue(), text, True)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = byte_pair()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no eos token"):
+        tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
