@@ -189,8 +189,9 @@ def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:
 def _check_tied(folder: Path, embed: Any, head: Any) -> None:
     """Some writers store the tied head too: it must be the embedding, or something was lost."""
     same = embed.get_shape() == head.get_shape() and embed.get_dtype() == head.get_dtype()
-    starts = range(0, embed.get_shape()[0], _ROWS)
-    if not same or not all(np.array_equal(embed[i : i + _ROWS], head[i : i + _ROWS]) for i in starts):
+    size = embed.get_shape()[0]
+    parts = [slice(i, min(i + _ROWS, size)) for i in range(0, size, _ROWS)]
+    if not same or not all(np.array_equal(embed[rows], head[rows]) for rows in parts):
         raise ModelFilesError(
             f"{folder}: tie_word_embeddings is true in config.json, but {TENSORS['head'].name} "
             f"differs from {TENSORS['embed'].name}"
