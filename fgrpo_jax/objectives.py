@@ -98,8 +98,8 @@ def clipped_pg(
 
     kl_weight: of the KL to `batch.ref_logp` by the k3 estimator, e^d − d − 1 with
         d = ref_logp − logp, per action and by the same weights.
-    Metrics: loss, ratio, clip_fraction_slate, clip_fraction_rank, and kl if there is a
-    reference. Raises ValueError on an unknown ratio level, or when the KL has no reference.
+    Metrics: loss, ratio, drift (of the sampler's log-probabilities from the trainer's),
+    clip_fraction_slate, clip_fraction_rank, and kl if there is a reference. Raises ValueError on an unknown ratio level, or when the KL has no reference.
     """
     if ratio not in RATIOS:
         raise ValueError(f"ratio={ratio!r} is not one of {', '.join(RATIOS)}")
@@ -123,7 +123,9 @@ def clipped_pg(
         bound_BGT = jnp.where(high_BGT, 1 + clip_high, 1 - clip_low)
         loss_BGT = -advantage_BGT * jnp.where(clipped_BGT, bound_BGT, ratio_BGT)
 
-        metrics = {"ratio": _count_mean(ratio_BGT, trained_BGT)}
+        # How far the sampler's log-probabilities are from the trainer's: 0 but for rounding.
+        drift_BGT = jnp.abs(jax.lax.stop_gradient(old_BGT) - batch.rollout.logp)
+        metrics = {"ratio": _count_mean(ratio_BGT, trained_BGT), "drift": _count_mean(drift_BGT, trained_BGT)}
         for name, label in zip(PHASES, (SLATE, RANK), strict=True):
             metrics[f"clip_fraction_{name}"] = _count_mean(clipped_BGT, trained_BGT & (phase_BGT == label))
         if batch.ref_logp is not None:

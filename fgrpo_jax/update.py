@@ -65,8 +65,7 @@ def make_update(
 
     def loss_fn(params: PyTree, frozen: PyTree, part: Batch) -> tuple[Array, dict[str, Mean]]:
         logp_BGT = policy.logprobs(params, frozen, part.query, part.rollout)
-        loss, metrics = objective(logp_BGT, part)
-        return loss, {**metrics, **_drift(logp_BGT, part)}
+        return objective(logp_BGT, part)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -85,7 +84,7 @@ def make_update(
     def one_update(carry, _, frozen, batch):
         params, opt_state = carry
         (loss, metrics), grads = gradient(params, frozen, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt_state
@@ -103,13 +102,6 @@ def make_update(
         return TrainState(state.step + 1, params, opt_state), last
 
     return update
-
-
-def _drift(logp_BGT: Array, batch: Batch) -> dict[str, Mean]:
-    """How far the sampler's log-probabilities are from the trainer's: 0 but for rounding."""
-    trained = batch.weight > 0
-    gap = jnp.abs(jax.lax.stop_gradient(logp_BGT) - batch.rollout.logp)
-    return {"drift": Mean(jnp.where(trained, gap, 0).sum(), trained.sum().astype(jnp.float32))}
 
 
 def describe(lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array) -> dict[str, Mean]:

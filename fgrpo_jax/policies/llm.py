@@ -52,12 +52,15 @@ def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:
     """Warn where the tokenizer, given a whole transcript, merges across a piece boundary.
 
     Transcripts are built piece by piece; a model that was never fine-tuned on them prefers
-    the merged form, so its unconstrained zero-shot output will break the grammar there.
+    the merged form, so its unconstrained zero-shot output will break the grammar there. The
+    catalogue, in which every piece is a word, only ever reads pieces.
     """
     t = config.transcript
+    if config.tokenizer == "catalogue":
+        return
     names = prompts.identifier_texts(example, t.identifier)[: t.slate_min]
     ranked = names[: t.rank_min]
-    pieces: list[str] = []
+    pieces = [t.slate_open]
     for items, close in ((names, t.slate_close), (ranked, t.rank_close)):
         for i, name in enumerate(items):
             pieces += [t.separator] * bool(i and t.separator) + [name]

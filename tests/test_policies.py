@@ -1,0 +1,262 @@
+"""The language model as a policy: what is encoded, what is refused, what SFT imitates."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bpe import train_bpe
+from helpers import quick_jit
+
+from fgrpo_jax import prompts, tokenizers, transcript
+from fgrpo_jax.advantages import make_batch
+from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
+from fgrpo_jax.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.objectives import nll
+from fgrpo_jax.policies import llm
+from fgrpo_jax.policies.logged import logged, target_lists
+from fgrpo_jax.types import UNTRAINED, Credit, Query, RankingExample, TrainState
+from fgrpo_jax.update import make_optimizer, make_update
+
+ITEMS = tuple((f"i{n}", f"song {n}") for n in range(9))
+CONFIG = Config(
+    data=DataConfig(prompt_buckets=(12, 16)),
+    transcript=TranscriptConfig(slate_min=2, slate_max=3, rank_min=1, rank_max=2),
+)
+LONG, SHORT = (
+    RankingExample("long", "", ITEMS[:5], (0, 2, 0, 1, 0), ITEMS[5:9]),
+    RankingExample("short", "", ITEMS[4:7], (1, 0, 0), ITEMS[:1]),
+)
+NUMBERED = dataclasses.replace(
+    CONFIG,
+    tokenizer="some/folder",
+    transcript=dataclasses.replace(CONFIG.transcript, identifier="index", separator=" > "),
+    data=DataConfig(prompt_buckets=(64, 256)),
+)
+
+
+def changed(config, **transcript_fields):
+    return dataclasses.replace(config, transcript=dataclasses.replace(config.transcript, **transcript_fields))
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    rows = in_memory([LONG, SHORT])
+    dataset = Dataset("tiny", "recommendation", "Choose.", ITEMS, {"train": rows}, True, {})
+    return tokenizers.load("catalogue", dataset, CONFIG.transcript, CONFIG.prompt)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([text for _, text in ITEMS] + ["[1] > [2] > [3]"] * 3, 320)
+
+
+@pytest.fixture
+def make(catalogue, spec):
+    def of(config=CONFIG, tokenizer=catalogue, group_size=2):
+        sized = spec._replace(vocab_size=len(tokenizer))
+        return llm.make(config, sized, tokenizer, "recommendation", "Choose.", group_size)
+
+    return of
+
+
+# --------------------------------------------------------------------- encoding
+
+
+def test_a_batch_of_queries(make, catalogue):
+    query = make().encode([LONG, SHORT])
+    assert query.prompt.shape == (2, 16)  # the bucket of the longer prompt
+    assert query.prompt_len.tolist() == [13, 8]
+    for b, example in enumerate([LONG, SHORT]):
+        lines = prompts.render(example, "recommendation", "Choose.", "text", "<SLATE>").split("\n")
+        assert catalogue.convert_ids_to_tokens(query.prompt[b, : query.prompt_len[b]]) == lines
+        n = query.n_candidates[b]
+        assert n == len(example.candidates)
+        names = catalogue.convert_ids_to_tokens(query.identifiers[b, :n, 0])
+        assert names == [text for _, text in example.candidates]
+        assert query.relevance[b].tolist() == [*example.relevance, *[0] * (8 - n)]
+        assert (query.identifiers[b, n:] == -1).all()
+    assert query.identifiers.shape == (2, 8, 1)  # few shapes: pools round up to a multiple of 4
+
+
+def test_numbers_as_identifiers(make, bpe):
+    query = make(NUMBERED, bpe).encode([LONG, SHORT])
+    for c in range(5):
+        tokens = [t for t in query.identifiers[0, c].tolist() if t >= 0]
+        assert bpe.decode(tokens) == f"[{c + 1}]"
+    assert bpe.decode(query.prompt[1, : query.prompt_len[1]]).endswith("[3] song 6\n<SLATE>")
+
+
+def long_names(query_id, *names):
+    return RankingExample(query_id, "", tuple((f"id{i}", n) for i, n in enumerate(names)), (1,) + (0,) * (len(names) - 1))
+
+
+@pytest.mark.parametrize(
+    "example, message",
+    [
+        (dataclasses.replace(LONG, query_id="q1", history=ITEMS), "query 'q1' has a prompt of 18 tokens"),
+        (dataclasses.replace(LONG, query_id="q2", candidates=ITEMS[:4] + ITEMS[:1]), "query q2: candidates i0 and i0"),
+        (long_names("q3", "song 1", "song 100"), "'q3'.*no token for 'song 100'"),
+    ],
+)
+def test_refused_by_query(make, example, message):
+    with pytest.raises(DataError, match=message):
+        make().encode([SHORT, example])
+
+
+@pytest.mark.parametrize(
+    "example, message",
+    [
+        (long_names("q4", "song", "song > 1"), "query q4: .*id0 is a prefix of that of id1"),
+        (long_names("q5", "song", "a <eos> b"), "query q5: the identifier of candidate id1 contains eos"),
+        (long_names("q6", "song", "  "), "query q6: candidate id1 has an empty identifier"),
+    ],
+)
+def test_names_refused_by_query(make, bpe, example, message):
+    with pytest.raises(DataError, match=message):
+        make(changed(NUMBERED, identifier="text"), bpe).encode([example])
+
+
+# --------------------------------------------------------------------- the grammar
+
+
+def test_literals_become_tokens(bpe):
+    grammar = llm.make_grammar(NUMBERED, bpe)
+    assert bpe.convert_ids_to_tokens(grammar.slate_close) == ["</SLATE>", "<RANK>"]
+    assert bpe.decode(grammar.separator) == " > "
+    assert (grammar.eos, grammar.slate_min, grammar.slate_max) == (bpe.eos_token_id, 2, 3)
+    assert (grammar.rank_min, grammar.rank_max) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"separator": "</SLATE>"}, "transcript.separator and transcript.slate_close cannot be told apart"),
+        ({"rank_close": "</RANK><eos>"}, "transcript.rank_close contains eos"),
+    ],
+)
+def test_ambiguous_literals_are_refused(bpe, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        llm.make_grammar(changed(NUMBERED, **fields), bpe)
+
+
+def test_a_tokenizer_without_eos_is_refused(bpe):
+    class NoEos:
+        eos_token_id = None
+
+    with pytest.raises(ConfigError, match="'some/folder' has no eos token"):
+        llm.make_grammar(NUMBERED, NoEos())
+
+
+def test_merges_across_pieces_are_warned_of(bpe, catalogue):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm.warn_of_merges(CONFIG, catalogue, LONG)
+        llm.warn_of_merges(changed(NUMBERED, separator="<RANK>"), bpe, LONG)
+    with pytest.warns(UserWarning, match=r"merges ' >' and '\[2\]'|merges '\[1\]' and ' >'|merges"):
+        llm.warn_of_merges(changed(NUMBERED, separator=" > ["), train_bpe(["[1] > [[2] > [[3]"] * 9, 300), LONG)
+
+
+# --------------------------------------------------------------------- targets
+
+B = 600
+relevances = [(0, 2, 0, 1, 0), (1, 1, 1, 1, 0), (0, 0, 0, 0, 3), (1, 0), (0, 2, 1), (0, 0, 0, 0, 0)]
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """B x 6 queries: more relevant candidates than slots, ties, a pool below slate_min + 1."""
+    relevance = np.zeros((6, 5), np.float32)
+    for b, gains in enumerate(relevances):
+        relevance[b, : len(gains)] = gains
+    n = np.tile([len(gains) for gains in relevances], B).astype(np.int32)
+    identifiers = np.where(np.arange(5) < n[:, None], np.arange(10, 15), -1).astype(np.int32)[..., None]
+    ones = jnp.ones(6 * B, jnp.int32)
+    return Query(ones[:, None], ones, jnp.asarray(identifiers), jnp.tile(relevance, (B, 1)), jnp.asarray(n))
+
+
+def grammar_of(slate_min=2):
+    return transcript.Grammar(
+        separator=(), slate_close=(3,), rank_close=(4,), eos=1,
+        slate_min=slate_min, slate_max=3, rank_min=2, rank_max=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", ["first", "shuffled"])
+def test_targets(labelled, fill):
+    lists = quick_jit(target_lists, static_argnums=(0, 3))(grammar_of(3), labelled, jax.random.key(0), fill)
+    slate, ranking = jax.device_get(lists)
+    assert slate.shape == (6 * B, 1, 3) and ranking.shape == (6 * B, 1, 2)
+    orders = [set() for _ in relevances]
+    for b in range(6 * B):
+        gains = relevances[b % 6]
+        items, ranked = ([c for c in x[b, 0].tolist() if c >= 0] for x in (slate, ranking))
+        assert len(items) == min(3, len(gains)) and len(ranked) == min(2, len(items))
+        assert len(set(items)) == len(items) and set(ranked) <= set(items) <= set(range(len(gains)))
+        best = sorted(gains, reverse=True)
+        assert sorted((gains[c] for c in items), reverse=True) == best[: len(items)]
+        assert [gains[c] for c in ranked] == best[: len(ranked)]  # the relevant ones, then fill
+        if fill == "first":
+            assert [gains[c] for c in items] == best[: len(items)]
+            assert ranked == items[: len(ranked)]
+        orders[b % 6].add(tuple(items))
+    # Ties and fill are drawn: all orders there can be occur.
+    assert [len(o) for o in orders] == ([3, 24, 12, 1, 1, 60] if fill == "first" else [18, 24, 36, 2, 6, 60])
+
+
+def test_slates_grow_with_the_relevant_candidates(labelled):
+    slate, _ = quick_jit(target_lists, static_argnums=(0, 3))(grammar_of(2), labelled, jax.random.key(0), "first")
+    assert (slate[:6, 0] >= 0).sum(-1).tolist() == [2, 3, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("train_fill", [True, False])
+def test_logged_rollouts(labelled, make, constrained, train_fill):
+    """All read back as ok; forced tokens (constrained) and fill (on request) are not trained."""
+    grammar = grammar_of(3)
+    policy = logged(make(), grammar, constrained, "first", train_fill)
+    rollout, lists = jax.device_get(quick_jit(policy.rollout)({}, {}, labelled, jax.random.key(0)))
+    assert (lists.outcome == 0).all() and (rollout.logp == 0).all()
+    for b, gains in enumerate(relevances):
+        n, items = len(gains), [c for c in lists.slate[b, 0] if c >= 0]
+        expected = []
+        for t, c in enumerate(items):
+            forced = constrained and n - t == 1
+            expected.append(0 if forced or (not train_fill and gains[c] == 0) else 1)
+        expected += [0 if constrained else 1]  # slates are as long as they can be: the tag is forced
+        for t, c in enumerate(lists.ranking[b, 0]):
+            forced = constrained and len(items) - t == 1
+            expected.append(0 if forced or (not train_fill and gains[c] == 0) else 2)
+        expected += [0, 0] if constrained else [2, 2]
+        assert rollout.phase[b, 0].tolist() == expected + [UNTRAINED] * (rollout.phase.shape[-1] - len(expected))
+
+
+# --------------------------------------------------------------------- imitation
+
+
+def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
+    """Thirty updates on two queries: decoding then writes their relevant candidates first."""
+    model = make()
+    policy = logged(model, llm.make_grammar(CONFIG, catalogue), True, "first", True)
+    query = policy.encode([LONG, SHORT])
+    optimizer = make_optimizer(0.03, 30, 2, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
+    update = make_update(policy, nll(), optimizer)
+    params, frozen = quick_jit(policy.init)(jax.random.key(0))
+
+    @quick_jit
+    def step(state, query, key):
+        rollout, _ = policy.rollout(state.params, frozen, query, key)
+        reward = jnp.zeros((2, 1, 0))
+        return update(state, frozen, make_batch(query, rollout, reward, Credit(()), "token"))
+
+    state, losses = TrainState(jnp.int32(0), params, optimizer.init(params)), []
+    for t in range(30):
+        state, metrics = step(state, query, jax.random.key(t))
+        losses.append(metrics["loss"].value())
+    assert losses[-1] < 0.5 * losses[0] and int(state.step) == 30
+    rollout, lists = quick_jit(model.greedy)(state.params, frozen, query)
+    assert rollout.actions.shape[1] == 1
+    assert lists.slate[0, 0, :2].tolist() == [1, 3] and lists.slate[1, 0, 0] == 0
+    assert lists.ranking[:, 0, 0].tolist() == [1, 0]
