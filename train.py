@@ -149,7 +149,7 @@ def run(config, validate) -> int:
         report.curves(log.path, run_dir / "curves.png")
     import eval as evaluation
 
-    print(evaluation.evaluate_run(run_dir, experiment), flush=True)
+    print(evaluation.evaluate_run(run_dir), flush=True)
     return 0
 
 

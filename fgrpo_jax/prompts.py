@@ -6,6 +6,7 @@ built from the identifiers piece by piece and never by this module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
@@ -48,8 +49,10 @@ def render(
     return "\n".join([*lines, slate_open])
 
 
-def encode_prompt(tokenizer: Any, text: str, chat: bool, query_id: str = "") -> list[int]:
-    """Token ids of a rendered prompt; no special tokens are added.
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of rendered prompts, encoded in one call; no special tokens are added.
 
     chat: everything but the last line (the opening of the slate) becomes the user's turn of
     the tokenizer's chat template, and the last line opens the answer.
@@ -57,18 +60,28 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool, query_id: str = "") -> 
     ConfigError for `chat` with a tokenizer that has no chat template.
     """
     if chat:
-        if not tokenizer.chat_template:
-            raise ConfigError("prompt.chat=True, but the tokenizer has no chat template: set it to False")
-        body, _, opening = text.rpartition("\n")
-        turns = [{"role": "user", "content": body}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + opening
-    ids = tokenizer.encode(text, add_special_tokens=False)
+        texts = [_as_chat(tokenizer, text) for text in texts]
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        start, end = offsets[ids.index(unknown)]
-        raise DataError(
-            f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
-            "tokenizer every line must be an item, or part of the template, seen when the run was started"
-        )
-    return ids
+    if unknown is not None:
+        for text, ids, query_id in zip(texts, encoded, query_ids, strict=True):
+            if unknown in ids:
+                raise DataError(_unknown_text(tokenizer, text, query_id))
+    return encoded
+
+
+def _as_chat(tokenizer: Any, text: str) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("prompt.chat=True, but the tokenizer has no chat template: set it to False")
+    body, _, opening = text.rpartition("\n")
+    turns = [{"role": "user", "content": body}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + opening
+
+
+def _unknown_text(tokenizer: Any, text: str, query_id: str) -> str:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start, end = encoded["offset_mapping"][encoded["input_ids"].index(tokenizer.unk_token_id)]
+    return (
+        f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
+        "tokenizer every line must be an item, or part of the template, seen when the run was started"
+    )

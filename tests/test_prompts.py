@@ -12,6 +12,10 @@ EXAMPLE = RankingExample("q1", "", ITEMS[:2], (0.0, 1.0), ITEMS[2:4])
 QUESTION = RankingExample("q2", "who\n was it?", (("a", "A:  some\ttext"), ("b", "B: more")), (1.0, 0.0))
 
 
+def encode(tokenizer, text, chat, query_id="q"):
+    return prompts.encode_prompts(tokenizer, [text], chat, [query_id])[0]
+
+
 def dataset(catalogue=ITEMS, rows=()):
     return Dataset("tiny", "recommendation", "Rank these.", catalogue, {"train": in_memory(rows)}, True, {})
 
@@ -48,7 +52,7 @@ def test_empty_parts_are_left_out_with_their_heading():
 
 def test_catalogue_gives_every_line_a_token_of_its_own():
     tokenizer = catalogue()
-    ids = prompts.encode_prompt(tokenizer, render(EXAMPLE), False)
+    ids = encode(tokenizer, render(EXAMPLE), False)
     assert len(ids) == len(set(ids)) == 8
     assert tokenizer.convert_ids_to_tokens(ids) == render(EXAMPLE).split("\n")
     pieces = ("<SLATE>", "</SLATE><RANK>", "</RANK>", *(text for _, text in ITEMS))
@@ -64,24 +68,24 @@ def test_separators_and_instructions_of_the_config_are_known():
     transcript, prompt = TranscriptConfig(separator=" > "), PromptConfig(instruction="Two\nlines")
     tokenizer = catalogue(transcript=transcript, prompt=prompt)
     assert len(tokenizer.encode(" > ", add_special_tokens=False)) == 1
-    ids = prompts.encode_prompt(tokenizer, render(EXAMPLE, instruction="Two\nlines"), False)
+    ids = encode(tokenizer, render(EXAMPLE, instruction="Two\nlines"), False)
     assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["Two", "lines"]
 
 
 def test_a_full_prompt_has_34_tokens():
     full = RankingExample("q", "", ITEMS[:20], (1.0,) + (0.0,) * 19, ITEMS[20:30])
-    assert len(prompts.encode_prompt(catalogue(), render(full), False)) == 20 + 10 + 4
+    assert len(encode(catalogue(), render(full), False)) == 20 + 10 + 4
 
 
 def test_without_a_catalogue_the_items_of_the_splits_are_taken():
     tokenizer = catalogue(dataset((), [EXAMPLE]))
-    assert len(prompts.encode_prompt(tokenizer, render(EXAMPLE), False)) == 8
+    assert len(encode(tokenizer, render(EXAMPLE), False)) == 8
 
 
 def test_unknown_text_names_the_query():
     stranger = RankingExample("q9", "", (("x", "nobody"),), (1.0,))
     with pytest.raises(DataError, match="query 'q9': the tokenizer has no token for 'nobody'"):
-        prompts.encode_prompt(catalogue(), render(stranger), False, "q9")
+        encode(catalogue(), render(stranger), False, "q9")
 
 
 def test_items_that_look_like_the_template_are_refused():
@@ -97,7 +101,7 @@ def test_the_catalogue_survives_saving(tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab() == catalogue().get_vocab()
     assert (loaded.eos_token, loaded.pad_token) == ("<eos>", "<pad>")
     text = render(EXAMPLE)
-    assert prompts.encode_prompt(loaded, text, False) == prompts.encode_prompt(tokenizer, text, False)
+    assert encode(loaded, text, False) == encode(tokenizer, text, False)
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
@@ -133,13 +137,13 @@ def test_other_tokenizers_and_chat(tmp_path):
     byte_pair().save_pretrained(tmp_path)
     tokenizer = tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
     text = render(QUESTION, "qa")
-    assert tokenizer.decode(prompts.encode_prompt(tokenizer, text, False)) == text
+    assert tokenizer.decode(encode(tokenizer, text, False)) == text
     body = text.removesuffix("\n<SLATE>")
-    assert tokenizer.decode(prompts.encode_prompt(tokenizer, text, True)) == (
+    assert tokenizer.decode(encode(tokenizer, text, True)) == (
         f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n<SLATE>"
     )
     with pytest.raises(ConfigError, match="has no chat template"):
-        prompts.encode_prompt(catalogue(), text, True)
+        encode(catalogue(), text, True)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):

@@ -21,6 +21,7 @@ RMS norm of queries and keys, rotary embedding, SwiGLU. Norms and softmax run in
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -138,23 +139,34 @@ def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+def linear(x: Array, w: Array, axes_in: int = 1) -> Array:
+    """`x [..., in] @ w [in, out]`, both sides possibly several axes, as one plain matrix product.
+
+    Written as an einsum over several token axes, the same product's gradient runs 2-3 times
+    slower on CPU: XLA then lays the weight gradient's operands out transposed.
+    """
+    lead, shape_in, shape_out = x.shape[: x.ndim - axes_in], w.shape[:axes_in], w.shape[axes_in:]
+    size_in, size_out = math.prod(shape_in), math.prod(shape_out)
+    return (x.reshape(-1, size_in) @ w.reshape(size_in, size_out)).reshape(*lead, *shape_out)
+
+
 def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
-    q = jnp.einsum("...d,dhe->...he", normed, layer["q"])
+    q = linear(normed, layer["q"])
     return apply_rope(rms_norm(q, layer["q_norm"], spec.norm_eps), rope)
 
 
 def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple[Array, Array]:
-    k = jnp.einsum("...d,dhe->...he", normed, layer["k"])
-    v = jnp.einsum("...d,dhe->...he", normed, layer["v"])
+    k = linear(normed, layer["k"])
+    v = linear(normed, layer["v"])
     return apply_rope(rms_norm(k, layer["k_norm"], spec.norm_eps), rope), v
 
 
 def _finish_block(spec: DecoderSpec, layer: PyTree, x: Array, attended: Array) -> Array:
-    x = x + jnp.einsum("...he,hed->...d", attended, layer["o"])
+    x = x + linear(attended, layer["o"], axes_in=2)
     normed = rms_norm(x, layer["mlp_norm"], spec.norm_eps)
-    gate = jnp.einsum("...d,df->...f", normed, layer["gate"])
-    up = jnp.einsum("...d,df->...f", normed, layer["up"])
-    return x + jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, layer["down"])
+    gate = linear(normed, layer["gate"])
+    up = linear(normed, layer["up"])
+    return x + linear(jax.nn.silu(gate) * up, layer["down"])
 
 
 def _maybe_remat(spec: DecoderSpec, fn):

@@ -20,6 +20,9 @@ from fgrpo_jax.models import decoder
 from fgrpo_jax.types import Policy, Query, RankingExample
 
 
+_REMEMBERED = 100_000  # identifier texts whose token ids are kept
+
+
 def make_grammar(config: Config, tokenizer) -> transcript.Grammar:
     """The transcript's literals as token ids. Raises ConfigError when they are ambiguous."""
     t = config.transcript
@@ -96,14 +99,14 @@ def make(
         return sampling.sample(sampler, params, query, None, 1)
 
     encode = functools.partial(
-        _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction
+        _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {}
     )
     return Policy(init, encode, rollout, logprobs, greedy)
 
 
 def _encode(
     config: Config, grammar: transcript.Grammar, tokenizer, kind: str, instruction: str,
-    examples: Sequence[RankingExample],
+    known: dict[str, list[int]], examples: Sequence[RankingExample],
 ) -> Query:  # fmt: skip
     """Arrays of a global batch, whose shapes depend on the whole batch alone.
 
@@ -112,9 +115,9 @@ def _encode(
     """
     t = config.transcript
     texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in examples]
-    tokens = [prompts.encode_prompt(tokenizer, text, config.prompt.chat, e.query_id) for text, e in zip(texts, examples)]
+    tokens = prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
     size = max(bucket(len(ids), config.data.prompt_buckets, e.query_id) for ids, e in zip(tokens, examples))
-    names = [_identifiers(grammar, tokenizer, t.identifier, e) for e in examples]
+    names = [_identifiers(grammar, tokenizer, t.identifier, known, e) for e in examples]
     n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
     width = _round_up(max(len(name) for pool in names for name in pool))
     most = _round_up(int(n_candidates.max()))
@@ -130,9 +133,17 @@ def _encode(
     return Query(prompt, lengths, identifiers, relevance, n_candidates)
 
 
-def _identifiers(grammar: transcript.Grammar, tokenizer, identifier: str, example: RankingExample) -> list[list[int]]:
+def _identifiers(
+    grammar: transcript.Grammar, tokenizer, identifier: str, known: dict[str, list[int]], example: RankingExample
+) -> list[list[int]]:
+    """Token ids naming each candidate; `known` remembers texts, which recur in most data sets."""
     texts = prompts.identifier_texts(example, identifier)
-    names = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if new := [text for text in texts if text not in known]:
+        if len(known) > _REMEMBERED:
+            known.clear()
+            new = texts
+        known.update(zip(new, tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+    names = [known[text] for text in texts]
     try:
         transcript.check_identifiers(grammar, example.query_id, [c for c, _ in example.candidates], names)
     except ValueError as error:
