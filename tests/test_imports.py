@@ -1,0 +1,138 @@
+"""Who may import whom, what stays light, and that every config field is read by someone."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fgrpo_jax import config
+
+ROOT = Path(config.__file__).parents[1]
+LAYERS = (
+    ("types", "config"),
+    ("metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
+    ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
+    ("update", "checkpoint", "evaluate", "report", "sharding"),
+    ("experiment", "run", "stage"),
+    ("train", "eval"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MATHEMATICS = (*LAYERS[1], "sampling", "update")  # take numbers, never a config
+
+
+def sources():
+    """Module name -> file: `data`, `datasets.builder`, and the scripts `train` and `eval`."""
+    package = ROOT / "fgrpo_jax"
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    del found[""]  # the package itself: the version
+    return found | {name: ROOT / f"{name}.py" for name in ("train", "eval")}
+
+
+SOURCES = sources()
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+
+def imported(nodes):
+    """The modules of this project that the nodes import, as in `sources`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")[1:] if name.startswith("fgrpo_jax.") else name.split(".")
+            for size in range(len(parts), 0, -1):
+                if ".".join(parts[:size]) in SOURCES and (name.startswith("fgrpo_jax.") or parts[0] in LAYERS[-1]):
+                    yield ".".join(parts[:size])
+                    break
+
+
+def level(module):
+    return LEVEL[module.split(".")[0]]
+
+
+def test_every_module_has_a_layer():
+    assert {name.split(".")[0] for name in SOURCES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_go_upward_only(module):
+    """Also those inside functions: a module knows its own layer and the ones before it."""
+    for other in imported(ast.walk(TREES[module])):
+        assert level(other) <= level(module), f"{module} imports {other}, which belongs to a later layer"
+
+
+def test_modules_import_each_other_in_no_circle():
+    waiting = {name: set(imported(tree.body)) - {name} for name, tree in TREES.items()}
+    while waiting:
+        free = {name for name, needs in waiting.items() if not needs & waiting.keys()}
+        assert free, f"a circle among {sorted(waiting)}"
+        waiting = {name: needs for name, needs in waiting.items() if name not in free}
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.split(".")[0] in MATHEMATICS])
+def test_mathematics_takes_numbers_never_a_config(module):
+    assert "config" not in set(imported(ast.walk(TREES[module])))
+
+
+def test_types_import_nothing_of_the_project():
+    assert not set(imported(ast.walk(TREES["types"]))) and not set(imported(ast.walk(TREES["config"])))
+
+
+# --------------------------------------------------------------------- what stays light
+
+
+def modules_after(code):
+    program = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_config_does_not_import_jax():
+    assert not modules_after("import fgrpo_jax.config") & {"jax", "flax", "numpy", "transformers"}
+
+
+def test_help_does_not_import_jax():
+    code = "import train\ntry: train.main(['--help'])\nexcept SystemExit: pass"
+    assert not modules_after(code) & {"jax", "flax", "transformers", "tensorflow_datasets"}
+
+
+# --------------------------------------------------------------------- config fields
+
+
+def fields(cls, where="config"):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from fields(type(field.default), f"{where}.{field.name}")
+        else:
+            yield f"{where}.{field.name}"
+
+
+def test_every_config_field_is_read():
+    """By a module other than config.py, which only checks them; stages are read by name."""
+    read = {
+        node.attr
+        for name, tree in TREES.items()
+        if name != "config"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = [name for name in fields(config.Config) if name.rsplit(".", 1)[1] not in read]
+    assert not unread, f"nobody reads {unread}: use them or remove them"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_attributes_are_read_without_a_default(module):
+    """A misspelt field must fail, so `getattr(config, name, default)` does not occur."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            assert len(node.args) == 2, f"{SOURCES[module].name}:{node.lineno}"
