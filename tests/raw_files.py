@@ -1,19 +1,21 @@
 """For tests of builders: writing raw files, loading them, and the real ones where they are.
 
-Tests on the real files run when FGRPO_DATA names a folder with lastfm/ and musique/ in it.
+Tests on the real files read FGRPO_DATA, a folder with lastfm/ and musique/ in it; unset, it is
+shared/data beside the checkout. Where there is none they are skipped, and say so.
 """
 
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from fgrpo_jax import datasets
 from fgrpo_jax.config import DataConfig
 
-RAW = os.environ.get("FGRPO_DATA", "")
-real = pytest.mark.skipif(not RAW, reason="FGRPO_DATA does not name a folder of real raw files")
+RAW = os.environ.get("FGRPO_DATA") or str(Path(__file__).resolve().parents[2] / "shared" / "data")
+real = pytest.mark.skipif(not Path(RAW).is_dir(), reason=f"no raw files at {RAW}: set FGRPO_DATA to their folder")
 
 
 def load(name, folder, prepared, catalogue=None):
