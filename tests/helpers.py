@@ -5,6 +5,26 @@ import functools
 import jax
 
 # Programs of tests run a few times only: most of the time would go into optimising them.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+WISHES = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+@functools.cache
+def _known_options():
+    """Those of the wishes that this version of XLA knows."""
+    known = {}
+    for name, value in WISHES.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value})()
+        except jax.errors.JaxRuntimeError:
+            continue
+        known[name] = value
+    return known
+
+
+def quick_jit(function, **options):
+    """`jax.jit` that compiles quickly to slow code; only for the outermost function."""
+    return jax.jit(function, compiler_options=_known_options(), **options)
