@@ -155,7 +155,7 @@ def test_merges_across_pieces_are_warned_of(bpe, catalogue):
         warnings.simplefilter("error")
         llm.warn_of_merges(CONFIG, catalogue, LONG)
         llm.warn_of_merges(changed(NUMBERED, separator="<RANK>"), bpe, LONG)
-    with pytest.warns(UserWarning, match=r"merges ' >' and '\[2\]'|merges '\[1\]' and ' >'|merges"):
+    with pytest.warns(UserWarning, match="the tokenizer merges"):
         llm.warn_of_merges(changed(NUMBERED, separator=" > ["), train_bpe(["[1] > [[2] > [[3]"] * 9, 300), LONG)
 
 
