@@ -86,7 +86,7 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
     collect, update, optimizer = make_step(experiment, policy, stage)
     with Stage(experiment, name, stage, optimizer, start_params, run_dir, log) as keeper:
         state, frozen = keeper.state, keeper.frozen
-        for step in range(int(state.step), stage.steps):
+        for step in keeper.remaining():
             examples = batches.batch_at(step)
             query = place(experiment, policy.encode(examples))
             batch, seen = collect(state.params, frozen, query, random_key(config.seed, name, "rollout", step))
@@ -100,35 +100,48 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
 
 
 def main(argv: list[str]) -> int:
-    config = parse(argv)
-    from fgrpo_jax.config import ConfigError, validate
+    from fgrpo_jax.config import ConfigError
+
+    try:
+        config = parse(argv)
+    except ConfigError as error:
+        return _refuse(error)
     from fgrpo_jax.datasets import DataError
+    from fgrpo_jax.models.hf_config import ModelFilesError
     from fgrpo_jax.types import TrainingError
 
     try:
-        return run(config, validate)
-    except (ConfigError, DataError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(config)
+    except (ConfigError, DataError, ModelFilesError, TrainingError) as error:
+        return _refuse(error)
 
 
-def run(config, validate) -> int:
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def run(config) -> int:
     """Everything between a configuration and its evaluation table."""
     from fgrpo_jax import experiment as experiment_lib
+    from fgrpo_jax import run as run_lib
+    from fgrpo_jax.validation import validate
 
     validate(config, experiment_lib.KNOWN)
+    run_lib.check(config)
     import jax
 
     from fgrpo_jax import datasets, report
-    from fgrpo_jax import run as run_lib
     from fgrpo_jax.checkpoint import preemption
     from fgrpo_jax.sharding import initialize_distributed
+    from fgrpo_jax.stage import check_training
 
     initialize_distributed()
-    experiment_lib.enable_compilation_cache(config.compilation_cache)
+    experiment_lib.prepare_process(config.compilation_cache)
     is_main = jax.process_index() == 0
     dataset = datasets.load(config.data)
     experiment = experiment_lib.assemble(config, dataset, Path(config.run_dir).expanduser())
+    check_training(experiment)
     plan = experiment_lib.plan(experiment)
     run_dir = run_lib.enter(config, is_main)
     run_lib.check_data(run_dir, dataset.fingerprints, dataset.catalogue, is_main)
@@ -138,9 +151,9 @@ def run(config, validate) -> int:
     log = run_lib.MetricsLog(run_dir, config.tensorboard, is_main)
     try:
         with preemption() as stop:
-            for name in ("sft", "rl"):
-                stage = getattr(config, name)
-                if stage.steps and not _run_stage(experiment, name, stage, run_dir, log, stop):
+            for name, stage in (("sft", config.sft), ("rl", config.rl)):
+                finished = not stage.steps or _run_stage(experiment, name, stage, run_dir, log, stop)
+                if not finished or stop():
                     print(f"stopped in {name}: saved; the same command resumes", flush=True)
                     return 0
     finally:

@@ -1,7 +1,6 @@
-"""The configuration of a run: nested frozen dataclasses, read by tyro, checked once.
+"""The configuration of a run: nested frozen dataclasses, read by tyro, checked in validation.py.
 
-Nothing here imports JAX, so `python train.py --help` stays fast. `validate` is handed the
-names that exist (`Registries`), so this module imports nothing above it.
+Nothing here imports JAX, so `python train.py --help` stays fast.
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import runpy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -244,17 +242,6 @@ class Config:
     """Where compiled programs are kept between runs; empty: nowhere."""
 
 
-class Registries(NamedTuple):
-    """The names that exist, handed to `validate` by train.py."""
-
-    datasets: frozenset[str]
-    rewards: frozenset[str]
-    objectives: frozenset[str]
-    baselines: frozenset[str]
-    outcomes: frozenset[str]
-    metrics: frozenset[str]  # without cut-off, as "ndcg"
-
-
 # --------------------------------------------------------------------- loading and saving
 
 
@@ -269,7 +256,10 @@ def load_file(path: str | Path) -> Config:
     names = runpy.run_path(str(path))
     if "get_config" not in names:
         raise ConfigError(f"{path} defines no get_config(); it must return a fgrpo_jax.config.Config")
-    config = names["get_config"]()
+    try:
+        config = names["get_config"]()
+    except TypeError as error:  # a field that does not exist, most often
+        raise ConfigError(f"{path}: get_config() failed: {error}") from error
     if type(config).__name__ != "Config" or not dataclasses.is_dataclass(config):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
     return config
@@ -280,11 +270,17 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ConfigError on fields this version does not know."""
-    return _build(Config, json.loads(text), "config")
+    """Inverse of `to_json`. Raises ConfigError on what is not JSON, or has other fields."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error}") from None
+    return _build(Config, value, "config")
 
 
-def _build(cls: type, value: dict[str, Any], where: str) -> Any:
+def _build(cls: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected an object, found {type(value).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(value) - set(fields)):
         raise ConfigError(f"{where}: unknown field(s) {', '.join(unknown)}")
@@ -318,175 +314,3 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 def fingerprint(value: Any) -> str:
     """16 hex digits of anything JSON can hold; stable across processes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# --------------------------------------------------------------------- validation
-
-
-def validate(config: Config, known: Registries) -> None:
-    """Refuse a config that cannot run, before anything compiles.
-
-    Raises ConfigError listing every problem found, each with what to change.
-    """
-    problems = [
-        *_check_names(config, known),
-        *_check_transcript(config),
-        *_check_model(config.model),
-        *_check_data(config),
-    ]
-    if config.start_from and config.sft.steps:
-        problems.append("start_from replaces the sft stage: set sft.steps=0, or leave start_from empty")
-    if config.start_from and config.model.checkpoint:
-        problems.append("start_from and model.checkpoint both say where to start: leave one empty")
-    for name in ("sft", "rl"):
-        problems += _check_stage(name, getattr(config, name), known)
-    if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
-        problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
-    if problems:
-        raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def _check_names(config: Config, known: Registries) -> list[str]:
-    problems = []
-
-    def check(where: str, name: str, names: frozenset[str]) -> None:
-        if name not in names:
-            problems.append(f"{where}: {name!r} is not one of {', '.join(sorted(names))}")
-
-    check("data.name", config.data.name, known.datasets)
-    for name in config.eval.baselines:
-        check("eval.baselines", name, known.baselines)
-    methods = set(config.eval.baselines) | {name for name in ("sft", "rl") if getattr(config, name).steps}
-    methods |= {"sft"} if config.start_from else set()
-    check("eval.versus", config.eval.versus, frozenset(methods))
-    for outcome, _ in config.reward.rules:
-        check("reward.rules", outcome, known.outcomes)
-    metric, _, cutoff = config.eval.metric.partition("@")
-    check("eval.metric", metric, known.metrics)
-    if cutoff and (not cutoff.isdigit() or int(cutoff) not in config.eval.cutoffs):
-        problems.append(f"eval.metric: cut-off of {config.eval.metric!r} is not in eval.cutoffs {config.eval.cutoffs}")
-    return problems
-
-
-def _check_transcript(config: Config) -> list[str]:
-    t, problems = config.transcript, []
-    for phase, low, high in (("slate", t.slate_min, t.slate_max), ("rank", t.rank_min, t.rank_max)):
-        if not 1 <= low <= high:
-            problems.append(
-                f"transcript.{phase}_min={low} and transcript.{phase}_max={high}: need 1 <= min <= max"
-            )
-    if t.rank_max > t.slate_max:
-        problems.append(
-            f"transcript.rank_max={t.rank_max} exceeds transcript.slate_max={t.slate_max}: "
-            "only items of the slate can be ranked"
-        )
-    if t.rank_min > t.slate_min:
-        problems.append(
-            f"transcript.rank_min={t.rank_min} exceeds transcript.slate_min={t.slate_min}: "
-            "a slate of the least length could not be ranked; lower rank_min or raise slate_min"
-        )
-    for name in ("slate_open", "slate_close", "rank_close"):
-        if not getattr(t, name):
-            problems.append(f"transcript.{name} must not be empty")
-    if t.identifier == "index" and config.tokenizer == "catalogue":
-        problems.append(
-            "tokenizer='catalogue' makes each candidate one token and has no numbers: "
-            "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
-        )
-    if config.prompt.chat and config.tokenizer == "catalogue":
-        problems.append("prompt.chat needs a tokenizer with a chat template; the catalogue has none")
-    return problems
-
-
-def _check_model(m: ModelConfig) -> list[str]:
-    problems = []
-    if not m.checkpoint:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
-            if getattr(m, name) < 1:
-                problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
-        if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
-            problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
-        if m.head_dim % 2:
-            problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
-    if m.logit_chunk < 1:
-        problems.append("model.logit_chunk must be at least 1")
-    return problems
-
-
-def _check_data(config: Config) -> list[str]:
-    d, problems = config.data, []
-    if not d.prompt_buckets or list(d.prompt_buckets) != sorted(set(d.prompt_buckets)) or d.prompt_buckets[0] < 1:
-        problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
-    if d.pool_size < 2:
-        problems.append(f"data.pool_size={d.pool_size} must be at least 2")
-    if not 0 <= d.history_dropout < 1:
-        problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
-    if d.history_max < 1:
-        problems.append("data.history_max must be at least 1")
-    if d.name != "synthetic" and not d.manual_dir:
-        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
-    if config.eval.batch_queries < 1 or config.eval.bootstrap < 1 or config.eval.train_queries < 0:
-        problems.append("eval.batch_queries and eval.bootstrap must be positive, eval.train_queries not negative")
-    if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
-        problems.append("eval.cutoffs must hold positive numbers")
-    return problems
-
-
-def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
-    problems = []
-    if s.steps < 0:
-        problems.append(f"{name}.steps={s.steps} is negative; 0 skips the stage")
-    if not s.steps:
-        return problems
-    for field in ("batch_queries", "group_size", "microbatches", "eval_every"):
-        if getattr(s, field) < 1:
-            problems.append(f"{name}.{field}={getattr(s, field)} must be at least 1")
-    if s.microbatches >= 1 and s.batch_queries % s.microbatches:
-        problems.append(
-            f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
-        )
-    if s.objective.name not in known.objectives:
-        problems.append(
-            f"{name}.objective.name: {s.objective.name!r} is not one of {', '.join(sorted(known.objectives))}"
-        )
-    if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
-        problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
-    if s.source == "sampled":
-        problems += _check_credit(name, s, known)
-    if not 0 <= s.subset[0] < s.subset[1] <= 1:
-        problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
-    if s.objective.epochs < 1:
-        problems.append(f"{name}.objective.epochs must be at least 1")
-    if s.objective.kl_weight < 0 or s.objective.clip_low < 0 or s.objective.clip_high < 0 or s.objective.clip_low >= 1:
-        problems.append(f"{name}.objective: kl_weight and clips must be >= 0, and clip_low < 1")
-    for field in ("learning_rate", "clip_norm"):
-        value = getattr(s.optim, field)
-        if not (math.isfinite(value) and value > 0):
-            problems.append(f"{name}.optim.{field}={value} must be positive")
-    if s.optim.warmup_steps < 0 or s.optim.weight_decay < 0:
-        problems.append(f"{name}.optim: warmup_steps and weight_decay must not be negative")
-    if s.patience < 0:
-        problems.append(f"{name}.patience must not be negative")
-    return problems
-
-
-def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
-    problems = []
-    if s.group_size == 1:
-        problems.append(
-            f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more"
-        )
-    if s.objective.name == "nll":
-        problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")
-    if not s.credit.terms:
-        problems.append(f"{name}.credit.terms is empty: nothing would be trained")
-    for phase, reward, weight in s.credit.terms:
-        if phase not in ("slate", "rank"):
-            problems.append(f"{name}.credit.terms: phase {phase!r} is not slate or rank")
-        if reward not in known.rewards:
-            problems.append(
-                f"{name}.credit.terms: {reward!r} is not one of {', '.join(sorted(known.rewards))}"
-            )
-        if not math.isfinite(weight):
-            problems.append(f"{name}.credit.terms: weight {weight} is not finite")
-    return problems

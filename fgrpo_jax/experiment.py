@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from fgrpo_jax import datasets, sharding, tokenizers
 from fgrpo_jax.baselines import BASELINES
-from fgrpo_jax.config import Config, ConfigError, ModelConfig, Registries, StageConfig
+from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
 from fgrpo_jax.models import decoder, hf
@@ -27,6 +28,7 @@ from fgrpo_jax.policies.logged import logged
 from fgrpo_jax.rewards import REWARDS
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import Policy, PyTree, Query, RankingExample
+from fgrpo_jax.validation import Registries
 
 KNOWN = Registries(
     datasets=frozenset(datasets.DATASETS),
@@ -34,7 +36,8 @@ KNOWN = Registries(
     objectives=frozenset(OBJECTIVES),
     baselines=frozenset(BASELINES),
     outcomes=frozenset(OUTCOMES[1:]),
-    metrics=frozenset((*AT_CUTOFF, *WHOLE)),
+    cut_metrics=frozenset(AT_CUTOFF),
+    whole_metrics=frozenset(WHOLE),
 )
 
 
@@ -45,6 +48,12 @@ class Experiment(NamedTuple):
     spec: decoder.DecoderSpec
     mesh: Mesh
     param_shardings: PyTree
+
+
+def prepare_process(compilation_cache: str) -> None:
+    """Once, at the start of a program: keep compiled programs on disk, silence what Orbax only notes."""
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of every directory that it only reads
+    enable_compilation_cache(compilation_cache)
 
 
 def enable_compilation_cache(folder: str) -> None:
@@ -67,10 +76,6 @@ def assemble(config: Config, dataset: datasets.Dataset, run_dir: Path) -> Experi
         tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
     spec = _spec(config.model, len(tokenizer))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    for name in ("sft", "rl"):
-        stage = getattr(config, name)
-        if stage.steps:
-            sharding.check_divisible(mesh, stage.batch_queries, stage.microbatches, name)
     places = sharding.param_shardings(mesh, decoder.logical_axes(spec), decoder.shapes(spec))
     return Experiment(config, dataset, tokenizer, spec, mesh, places)
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,42 +26,49 @@ from fgrpo_jax.config import Config, ConfigError
 
 def write_atomically(path: Path, text: str) -> None:
     """The file is there whole or not at all, also when the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    _partial(path).write_text(text, encoding="utf-8")
+    os.replace(_partial(path), path)
 
 
-def enter(config: Config, is_main: bool = True) -> Path:
-    """Create the run directory, or enter one of the same configuration.
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
-    Raises ConfigError when it cannot be written, holds something else, or belongs to another
+
+def check(config: Config) -> Path:
+    """The run directory of a configuration, which may be entered; nothing is written.
+
+    Raises ConfigError when it holds something that is no run, or belongs to another
     configuration (every differing field is named; where the directory lies does not count).
     """
     run_dir = Path(config.run_dir).expanduser()
     saved = run_dir / "config.json"
     if saved.is_file():
-        old = read_config(run_dir)
-        differing = config_lib.differences(_placeless(old), _placeless(config))
-        if differing:
+        if differing := config_lib.differences(_placeless(read_config(run_dir)), _placeless(config)):
             raise ConfigError(
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
                 + "\n".join(f"  - {line}" for line in differing)
             )
-        return run_dir
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {_partial(saved).name}:
         raise ConfigError(f"{run_dir} is not empty and holds no config.json, so it is no run: choose another run_dir")
+    return run_dir
+
+
+def enter(config: Config, is_main: bool = True) -> Path:
+    """Create the run directory, or enter one of the same configuration.
+
+    Raises ConfigError when it cannot be written, and what `check` raises.
+    """
+    run_dir = check(config)
     if is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(saved, config_lib.to_json(config))
+            write_atomically(run_dir / "config.json", config_lib.to_json(config))
         except OSError as error:
             raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another run_dir") from None
     return run_dir
 
 
 def _placeless(config: Config) -> Config:
-    import dataclasses
-
     return dataclasses.replace(config, run_dir="")
 
 
@@ -69,7 +77,10 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
-    return config_lib.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return config_lib.from_json(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
 
 
 def check_data(run_dir: Path, fingerprints: dict[str, str], catalogue: Any, is_main: bool = True) -> None:
@@ -107,23 +118,22 @@ class MetricsLog:
                 raise ConfigError("tensorboard=True needs the `log` extra: pip install 'fgrpo_jax[log]'") from None
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def rows(self, stage: str) -> list[dict[str, Any]]:
+    def _lines(self) -> list[str]:
+        """Whole lines: a last one without its end was torn by a kill."""
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [row for line in lines if (row := json.loads(line))["stage"] == stage]
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        return [row for line in self._lines() if (row := json.loads(line))["stage"] == stage]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what an interrupted run logged beyond the checkpoint it resumes from."""
         if not (self._is_main and self.path.is_file()):
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # torn by a kill
-            row = json.loads(line)
-            if row["stage"] != stage or row["step"] <= step:
-                kept.append(line)
+        lines = [(line, json.loads(line)) for line in self._lines()]
+        kept = [line for line, row in lines if row["stage"] != stage or row["step"] <= step]
         write_atomically(self.path, "".join(kept))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:

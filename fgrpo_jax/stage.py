@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -10,23 +11,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from fgrpo_jax import config as config_lib
+from fgrpo_jax import tokenizers
 from fgrpo_jax.checkpoint import Checkpoints, abstract
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.data import evaluation_examples
+from fgrpo_jax.datasets import DataError
 from fgrpo_jax.evaluate import score
 from fgrpo_jax.experiment import Experiment, Predictor
 from fgrpo_jax.models import decoder
+from fgrpo_jax.policies.llm import warn_of_merges
 from fgrpo_jax.run import MetricsLog, Progress, read_config, write_atomically
+from fgrpo_jax.sharding import check_divisible
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainingError, TrainState
+
+
+def check_training(experiment: Experiment) -> None:
+    """Refuse, before anything is written or compiled, what only training needs.
+
+    Raises ConfigError for batches that do not fit the mesh and for a start that does not fit,
+    DataError for splits that are not there.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    has = f"data set {dataset.name!r} has only {', '.join(dataset.splits)}: add its raw file, or"
+    for name, stage in (("sft", config.sft), ("rl", config.rl)):
+        if stage.steps:
+            check_divisible(experiment.mesh, stage.batch_queries, stage.microbatches, name)
+        if stage.steps and stage.patience and "validation" not in dataset.splits:
+            raise DataError(f"{name}.patience needs a validation split, and {has} set {name}.patience=0")
+    if config.eval.split not in dataset.splits:
+        raise DataError(f"eval.split={config.eval.split!r} is what the run ends on, and {has} choose another")
+    if config.start_from:
+        start = Path(config.start_from).expanduser()
+        _check_fits(experiment, start, "sft")
+        if tokenizers.from_directory(str(start / "tokenizer")).get_vocab() != experiment.tokenizer.get_vocab():
+            raise ConfigError(f"start_from={config.start_from} has another tokenizer: its model cannot read this data")
+    warn_of_merges(config, experiment.tokenizer, dataset.splits[config.eval.split][0])
 
 
 class Stage:
     """One stage on its way: `state` and `frozen` to start from, `on_step` after every step.
 
     Everything it knows can be rebuilt from the run directory, so a resumed stage goes on bit
-    for bit: the train state from the latest checkpoint, the evaluations from metrics.jsonl.
+    for bit: from the latest checkpoint the train state, and the sums of the steps that were
+    not logged yet; from metrics.jsonl the evaluations.
     """
 
     def __init__(
@@ -43,41 +73,63 @@ class Stage:
         self._config = experiment.config
         self._dir = run_dir / name
         self._is_main = jax.process_index() == 0
+        self._optimizer, self._start_params = optimizer, start_params
         self.finished = False
-        self._checkpoints = Checkpoints(self._dir / "checkpoints", self._config.checkpoint.keep)
         self._predict = Predictor(experiment)
         self._examples = _validation(experiment)
-        self.state, self.frozen = self._start(optimizer, start_params)
-        self._step = step = int(self.state.step)
-        log.forget_after(name, step)
-        self._progress = Progress(name, step, stage.steps, stage.batch_queries, self._is_main)
         self._pending: tuple[int, dict[str, Mean], Sequence[RankingExample]] | None = None
         self._since: list[dict[str, Mean]] = []
-        if self._checkpoints.latest_step() is None and self._examples:
-            self._evaluate_and_save(self.state)
 
     def __enter__(self) -> "Stage":
+        with contextlib.ExitStack() as stack:
+            self._checkpoints = stack.enter_context(
+                Checkpoints(self._dir / "checkpoints", self._config.checkpoint.keep)
+            )
+            latest = self._checkpoints.latest_step()
+            self.state, self.frozen = self._start(latest)
+            self._step = int(self.state.step)
+            kept = -1 if latest is None else latest
+            metric = f"eval/{self._config.eval.metric}"
+            rows = [row for row in self._log.rows(self.name) if row["step"] <= kept and metric in row]
+            self._measured = [row[metric] for row in rows]  # read once: every host has to decide alike
+            self._log.forget_after(self.name, kept)
+            self._progress = Progress(
+                self.name, self._step, self.stage.steps, self.stage.batch_queries, self._is_main
+            )
+            if latest is None and self._examples:
+                self._evaluate_and_save(self.state, 0)
+            elif latest and self._is_over(latest):  # killed between its last checkpoint and done.json
+                self._finish(latest)
+            self._exits = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._checkpoints.close()
+        self._exits.close()
 
-    def _start(self, optimizer: optax.GradientTransformation, start_params: Callable) -> tuple[TrainState, PyTree]:
-        latest = self._checkpoints.latest_step()
-        params = start_params()
+    def remaining(self) -> range:
+        """The steps the loop has still to make."""
+        return range(self._step, self._step if self.finished else self.stage.steps)
+
+    def _start(self, latest: int | None) -> tuple[TrainState, PyTree]:
+        params = self._start_params()
         # A copy: the parameters themselves are donated to the first update.
         frozen = {"reference": jax.tree.map(jnp.copy, params)} if self.stage.objective.kl_weight else {}
-        state = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)))(params)
+        state = jax.jit(lambda p: TrainState(jnp.int32(0), p, self._optimizer.init(p)))(params)
         if latest is None:
             return state, frozen
         meta = self._checkpoints.meta(latest)
         if differing := config_lib.differences(
             config_lib.from_json(json.dumps(meta["config"])).model, self._config.model
         ):
-            raise ConfigError(f"the checkpoint {self._dir}/checkpoints/{latest} is of another model: {differing}")
+            where = self._dir / "checkpoints" / str(latest)
+            raise ConfigError(f"the checkpoint {where} is of another model: {'; '.join(differing)}")
         if self._is_main:
             print(f"{self.name}: resuming from step {latest}", flush=True)
-        return self._checkpoints.restore(latest, abstract(state)), frozen
+        if unlogged := meta.get("unlogged"):
+            self._since = [{name: Mean(*map(np.float32, pair)) for name, pair in unlogged.items()}]
+        wanted = abstract(state)
+        del params, state  # or there would be two of them while restoring
+        return self._checkpoints.restore(latest, wanted), frozen
 
     # ------------------------------------------------------------------ after every step
 
@@ -94,20 +146,21 @@ class Stage:
         self._pending = (step, metrics, examples)
         self._since.append(metrics)
         last = step == self.stage.steps
-        if step % self._config.log_every == 0 or last:
-            self._log_since(step)
-        if stopping:
-            self._save(state, step, None)
-            return False
-        if step % self.stage.eval_every == 0 or last:
+        logging = step % self._config.log_every == 0 or last
+        evaluating = step % self.stage.eval_every == 0 or last
+        saving = stopping or step % self._config.checkpoint.every == 0
+        if logging or evaluating or saving:
             self._check_pending()
+        if logging:
+            self._log_since(step)
+        if evaluating:  # also when stopping: the checkpoint, written once, holds the metric
             self._evaluate_and_save(state, step)
-            if last or self._out_of_patience():
+            if self._is_over(step):
                 self._finish(step)
                 return False
-        elif step % self._config.checkpoint.every == 0:
+        elif saving:
             self._save(state, step, None)
-        return True
+        return not stopping
 
     def _check_pending(self) -> None:
         if self._pending is None:
@@ -117,20 +170,25 @@ class Stage:
             return
         ids = ", ".join(e.query_id for e in examples[:16]) + (", ..." if len(examples) > 16 else "")
         good = self._checkpoints.latest_step()
+        kept = "no checkpoint was saved before" if good is None else f"the last good checkpoint is step {good}"
         raise TrainingError(
             f"{self.name} step {step}: loss or gradient is not finite (loss {metrics['loss'].value():g}, gradient "
-            f"norm {metrics['grad_norm'].value():g}). Its update was not applied. Queries: {ids}. The last good "
-            f"checkpoint is step {good} in {self._dir / 'checkpoints'}. Lower {self.name}.optim.learning_rate or "
-            "clip_norm, or look at these queries."
+            f"norm {metrics['grad_norm'].value():g}). Its update was not applied; {kept} in "
+            f"{self._dir / 'checkpoints'}. Queries: {ids}. Lower {self.name}.optim.learning_rate or clip_norm, "
+            "or look at these queries."
         )
 
+    def _total_since(self) -> dict[str, Mean]:
+        """Of the steps since the last row: sums and counts, added one step after the other."""
+        total: dict[str, Mean] = {}
+        for metrics in jax.device_get(self._since):
+            total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
+        self._since = [total] if total else []
+        return total
+
     def _log_since(self, step: int) -> None:
-        """Means over the steps since the last row: sums and counts add exactly."""
-        total = self._since[0]
-        for metrics in self._since[1:]:
-            total = jax.tree.map(jnp.add, total, metrics)
+        values = {name: mean.value() for name, mean in self._total_since().items()}
         self._since = []
-        values = {name: mean.value() for name, mean in jax.device_get(total).items()}
         values["queries_per_s"] = round(self._progress.rate(step), 1)
         self._log.write(self.name, step, values)
         shown = {name: values[name] for name in ("loss", "reward/slate", "reward/rank") if name in values}
@@ -138,7 +196,7 @@ class Stage:
 
     # ------------------------------------------------------------------ evaluating, saving
 
-    def _evaluate_and_save(self, state: TrainState, step: int = 0) -> None:
+    def _evaluate_and_save(self, state: TrainState, step: int) -> None:
         if not self._examples:
             self._save(state, step, None)
             return
@@ -146,6 +204,7 @@ class Stage:
         values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
         metric = values[f"eval/{self._config.eval.metric}"]
         self._log.write(self.name, step, values)
+        self._measured.append(metric)
         self._save(state, step, metric)
         if self._is_main:
             k = max(self._config.eval.cutoffs)
@@ -154,17 +213,20 @@ class Stage:
         self._progress.skip(step)
 
     def _save(self, state: TrainState, step: int, metric: float | None) -> None:
-        self._check_pending()
-        meta = {"config": json.loads(config_lib.to_json(self._config)), "data": self._experiment.dataset.fingerprints}
+        meta = {
+            "config": json.loads(config_lib.to_json(self._config)),
+            "data": self._experiment.dataset.fingerprints,
+            "unlogged": {name: [float(m.sum), float(m.count)] for name, m in self._total_since().items()},
+        }
         self._checkpoints.save(step, state, meta, metric)
 
-    def _out_of_patience(self) -> bool:
-        if not self.stage.patience:
+    def _is_over(self, step: int) -> bool:
+        """At its end, or out of patience: which holds from the evaluation on that exhausted it."""
+        if step == self.stage.steps:
+            return True
+        if not self.stage.patience or step % self.stage.eval_every:
             return False
-        name = f"eval/{self._config.eval.metric}"
-        seen = [row[name] for row in self._log.rows(self.name) if name in row]
-        best = int(np.argmax(seen))
-        return len(seen) - 1 - best >= self.stage.patience
+        return len(self._measured) - 1 - int(np.argmax(self._measured)) >= self.stage.patience
 
     def _finish(self, step: int) -> None:
         self._checkpoints.wait()
@@ -175,6 +237,8 @@ class Stage:
             record = {"step": step, "best_step": best, "metric": self._config.eval.metric}
             record["best"] = self._checkpoints.metric(best)
             write_atomically(self._dir / "done.json", json.dumps(record, indent=1) + "\n")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.name} done")  # before anyone looks for done.json
         self.finished = True
 
 
@@ -208,11 +272,7 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
 
     Raises ConfigError when the stage is not finished, or is of another model.
     """
-    if not is_done(run_dir, name):
-        raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
-    theirs = read_config(run_dir)
-    if differing := config_lib.differences(theirs.model, experiment.config.model):
-        raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
+    theirs = _check_fits(experiment, run_dir, name)
     record = json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
     shapes = decoder.shapes(experiment.spec)
     wanted = jax.tree.map(
@@ -220,3 +280,13 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
     )
     with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
         return checkpoints.restore_part(record["best_step"], {"params": wanted})["params"]
+
+
+def _check_fits(experiment: Experiment, run_dir: Path, name: str) -> Config:
+    """The configuration of a run whose stage is finished and of this experiment's model."""
+    theirs = read_config(run_dir)
+    if not is_done(run_dir, name):
+        raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
+    if differing := config_lib.differences(theirs.model, experiment.config.model):
+        raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
+    return theirs

@@ -12,12 +12,12 @@ from fgrpo_jax import config
 
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
-    ("types", "config"),
+    ("types", "config", "validation"),
     ("metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
     ("experiment", "run", "stage"),
-    ("train", "eval"),
+    ("train", "eval", "export"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = (*LAYERS[1], "sampling", "update")  # take numbers, never a config
@@ -118,11 +118,11 @@ def fields(cls, where="config"):
 
 
 def test_every_config_field_is_read():
-    """By a module other than config.py, which only checks them; stages are read by name."""
+    """By a module other than config.py and validation.py, which only check them."""
     read = {
         node.attr
         for name, tree in TREES.items()
-        if name != "config"
+        if name not in ("config", "validation")
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
