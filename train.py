@@ -162,7 +162,8 @@ def run(config) -> int:
         report.curves(log.path, run_dir / "curves.png")
     import eval as evaluation
 
-    print(evaluation.evaluate_run(run_dir), flush=True)
+    if table := evaluation.evaluate_run(run_dir):
+        print(table, flush=True)
     return 0
 
 

@@ -49,7 +49,7 @@ def check(config: Config) -> Path:
                 + "\n".join(f"  - {line}" for line in differing)
             )
     elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {_partial(saved).name}:
-        raise ConfigError(f"{run_dir} is not empty and holds no config.json, so it is no run: choose another run_dir")
+        raise ConfigError(f"{run_dir} is not empty, and no run: it holds no config.json; choose another run_dir")
     return run_dir
 
 
@@ -64,7 +64,7 @@ def enter(config: Config, is_main: bool = True) -> Path:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(run_dir / "config.json", config_lib.to_json(config))
         except OSError as error:
-            raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another run_dir") from None
+            raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another") from None
     return run_dir
 
 
@@ -96,14 +96,28 @@ def check_data(run_dir: Path, fingerprints: dict[str, str], catalogue: Any, is_m
                 f"the {split} split is not the one {run_dir} was started with (fingerprint {value}, "
                 f"was {known['fingerprints'][split]}): restore the raw files, or choose another run_dir"
             )
-    merged = {"fingerprints": known["fingerprints"] | fingerprints, "catalogue": [list(item) for item in catalogue]}
+    merged = {
+        "fingerprints": known["fingerprints"] | fingerprints,
+        "catalogue": [list(item) for item in catalogue],
+    }
     if is_main and merged != known:
         write_atomically(path, json.dumps(merged, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def read_catalogue(run_dir: Path) -> tuple[tuple[str, str], ...]:
-    items = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["catalogue"]
-    return tuple((item, text) for item, text in items)
+    return tuple((item, text) for item, text in _read_data(run_dir)["catalogue"])
+
+
+def read_fingerprints(run_dir: Path) -> dict[str, str]:
+    """Split -> content hash, of the data the run was trained on."""
+    return _read_data(run_dir)["fingerprints"]
+
+
+def _read_data(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "data.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} holds no data.json: nothing was trained in it yet")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class MetricsLog:
@@ -115,7 +129,9 @@ class MetricsLog:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise ConfigError("tensorboard=True needs the `log` extra: pip install 'fgrpo_jax[log]'") from None
+                raise ConfigError(
+                    "tensorboard=True needs the `log` extra: pip install 'fgrpo_jax[log]'"
+                ) from None
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def _lines(self) -> list[str]:

@@ -42,12 +42,13 @@ def check_training(experiment: Experiment) -> None:
         if stage.steps and stage.patience and "validation" not in dataset.splits:
             raise DataError(f"{name}.patience needs a validation split, and {has} set {name}.patience=0")
     if config.eval.split not in dataset.splits:
-        raise DataError(f"eval.split={config.eval.split!r} is what the run ends on, and {has} choose another")
+        raise DataError(f"eval.split={config.eval.split!r}: the run ends on it, and {has} choose another")
     if config.start_from:
         start = Path(config.start_from).expanduser()
         _check_fits(experiment, start, "sft")
-        if tokenizers.from_directory(str(start / "tokenizer")).get_vocab() != experiment.tokenizer.get_vocab():
-            raise ConfigError(f"start_from={config.start_from} has another tokenizer: its model cannot read this data")
+        theirs = tokenizers.from_directory(str(start / "tokenizer"))
+        if theirs.get_vocab() != experiment.tokenizer.get_vocab():
+            raise ConfigError(f"start_from={start} has another tokenizer, so its model cannot read these data")
     warn_of_merges(config, experiment.tokenizer, dataset.splits[config.eval.split][0])
 
 
@@ -172,10 +173,10 @@ class Stage:
         good = self._checkpoints.latest_step()
         kept = "no checkpoint was saved before" if good is None else f"the last good checkpoint is step {good}"
         raise TrainingError(
-            f"{self.name} step {step}: loss or gradient is not finite (loss {metrics['loss'].value():g}, gradient "
-            f"norm {metrics['grad_norm'].value():g}). Its update was not applied; {kept} in "
-            f"{self._dir / 'checkpoints'}. Queries: {ids}. Lower {self.name}.optim.learning_rate or clip_norm, "
-            "or look at these queries."
+            f"{self.name} step {step}: loss or gradient is not finite (loss {metrics['loss'].value():g}, "
+            f"gradient norm {metrics['grad_norm'].value():g}). Its update was not applied; {kept} in "
+            f"{self._dir / 'checkpoints'}. Queries: {ids}. Lower {self.name}.optim.learning_rate or "
+            "clip_norm, or look at these queries."
         )
 
     def _total_since(self) -> dict[str, Mean]:
@@ -208,8 +209,9 @@ class Stage:
         self._save(state, step, metric)
         if self._is_main:
             k = max(self._config.eval.cutoffs)
-            shown = f"recall@{k} {values[f'eval/recall@{k}']:.4f}  slate recall {values['eval/slate_recall']:.4f}"
-            print(f"{self.name} {step}: validation {self._config.eval.metric} {metric:.4f}  {shown}", flush=True)
+            shown = f"{self._config.eval.metric} {metric:.4f}  recall@{k} {values[f'eval/recall@{k}']:.4f}"
+            slate = f"slate recall {values['eval/slate_recall']:.4f}"
+            print(f"{self.name} {step}: validation {shown}  {slate}", flush=True)
         self._progress.skip(step)
 
     def _save(self, state: TrainState, step: int, metric: float | None) -> None:
@@ -276,7 +278,9 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
     record = json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
     shapes = decoder.shapes(experiment.spec)
     wanted = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, experiment.param_shardings
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        experiment.param_shardings,
     )
     with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
         return checkpoints.restore_part(record["best_step"], {"params": wanted})["params"]

@@ -8,9 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from fgrpo_jax.config import Config, ConfigError, ModelConfig, OptimConfig, RewardConfig, StageConfig
+from fgrpo_jax.config import (
+    Config,
+    ConfigError,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    StageConfig,
+)
 
 
 class Registries(NamedTuple):
@@ -57,7 +66,16 @@ def validate(config: Config, known: Registries) -> None:
 
     Raises ConfigError listing every problem found, each with what to change.
     """
-    if problems := wrong_types(config) or _impossible(config, known):
+    _refuse(wrong_types(config) or _impossible(config, known))
+
+
+def check_evaluation(config: Config, known: Registries) -> None:
+    """As `validate`, of what an evaluation changes: `data` and `eval`."""
+    _refuse(_check_data(config, known) + _check_eval(config.eval, known))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
@@ -67,6 +85,7 @@ def _impossible(config: Config, known: Registries) -> list[str]:
         *_check_transcript(config),
         *_check_model(config.model),
         *_check_data(config, known),
+        *_check_eval(config.eval, known),
         *_check_reward(config.reward),
         *_check_stage("sft", config.sft, known),
         *_check_stage("rl", config.rl, known),
@@ -82,24 +101,18 @@ def _impossible(config: Config, known: Registries) -> list[str]:
     return problems
 
 
+def _unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str]:
+    listed = ", ".join(sorted(known))
+    return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
+
+
 def _check_names(config: Config, known: Registries) -> list[str]:
-    problems = []
-
-    def check(where: str, name: str, names: frozenset[str]) -> None:
-        if name not in names:
-            problems.append(f"{where}: {name!r} is not one of {', '.join(sorted(names))}")
-
-    check("data.name", config.data.name, known.datasets)
-    for name in config.eval.baselines:
-        check("eval.baselines", name, known.baselines)
-    methods = set(config.eval.baselines) | {name for name in ("sft", "rl") if getattr(config, name).steps}
-    methods |= {"sft"} if config.start_from else set()
-    check("eval.versus", config.eval.versus, frozenset(methods))
-    for outcome, _ in config.reward.rules:
-        check("reward.rules", outcome, known.outcomes)
-    cut = {f"{name}@{k}" for name in known.cut_metrics for k in config.eval.cutoffs}
-    check("eval.metric", config.eval.metric, known.whole_metrics | cut)
-    return problems
+    trained = {"sft": config.sft.steps or config.start_from, "rl": config.rl.steps}
+    methods = {*config.eval.baselines, *(name for name, steps in trained.items() if steps)}
+    return [
+        *_unknown("eval.versus", [config.eval.versus], frozenset(methods)),
+        *_unknown("reward.rules", [outcome for outcome, _ in config.reward.rules], known.outcomes),
+    ]
 
 
 def _check_transcript(config: Config) -> list[str]:
@@ -142,7 +155,9 @@ def _check_model(m: ModelConfig) -> list[str]:
             if not (math.isfinite(getattr(m, name)) and getattr(m, name) > 0):
                 problems.append(f"model.{name}={getattr(m, name)} must be positive")
         if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
-            problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
+            problems.append(
+                f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}"
+            )
         if m.head_dim % 2:
             problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
     if m.logit_chunk < 1:
@@ -151,21 +166,28 @@ def _check_model(m: ModelConfig) -> list[str]:
 
 
 def _check_data(config: Config, known: Registries) -> list[str]:
-    d, problems = config.data, []
-    if not d.prompt_buckets or list(d.prompt_buckets) != sorted(set(d.prompt_buckets)) or d.prompt_buckets[0] < 1:
+    d, problems = config.data, _unknown("data.name", [config.data.name], known.datasets)
+    if not d.prompt_buckets or list(d.prompt_buckets) != sorted({*d.prompt_buckets}) or d.prompt_buckets[0] < 1:
         problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
     if d.pool_size < 2:
         problems.append(f"data.pool_size={d.pool_size} must be at least 2")
     if not 0 <= d.history_dropout < 1:
         problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
     if d.history_max < 1:
-        problems.append("data.history_max must be at least 1")
+        problems.append(f"data.history_max={d.history_max} must be at least 1")
     if d.name in known.datasets - {"synthetic"} and not d.manual_dir:
         problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
-    if config.eval.batch_queries < 1 or config.eval.bootstrap < 1 or config.eval.train_queries < 0:
-        problems.append("eval.batch_queries and eval.bootstrap must be positive, eval.train_queries not negative")
-    if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
-        problems.append("eval.cutoffs must hold positive numbers")
+    return problems
+
+
+def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
+    cut = {f"{name}@{k}" for name in known.cut_metrics for k in e.cutoffs}
+    problems = _unknown("eval.metric", [e.metric], known.whole_metrics | cut)
+    problems += _unknown("eval.baselines", e.baselines, known.baselines)
+    if e.batch_queries < 1 or e.bootstrap < 1 or e.train_queries < 0:
+        problems.append("eval.batch_queries, eval.bootstrap must be positive, eval.train_queries not negative")
+    if not e.cutoffs or min(e.cutoffs) < 1:
+        problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
     return problems
 
 
@@ -175,7 +197,7 @@ def _check_reward(r: RewardConfig) -> list[str]:
         problems.append(f"reward.k={r.k} must be at least 1")
     for outcome, value in (("broken", r.broken), *r.rules):
         if not math.isfinite(value):
-            problems.append(f"reward of {outcome!r} is {value}, which is not finite: change reward.broken or reward.rules")
+            problems.append(f"the reward of {outcome!r}, {value}, is not finite: see reward.broken, reward.rules")
     return problems
 
 
@@ -192,10 +214,7 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(
             f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
         )
-    if s.objective.name not in known.objectives:
-        problems.append(
-            f"{name}.objective.name: {s.objective.name!r} is not one of {', '.join(sorted(known.objectives))}"
-        )
+    problems += _unknown(f"{name}.objective.name", [s.objective.name], known.objectives)
     if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
         problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
     if s.source == "sampled":
@@ -240,10 +259,7 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
     for phase, reward, weight in s.credit.terms:
         if phase not in ("slate", "rank"):
             problems.append(f"{name}.credit.terms: phase {phase!r} is not slate or rank")
-        if reward not in known.rewards:
-            problems.append(
-                f"{name}.credit.terms: {reward!r} is not one of {', '.join(sorted(known.rewards))}"
-            )
+        problems += _unknown(f"{name}.credit.terms", [reward], known.rewards)
         if not math.isfinite(weight):
             problems.append(f"{name}.credit.terms: weight {weight} is not finite")
     return problems
