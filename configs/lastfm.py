@@ -14,11 +14,11 @@ def get_config() -> Config:
         # The two stages see different users: after SFT a model remembers its training queries,
         # and what it is sure of teaches reinforcement learning nothing.
         sft=StageConfig(
-            steps=2000,
+            steps=1500,
             source="logged",
             batch_queries=128,
             group_size=1,
-            subset=(0.0, 0.7),
+            subset=(0.0, 0.6),
             eval_every=250,
             optim=OptimConfig(learning_rate=3e-3, decay="cosine"),
             objective=ObjectiveConfig(name="nll"),
@@ -28,7 +28,7 @@ def get_config() -> Config:
             steps=500,
             batch_queries=64,
             group_size=8,
-            subset=(0.7, 1.0),
+            subset=(0.6, 1.0),
             eval_every=100,
             optim=OptimConfig(learning_rate=5e-4, decay="linear"),
         ),

@@ -1,9 +1,18 @@
-"""The default: a synthetic world of 500 items, SFT and then F-GRPO from scratch.
+"""The default: a generated world of 500 items, SFT and then F-GRPO, from random weights.
 
     python train.py
 """
 
-from fgrpo_jax.config import Config, DataConfig, ModelConfig, OptimConfig, StageConfig, ObjectiveConfig, TargetConfig
+from fgrpo_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    StageConfig,
+    TargetConfig,
+)
 
 
 def get_config() -> Config:
@@ -11,21 +20,27 @@ def get_config() -> Config:
         run_dir="runs/synthetic",
         data=DataConfig(name="synthetic", prompt_buckets=(40,)),
         model=ModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192),
+        # The two stages see different users: after SFT a model remembers its training queries,
+        # and what it is sure of teaches reinforcement learning nothing.
         sft=StageConfig(
             steps=1000,
             source="logged",
             batch_queries=128,
             group_size=1,
-            eval_every=200,
+            subset=(0.0, 0.6),
+            eval_every=100,
+            patience=4,
             optim=OptimConfig(learning_rate=3e-3, decay="cosine"),
             objective=ObjectiveConfig(name="nll"),
-            target=TargetConfig(fill="first"),
+            target=TargetConfig(fill="shuffled", train_fill=False),
         ),
         rl=StageConfig(
-            steps=200,
+            steps=300,
             batch_queries=64,
             group_size=8,
+            subset=(0.6, 1.0),
             eval_every=50,
-            optim=OptimConfig(learning_rate=1e-3, decay="linear"),
+            optim=OptimConfig(learning_rate=5e-4, decay="linear"),
         ),
+        eval=EvalConfig(split="test", train_queries=0),
     )
