@@ -118,7 +118,8 @@ def compiled(config, dataset, tokenizer, query, start):
 
 
 def moved(before, after):
-    return [float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
+    change = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+    return jax.tree.leaves(change)
 
 
 # --------------------------------------------------------------------- the data

@@ -131,8 +131,8 @@ def load(directory: str | Path, spec: DecoderSpec, shardings: PyTree | None = No
                 host[where] = _to_ours(tensor, files[tensor.name].get_tensor(tensor.name))
             if flat_shardings is None:
                 params[path] = jax.device_put(host)
-            else:
-                params[path] = jax.make_array_from_callback(host.shape, flat_shardings[path], host.__getitem__)
+                continue
+            params[path] = jax.make_array_from_callback(host.shape, flat_shardings[path], host.__getitem__)
     return unflatten_dict(params, sep="/")
 
 
@@ -148,15 +148,15 @@ def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
             raise ModelFilesError(f"{folder / INDEX} has no weight_map")
         names = sorted(set(weight_map.values()))
     else:
-        raise ModelFilesError(f"{folder} holds neither {SINGLE} nor {INDEX}; other weight formats are not read")
+        raise ModelFilesError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats are not read")
     files = {}
     for name in names:
         if not (folder / name).is_file():
-            raise ModelFilesError(f"{folder / name} is missing, but {INDEX} names it: copy the whole checkpoint")
+            raise ModelFilesError(f"{folder / name} is missing, but {INDEX} names it: copy it too")
         try:
             file = stack.enter_context(safetensors.safe_open(folder / name, framework="numpy"))
         except (safetensors.SafetensorError, OSError) as error:
-            raise ModelFilesError(f"{folder / name} is truncated or damaged ({error}): copy it again") from None
+            raise ModelFilesError(f"{folder / name} is truncated or damaged: copy again ({error})") from None
         files.update(dict.fromkeys(file.keys(), file))
     return files
 

@@ -76,7 +76,8 @@ def read_spec(
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
     """Fields that, when present, must have the one value the decoder computes."""
     if config.get("model_type") != "qwen3":
-        raise ModelFilesError(f"{path}: model_type={config.get('model_type')!r} is not supported, only 'qwen3' is")
+        found = config.get("model_type")
+        raise ModelFilesError(f"{path}: model_type={found!r} is not supported, only 'qwen3' is")
     supported = {
         "attention_bias": (False, None),
         "attention_dropout": (0, None),
@@ -101,7 +102,7 @@ def _rope_theta(config: dict[str, Any], path: Path) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         partial = rope.get("partial_rotary_factor", 1.0)
         if kind != "default" or partial != 1.0 or "factor" in rope:
-            raise ModelFilesError(f"{path}: {name}={rope!r} is not supported, only unscaled rotary embedding is")
+            raise ModelFilesError(f"{path}: {name}={rope!r} is not supported, only unscaled rotary embedding")
         if "rope_theta" in rope:
             thetas[f"{name}.rope_theta"] = rope["rope_theta"]
     if "rope_theta" in config:
@@ -110,7 +111,8 @@ def _rope_theta(config: dict[str, Any], path: Path) -> float:
         raise ModelFilesError(f"{path} has neither rope_theta nor rope_parameters.rope_theta")
     name, value = next(iter(thetas.items()))
     if any(other != value for other in thetas.values()):
-        raise ModelFilesError(f"{path} contradicts itself: " + ", ".join(f"{k}={v!r}" for k, v in thetas.items()))
+        both = ", ".join(f"{k}={v!r}" for k, v in thetas.items())
+        raise ModelFilesError(f"{path} contradicts itself: {both}")
     return _positive(value, name, path)
 
 
@@ -129,7 +131,7 @@ def _field(config: dict[str, Any], name: str, path: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ModelFilesError where there is none."""
     if not path.is_file():
-        raise ModelFilesError(f"{path} does not exist: a checkpoint directory holds config.json and safetensors")
+        raise ModelFilesError(f"{path} does not exist: a checkpoint holds config.json and safetensors")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -140,7 +142,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def make_config(
-    spec: DecoderSpec, dtype: str, original: dict[str, Any] | None, eos_token_id: int | None, pad_token_id: int | None
+    spec: DecoderSpec,
+    dtype: str,
+    original: dict[str, Any] | None,
+    eos_token_id: int | None,
+    pad_token_id: int | None,
 ) -> dict[str, Any]:
     """The config.json of an exported model, for transformers 4 and 5.
 
