@@ -2,10 +2,26 @@
 
 Two functions are all a model needs: `causal` within the prompt, and `shared_prefix`, where
 every rollout attends to the one copy of its query's prompt and causally to itself. Both are
-grouped-query: J key/value heads, each serving H/J query heads. Softmax runs in float32.
+grouped-query: J key/value heads, each serving R = H/J query heads. Softmax runs in float32.
+
+Both are the same computation: rows of queries attend to one or two *parts*, each a stretch of
+keys of which a row sees the first few. It is done in blocks of rows, so that the scores of
+one block exist at a time, and differentiated by hand: the backward pass makes the scores
+again from the log-sum-exp of each row, the only thing kept besides inputs and output
+(FlashAttention-2, arXiv 2307.08691, at the grain of whole matrix products). Every part's
+backward pass needs only the row's output and log-sum-exp over *all* parts, so parts never
+have to be joined.
+
+Layout. Rows of a kv head are its query heads and positions together, [B,J,(position,R),E],
+so every score is part of one matrix product per query and kv head. The backward pass works
+on transposed scores [keys, rows]: two of its three sums then run over the last axis of the
+scores, as CPU matrix products want (the others are 5 times slower there).
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +29,10 @@ import jax.numpy as jnp
 from fgrpo_jax.types import Array
 
 _MASKED = -1e30  # finite, so that a fully masked part merges without nan
+_WIDE = jnp.float32
 
-
-def _grouped(q: Array, kv_heads: int) -> Array:
-    """[..., H, E] -> [..., J, R, E], scaled by E^-1/2."""
-    scaled = q * (q.shape[-1] ** -0.5)
-    return scaled.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, q.shape[-1])
+BLOCK_SCORES = 2**21  # scores of a block, over all queries and kv heads of the batch
+STRETCH, STRETCHES = 128, 8  # least positions and largest number of the stretches of `causal`
 
 
 def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array) -> Array:
@@ -26,12 +40,10 @@ def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array) -> Array:
 
     No length mask is needed: padding comes last, so only padded queries see padded keys.
     """
-    size = q_BSHE.shape[1]
-    q = _grouped(q_BSHE, k_BSJE.shape[2])
-    score = jnp.einsum("bsjre,bkje->bjrsk", q, k_BSJE, preferred_element_type=jnp.float32)
-    seen = jnp.arange(size)[:, None] >= jnp.arange(size)
-    weight = jax.nn.softmax(jnp.where(seen, score, _MASKED), -1).astype(v_BSJE.dtype)
-    return jnp.einsum("bjrsk,bkje->bsjre", weight, v_BSJE).reshape(q_BSHE.shape)
+    q = _rows(q_BSHE[:, None], k_BSJE.shape[2])
+    last = jnp.repeat(jnp.arange(q_BSHE.shape[1]), q_BSHE.shape[2] // k_BSJE.shape[2])
+    out = _attend(True, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last),))
+    return _unrows(out, q_BSHE[:, None].shape)[:, 0]
 
 
 def shared_prefix(
@@ -49,20 +61,177 @@ def shared_prefix(
     prefix is read in place: its scores are one matrix product per query and kv head, over
     the tokens of the whole group.
     """
-    kv_heads, own = k_BSJE.shape[2], k_BGUJE.shape[2]
-    q = _grouped(q_BGTHE, kv_heads)
-    wide = jnp.float32
-    to_prefix = jnp.einsum("bgtjre,bsje->bgjrts", q, k_BSJE, preferred_element_type=wide)
-    to_own = jnp.einsum("bgtjre,bguje->bgjrtu", q, k_BGUJE, preferred_element_type=wide)
-    in_prefix = jnp.arange(k_BSJE.shape[1]) < prefix_len_B[:, None]
-    seen = first + jnp.arange(q_BGTHE.shape[2])[:, None] >= jnp.arange(own)
-    to_prefix = jnp.where(in_prefix[:, None, None, None, None], to_prefix, _MASKED)
-    to_own = jnp.where(seen, to_own, _MASKED)
-    # One softmax over both parts, without joining the score arrays.
-    peak = jax.lax.stop_gradient(jnp.maximum(to_prefix.max(-1), to_own.max(-1)))[..., None]
-    e_prefix, e_own = jnp.exp(to_prefix - peak), jnp.exp(to_own - peak)
-    total = e_prefix.sum(-1) + e_own.sum(-1)
-    out = jnp.einsum("bgjrts,bsje->bgtjre", e_prefix.astype(v_BSJE.dtype), v_BSJE, preferred_element_type=wide)
-    out += jnp.einsum("bgjrtu,bguje->bgtjre", e_own.astype(v_BSJE.dtype), v_BGUJE, preferred_element_type=wide)
-    out = out / jnp.moveaxis(total, -1, 2)[..., None]  # [b,g,j,r,t] -> [b,g,t,j,r]
-    return out.reshape(q_BGTHE.shape).astype(v_BSJE.dtype)
+    batch, group, length, heads, _ = q_BGTHE.shape
+    kv_heads = k_BSJE.shape[2]
+    q = _rows(q_BGTHE, kv_heads)
+    prefix = _heads_first(k_BSJE), _heads_first(v_BSJE), prefix_len_B[:, None, None] - 1
+    last = first + jnp.repeat(jnp.arange(length), heads // kv_heads)
+    own = _heads_first(k_BGUJE), _heads_first(v_BGUJE), last
+    return _unrows(_attend(False, q, (prefix, own)), q_BGTHE.shape)
+
+
+# --------------------------------------------------------------------- layout
+
+
+def _rows(q_BGTHE: Array, kv_heads: int) -> Array:
+    """[B,J,G,(T,R),E], scaled by E^-1/2."""
+    batch, group, length, heads, head = q_BGTHE.shape
+    q = (q_BGTHE * head**-0.5).reshape(batch, group, length, kv_heads, -1, head)
+    return jnp.moveaxis(q, 3, 1).reshape(batch, kv_heads, group, -1, head)
+
+
+def _unrows(out: Array, shape: tuple[int, ...]) -> Array:
+    batch, group, length, heads, head = shape
+    out = out.reshape(batch, out.shape[1], group, length, -1, head)
+    return jnp.moveaxis(out, 1, 3).reshape(shape)
+
+
+def _heads_first(x: Array) -> Array:
+    """[B,S,J,E] -> [B,J,S,E]; [B,G,U,J,E] -> [B,J,G,U,E]."""
+    return jnp.moveaxis(x, -2, 1)
+
+
+# --------------------------------------------------------------------- rows over parts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(is_causal: bool, q: Array, parts: tuple) -> Array:
+    """Softmax attention of rows q [B,J,G,M,E] to the keys of all parts together.
+
+    A part is (k, v, last): keys and values [B,J,S,E] shared by the group or [B,J,G,U,E] of a
+    rollout, and the index of the last key a row sees (broadcast against the rows; -1: none).
+    `is_causal` promises that `last` of row m is m // (rows per key).
+    """
+    return _attend_forward(is_causal, q, parts)[0]
+
+
+def _attend_forward(is_causal: bool, q: Array, parts: tuple):
+    some = []
+    for k, v, last in parts:
+        out, lse = _part_forward(is_causal, _rows_like(q, k), k, v, last)
+        some.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
+    out, lse = some[0]
+    for other, other_lse in some[1:]:
+        both = jnp.logaddexp(lse, other_lse)
+        out = out * jnp.exp(lse - both)[..., None] + other * jnp.exp(other_lse - both)[..., None]
+        lse = both
+    out = out.astype(q.dtype)
+    return out, (q, parts, out, lse)
+
+
+def _attend_backward(is_causal: bool, kept, d_out: Array):
+    q, parts, out, lse = kept
+    delta = jnp.einsum("...me,...me->...m", d_out, out, preferred_element_type=_WIDE)
+    d_q, d_parts = jnp.zeros(q.shape, _WIDE), []
+    for k, v, last in parts:
+        rows = [_rows_like(x, k) for x in (q, d_out)]
+        scalars = [x.reshape(rows[0].shape[:-1]) for x in (lse, delta)]
+        d_q_part, d_k, d_v = _part_backward(is_causal, *rows, *scalars, k, v, last)
+        d_q += d_q_part.reshape(q.shape)
+        d_parts.append((d_k.astype(k.dtype), d_v.astype(v.dtype), None))
+    return d_q.astype(q.dtype), tuple(d_parts)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _rows_like(q: Array, k: Array) -> Array:
+    """Rows with the leading axes of the part's keys: the group's rows together, or apart."""
+    return q.reshape(*k.shape[:-2], -1, q.shape[-1])
+
+
+# --------------------------------------------------------------------- blocks
+
+
+def _stretches(is_causal: bool, rows: int, keys: int) -> list[tuple[int, int, int]]:
+    """(first row, end row, keys seen): what lies above the diagonal is skipped by the stretch."""
+    if not is_causal:
+        return [(0, rows, keys)]
+    size = max(STRETCH, -(-keys // STRETCHES))
+    ends = [*range(size, keys, size), keys]
+    per_key = rows // keys
+    return [(start * per_key, end * per_key, end) for start, end in zip([0, *ends], ends)]
+
+
+def _over_chunks(block, keys: int, by_row: list[Array], summed):
+    """Run `block(*rows) -> (by row, summed)` a few rows at a time; join the one, add the other.
+
+    by_row: arrays [..., rows, E] or [..., rows], the leading axes those of by_row[0].
+    """
+    lead = by_row[0].shape[:-2]
+    rows = by_row[0].shape[-2]
+    at = len(lead)
+    budget = max(1, BLOCK_SCORES // (keys * math.prod(lead)))
+    chunks = -(-rows // budget)
+    if chunks == 1:
+        return block(*by_row)
+    size = -(-rows // chunks)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, chunks * size - rows if axis == at else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:at], chunks, size, *x.shape[at + 1 :]), at, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, at)
+        return x.reshape(*x.shape[:at], chunks * size, *x.shape[at + 2 :])[(slice(None),) * at + (slice(0, rows),)]
+
+    def step(total, chunk):
+        joined, added = block(*chunk)
+        return jax.tree.map(jnp.add, total, added), joined
+
+    total, joined = jax.lax.scan(step, summed, [cut(x) for x in by_row])
+    return jax.tree.map(join, joined), total
+
+
+def _part_forward(is_causal: bool, q: Array, k: Array, v: Array, last: Array) -> tuple[Array, Array]:
+    """Attention to one part alone, and its log-sum-exp."""
+    last = jnp.broadcast_to(last, q.shape[:-1])
+    some = []
+    for start, end, seen in _stretches(is_causal, q.shape[-2], k.shape[-2]):
+        k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
+
+        def block(q, last):
+            score = _product("...me,...ke->...mk", q, k_seen)
+            score = jnp.where(jnp.arange(seen) <= last[..., None], score, _MASKED)
+            peak = score.max(-1, keepdims=True)
+            weight = jnp.exp(score - peak)
+            total = weight.sum(-1, keepdims=True)
+            out = _product("...mk,...ke->...me", weight.astype(v_seen.dtype), v_seen) / total
+            return (out, (peak + jnp.log(total))[..., 0]), ()
+
+        some.append(_over_chunks(block, seen, [q[..., start:end, :], last[..., start:end]], ())[0])
+    out, lse = zip(*some)
+    return jnp.concatenate(out, -2), jnp.concatenate(lse, -1)
+
+
+def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, Array, Array]:
+    """Gradients of rows, keys and values of one part, from the log-sum-exp over all parts."""
+    last = jnp.broadcast_to(last, q.shape[:-1])
+    d_q, total = [], []
+    keys = k.shape[-2]
+    for start, end, seen in _stretches(is_causal, q.shape[-2], keys):
+        k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
+        k_across = jax.lax.optimization_barrier(jnp.swapaxes(k_seen, -1, -2))
+
+        def block(q, d_out, lse, delta, last):
+            score = _product("...ke,...me->...km", k_seen, q)
+            visible = jnp.arange(seen)[:, None] <= last[..., None, :]
+            weight = jnp.exp(jnp.where(visible, score, _MASKED) - lse[..., None, :])
+            d_weight = _product("...ke,...me->...km", v_seen, d_out)
+            d_score = (weight * (d_weight - delta[..., None, :])).astype(q.dtype)
+            d_v = _product("...km,...me->...ke", weight.astype(q.dtype), d_out)
+            d_k = _product("...km,...me->...ke", d_score, q)
+            d_q = jax.lax.optimization_barrier(_product("...ek,...km->...em", k_across, d_score))
+            return jnp.swapaxes(d_q, -1, -2), (d_k, d_v)
+
+        zero = jnp.zeros(k_seen.shape, _WIDE)
+        by_row = [q[..., start:end, :], d_out[..., start:end, :]]
+        by_row += [x[..., start:end] for x in (lse, delta, last)]
+        rows, summed = _over_chunks(block, seen, by_row, (zero, zero))
+        d_q.append(rows)
+        total.append([jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, keys - seen), (0, 0)]) for x in summed])
+    return jnp.concatenate(d_q, -2), sum(t[0] for t in total), sum(t[1] for t in total)
+
+
+def _product(spec: str, one: Array, other: Array) -> Array:
+    return jnp.einsum(spec, one, other, preferred_element_type=_WIDE)

@@ -1,0 +1,125 @@
+"""Attention in blocks against one softmax over all keys, written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import quick_jit
+
+from fgrpo_jax.models import attention
+
+B, S, G, T, H, J, E = 2, 21, 3, 5, 4, 2, 8
+LENGTHS = jnp.array([0, 13])  # of the prefix: nothing of it is seen, or a part
+
+
+def random(shape, seed, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def plain(q_BXHE, k_BYJE, v_BYJE, seen_BXY):
+    """Softmax over all keys at once, in float32; heads repeated."""
+    q, k, v = (x.astype(jnp.float32) for x in (q_BXHE, k_BYJE, v_BYJE))
+    k, v = (jnp.repeat(x, H // J, 2) for x in (k, v))
+    score = jnp.einsum("bxhe,byhe->bhxy", q, k) / np.sqrt(E)
+    weight = jax.nn.softmax(jnp.where(seen_BXY[:, None], score, -jnp.inf), -1)
+    return jnp.einsum("bhxy,byhe->bxhe", weight, v)
+
+
+def plain_causal(q, k, v):
+    size = q.shape[1]
+    return plain(q, k, v, jnp.tril(jnp.ones((1, size, size), bool)))
+
+
+def plain_shared_prefix(q_BGTHE, k_BSJE, v_BSJE, k_BGUJE, v_BGUJE, first=0):
+    """Every rollout with its own copy of the prefix, joined with its own keys."""
+    shape = k_BGUJE.shape[:2] + k_BSJE.shape[1:]
+    k, v = (
+        jnp.concatenate([jnp.broadcast_to(x[:, None], shape), y], 2).reshape(B * G, -1, J, E)
+        for x, y in ((k_BSJE, k_BGUJE), (v_BSJE, v_BGUJE))
+    )
+    length, own = q_BGTHE.shape[2], k_BGUJE.shape[2]
+    in_prefix = jnp.broadcast_to(jnp.arange(S) < LENGTHS[:, None, None], (B, length, S))
+    in_own = jnp.broadcast_to(first + jnp.arange(length)[:, None] >= jnp.arange(own), (B, length, own))
+    seen = jnp.repeat(jnp.concatenate([in_prefix, in_own], -1), G, 0)
+    return plain(q_BGTHE.reshape(B * G, length, H, E), k, v, seen).reshape(q_BGTHE.shape)
+
+
+def shared_prefix(q, k, v, k_own, v_own, first=0):
+    return attention.shared_prefix(q, k, v, LENGTHS, k_own, v_own, first)
+
+
+PROMPT = [random((B, S, n, E), i) for i, n in enumerate((H, J, J))]
+ROLLOUTS = [random((B, G, T, n, E), 3 + i) for i, n in enumerate((H, J, J))]
+SHARED = [ROLLOUTS[0], *PROMPT[1:], *ROLLOUTS[1:]]
+CASES = {"causal": (attention.causal, plain_causal, PROMPT), "shared": (shared_prefix, plain_shared_prefix, SHARED)}
+
+
+def with_gradients(f, args):
+    def both(args):
+        out, back = jax.vjp(f, *args)
+        return out, back(random(out.shape, 9, out.dtype))
+
+    return quick_jit(both)(args)
+
+
+def set_blocks(monkeypatch, scores, stretch):
+    monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
+    monkeypatch.setattr(attention, "STRETCH", stretch)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scores, stretch", [(1, 4), (500, 7), (1300, 21), (10**6, 1000)])
+def test_blocks_change_nothing(case, scores, stretch, monkeypatch):
+    """Values and gradients, from one row a block, over parts that divide nothing, to one block."""
+    set_blocks(monkeypatch, scores, stretch)
+    blocks, one, args = CASES[case]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), with_gradients(blocks, args), with_gradients(one, args)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_near_float32(case, monkeypatch):
+    """Outputs of size 1 to 0.02 (8 bits of mantissa), gradients of up to 5 to 0.1."""
+    set_blocks(monkeypatch, 500, 7)
+    blocks, one, args = CASES[case]
+    half = [x.astype(jnp.bfloat16) for x in args]
+    (out, grads), (near, near_grads) = with_gradients(blocks, half), with_gradients(one, half)
+    assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads)
+    np.testing.assert_allclose(out.astype(np.float32), near.astype(np.float32), atol=0.02)
+    for x, y in zip(grads, near_grads, strict=True):
+        np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=0.1)
+
+
+def test_what_is_not_seen_changes_nothing(monkeypatch):
+    """Keys and values beyond the prefix may hold anything finite, and get no gradient."""
+    set_blocks(monkeypatch, 500, 7)
+    beyond = (jnp.arange(S) >= LENGTHS[:, None])[..., None, None]
+    other = list(SHARED)
+    other[1], other[2] = (jnp.where(beyond, 1e4, x) for x in SHARED[1:3])
+    one, two = with_gradients(shared_prefix, SHARED), with_gradients(shared_prefix, other)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
+    for gradient in one[1][1:3]:
+        assert not jnp.where(beyond, gradient, 0).any()
+
+
+def test_one_token_at_a_time():
+    """Decoding: token `first` of every rollout, own keys beyond it not written yet."""
+    for first in (0, 3):
+        now = [ROLLOUTS[0][:, :, :1], *SHARED[1:], jnp.int32(first)]
+        np.testing.assert_allclose(
+            quick_jit(shared_prefix)(*now), quick_jit(plain_shared_prefix)(*now), atol=2e-5
+        )
+
+
+def test_scores_of_a_block_are_all_there_is(monkeypatch):
+    """The programs of a longer prompt need memory for inputs and outputs, not for [S,S]."""
+    set_blocks(monkeypatch, 2**14, 64)
+
+    def temporary(size):
+        shapes = [jax.ShapeDtypeStruct((1, size, n, E), jnp.float32) for n in (H, J, J)]
+        gradient = jax.grad(lambda *args: attention.causal(*args).sum(), (0, 1, 2))
+        return quick_jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    one, two = temporary(512), temporary(1024)
+    assert two < 2.5 * one and two < 4 * H * 1024 * 1024 / 4
