@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,186 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import quick_jit
+from plain_parser import plain_parse
+from transcript_cases import (
+    CASES,
+    EOS,
+    RANK_CLOSE,
+    SEPARATOR,
+    SLATE_CLOSE,
+    TEXT,
+    B,
+    G,
+    each_case,
+    length_of,
+    make_query,
+)
 
 from fgrpo_jax import transcript
-from fgrpo_jax.transcript import OUTCOMES, Grammar
-from fgrpo_jax.types import Query
-
-# --------------------------------------------------------------------- the plain parser
-
-
-class Broken(Exception):
-    pass
-
-
-class Reader:
-    """Reads one transcript, token by token, and labels what it has read."""
-
-    def __init__(self, grammar, names, tokens):
-        self.grammar, self.names, self.tokens = grammar, names, list(tokens)
-        self.labels, self.phase = [], "slate"
-        self.lists = {"slate": [], "rank": []}
-
-    def fail(self, rule):
-        raise Broken(rule if rule == "trailing_text" else f"{self.phase}_{rule}")
-
-    def peek(self):
-        if len(self.labels) == len(self.tokens):
-            self.fail("truncated")
-        return self.tokens[len(self.labels)]
-
-    def take(self):
-        token = self.peek()
-        self.labels.append({"slate": 1, "rank": 2}[self.phase])
-        return token
-
-    def starts_name(self, token):
-        return any(name[0] == token for name in self.names)
-
-    def item(self):
-        """The candidate named next, and whether only the token after it could tell."""
-        read = ()
-        while True:
-            longer = [n for n in self.names if n[: len(read)] == read and len(n) > len(read)]
-            if read in self.names and not longer:
-                return self.names.index(read), False
-            if self.peek() in [n[len(read)] for n in longer]:
-                read += (self.take(),)
-            elif read in self.names:
-                return self.names.index(read), True
-            else:
-                self.foreign(self.take(), may_be_empty=not read)
-
-    def foreign(self, token, may_be_empty):
-        if may_be_empty and not self.lists[self.phase] and token == self.close()[0]:
-            self.fail("empty")
-        self.fail("missing_tag" if token == self.grammar.eos else "out_of_pool")
-
-    def close(self):
-        return self.grammar.slate_close if self.phase == "slate" else self.grammar.rank_close
-
-    def add(self, item, late):
-        items, most = self.lists[self.phase], self.grammar.slate_max
-        broken = None
-        if item in items:
-            broken = "duplicate"
-        elif self.phase == "rank" and item not in self.lists["slate"]:
-            broken = "not_in_slate"
-        elif len(items) >= (most if self.phase == "slate" else self.grammar.rank_max):
-            broken = "too_long"
-        if broken:
-            if late:
-                self.take()
-            self.fail(broken)
-        items.append(item)
-
-    def closes(self):
-        """Read what stands after an item: whether it closed the list."""
-        if not self.grammar.separator:
-            if self.starts_name(self.peek()):
-                return False
-            if self.peek() != self.close()[0]:
-                self.foreign(self.take(), may_be_empty=False)
-        literals = [x for x in (self.grammar.separator, self.close()) if x]
-        for pos in itertools.count():
-            token = self.take()
-            literals = [x for x in literals if x[pos] == token]
-            if not literals:
-                self.fail("missing_tag")
-            for literal in literals:
-                if len(literal) == pos + 1:
-                    return literal == self.close()
-
-    def read_list(self, at_least):
-        while True:
-            self.add(*self.item())
-            if self.closes():
-                if len(self.lists[self.phase]) < at_least:
-                    self.fail("too_short")
-                return
-
-    def read(self):
-        try:
-            self.read_list(min(self.grammar.slate_min, len(self.names)))
-            self.phase = "rank"
-            self.read_list(min(self.grammar.rank_min, len(self.lists["slate"])))
-            if self.take() != self.grammar.eos:
-                self.fail("trailing_text")
-            return "ok"
-        except Broken as broken:
-            return str(broken)
-
-
-def plain_parse(grammar, names, tokens):
-    reader = Reader(grammar, names, tokens)
-    outcome = reader.read()
-    labels = reader.labels + [0] * (len(tokens) - len(reader.labels))
-    return reader.lists["slate"], reader.lists["rank"], outcome, labels
-
-
-# --------------------------------------------------------------------- pools and grammars
-
-EOS, TEXT = 1, 2  # TEXT: a token that occurs in no literal and no name
-B, G = 4, 64
-
-
-class Case(NamedTuple):
-    grammar: Grammar
-    names: tuple[tuple[int, ...], ...]
-
-    @property
-    def pools(self):
-        """B pools of different sizes: all names, all but one, two, one."""
-        return [self.names, self.names[1:], self.names[-2:], self.names[:1]]
-
-    @property
-    def alphabet(self):
-        g = self.grammar
-        return sorted({*itertools.chain(*self.names), *g.separator, *g.slate_close, *g.rank_close, EOS, TEXT})
-
-
-LIMITS = dict(eos=EOS, slate_min=2, slate_max=4, rank_min=1, rank_max=3)
-SEPARATOR, SLATE_CLOSE, RANK_CLOSE = (20, 21), (30, 31, 32), (30, 31, 33)
-CASES = {
-    # [1] [2] [12] [3] with one token per character
-    "characters": Case(
-        Grammar(SEPARATOR, SLATE_CLOSE, RANK_CLOSE, **LIMITS), ((5, 6, 9), (5, 7, 9), (5, 6, 7, 9), (5, 8, 9))
-    ),
-    # the same with "[1" and "12" as tokens of their own: names of different lengths
-    "merged": Case(Grammar((20,), (30, 31), (33,), **LIMITS), ((40, 9), (5, 7, 9), (5, 41, 9), (5, 42))),
-    "single": Case(Grammar((), (30,), (33,), **LIMITS), ((5,), (6,), (7,), (8,), (9,))),
-    # no separator, names that share beginnings, and tags that begin with the same token
-    "unseparated": Case(Grammar((), SLATE_CLOSE, RANK_CLOSE, **LIMITS), ((5, 6), (5, 7, 31), (8, 5), (9,), (6, 30))),
-    # every name continues another one
-    "prefixes": Case(
-        Grammar((20, 21), (30, 31), (33, 34), **LIMITS), ((5,), (5, 6), (5, 6, 7), (6,), (6, 5, 21), (6, 5))
-    ),
-    # separator and tags share two tokens, and names start with them too
-    "trie": Case(
-        Grammar((30, 31, 32), (30, 31, 33), (30, 34), **LIMITS), ((30, 31, 32), (31,), (32, 31), (31, 32), (33,))
-    ),
-    # fixed lengths, as in the defaults of the config
-    "fixed": Case(
-        Grammar((), (30,), (33,), EOS, slate_min=3, slate_max=3, rank_min=2, rank_max=2), ((5,), (6,), (7,), (8,))
-    ),
-}  # fmt: skip
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def make_query(pools):
-    most, width = max(map(len, pools)), max(len(name) for pool in pools for name in pool)
-    identifiers = np.full((len(pools), most, width), -1, np.int32)
-    for b, pool in enumerate(pools):
-        for c, name in enumerate(pool):
-            identifiers[b, c, : len(name)] = name
-    ones = jnp.ones(len(pools), jnp.int32)
-    n_candidates = jnp.array([len(pool) for pool in pools], jnp.int32)
-    return Query(ones[:, None], ones, jnp.asarray(identifiers), jnp.zeros((len(pools), most)), n_candidates)
-
-
-def length_of(case):
-    """T of the tests: room for a transcript of the greatest length and some text after it."""
-    return case.grammar.length(len(case.names), max(map(len, case.names))) + 4
+from fgrpo_jax.transcript import OUTCOMES
 
 
 render = quick_jit(transcript.render, static_argnums=0)
@@ -447,47 +283,3 @@ def test_what_is_written_reads_back(case):
             of_items = [t for c in itertools.chain(*items) for t in names[c]]
             assert actions[b, i][named[b, i] >= 0].tolist() == of_items
             assert named[b, i][named[b, i] >= 0].tolist() == [c for c in itertools.chain(*items) for _ in names[c]]
-
-
-# --------------------------------------------------------------------- refusals
-
-SEPARATED, BARE = CASES["characters"].grammar, CASES["single"].grammar
-
-
-@pytest.mark.parametrize(
-    "grammar, message",
-    [
-        (SEPARATED._replace(separator=SLATE_CLOSE[:2]), "transcript.separator and transcript.slate_close"),
-        (SEPARATED._replace(rank_close=SEPARATOR[:1]), "transcript.separator and transcript.rank_close"),
-        (SEPARATED._replace(slate_close=()), "transcript.slate_close is encoded to no token"),
-        (SEPARATED._replace(rank_close=()), "transcript.rank_close is encoded to no token"),
-        (SEPARATED._replace(rank_close=(30, EOS)), "transcript.rank_close contains eos"),
-        (SEPARATED._replace(separator=(EOS,)), "transcript.separator contains eos"),
-    ],
-)
-def test_grammars_refused(grammar, message):
-    with pytest.raises(ValueError, match=message):
-        transcript.check_grammar(grammar)
-
-
-@pytest.mark.parametrize(
-    "grammar, names, message",
-    [
-        (SEPARATED, [[5], []], "candidate y has an empty identifier"),
-        (SEPARATED, [[5], [5]], "candidates x and y have the same identifier"),
-        (SEPARATED, [[5], [6, EOS]], "candidate y contains eos"),
-        (SEPARATED, [[5], [5, 20]], "identifier of candidate x is a prefix of that of y"),
-        (SEPARATED, [[5, 30, 7], [5]], "identifier of candidate y is a prefix of that of x"),
-        (BARE, [[5], [5, 6]], "identifier of candidate x is a prefix of that of y"),
-        (BARE, [[5], [30, 6]], "candidate y starts like a closing tag"),
-    ],
-)
-def test_identifiers_refused(grammar, names, message):
-    with pytest.raises(ValueError, match=f"query q7: .*{message}"):
-        transcript.check_identifiers(grammar, "q7", ["x", "y"], names)
-
-
-@each_case
-def test_the_cases_are_accepted(case):
-    transcript.check_grammar(case.grammar)
-    transcript.check_identifiers(case.grammar, "q", [str(i) for i in range(len(case.names))], case.names)

@@ -9,7 +9,7 @@ from helpers import quick_jit
 from fgrpo_jax import advantages, rewards, sampling
 from fgrpo_jax.objectives import clipped_pg
 from fgrpo_jax.transcript import OUTCOMES
-from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Batch, Credit, Lists, Policy, Query, Rollout, TrainState
+from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState
 from fgrpo_jax.update import describe, make_optimizer, make_update
 
 B, G, T, V = 8, 3, 4, 6
