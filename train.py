@@ -19,12 +19,14 @@ def parse(argv: list[str]):
     import tyro
 
     from fgrpo_jax import config as config_lib
+    from fgrpo_jax.validation import check_types
 
-    rest, default = list(argv), config_lib.Config()
+    rest = list(argv)
     if rest and not rest[0].startswith("-"):
         path = rest.pop(0)
         default = config_lib.load_file(path)
-    elif not rest or "--help" not in rest and "-h" not in rest:
+        check_types(default)
+    else:
         default = config_lib.load_file(Path(__file__).with_name("configs") / "synthetic.py")
     return tyro.cli(config_lib.Config, default=default, args=rest, prog="train.py", description=__doc__)
 
@@ -38,12 +40,17 @@ def make_step(experiment, policy, stage):
 
     from fgrpo_jax import advantages, rewards
     from fgrpo_jax.objectives import OBJECTIVES
+    from fgrpo_jax.models.decoder import shapes
+    from fgrpo_jax.sharding import replicated
     from fgrpo_jax.types import Credit
-    from fgrpo_jax.update import describe, make_optimizer, make_update
+    from fgrpo_jax.update import by_parts, describe, make_optimizer, make_update, state_shardings
 
     config, loss = experiment.config, stage.objective
     credit = Credit(stage.credit.terms, stage.credit.normalise)
     broken = rewards.broken_values(config.reward.broken, config.reward.rules)
+
+    def logprobs(params, query, rollout):
+        return policy.logprobs(params, {}, query, rollout)
 
     @jax.jit
     def collect(params, frozen, query, key):
@@ -51,9 +58,10 @@ def make_step(experiment, policy, stage):
         reward_BGR = rewards.term_rewards(credit, lists, query, config.reward.k, broken)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
         if loss.epochs > 1:  # the policy before the first of several updates
-            batch = batch.replace(old_logp=policy.logprobs(params, frozen, query, rollout))
+            batch = batch.replace(old_logp=by_parts(logprobs, stage.microbatches, params, query, rollout))
         if loss.kl_weight:
-            batch = batch.replace(ref_logp=policy.logprobs(frozen["reference"], frozen, query, rollout))
+            reference = frozen["reference"]
+            batch = batch.replace(ref_logp=by_parts(logprobs, stage.microbatches, reference, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
         dead_BP = advantages.dead_groups(reward_BGR, credit)
         return batch, describe(lists, batch, reward_BGP, dead_BP) if stage.source == "sampled" else {}
@@ -67,7 +75,10 @@ def make_step(experiment, policy, stage):
         o.weight_decay, o.clip_norm,
     )  # fmt: skip
     update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs)
-    return collect, jax.jit(update, donate_argnums=0), optimizer
+    elsewhere = replicated(experiment.mesh)
+    places = state_shardings(optimizer, shapes(experiment.spec), experiment.param_shardings, elsewhere)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(places, elsewhere))
+    return collect, update, optimizer, places
 
 
 def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, stop) -> bool:
@@ -83,8 +94,8 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
     config = experiment.config
     policy = make_policy(experiment, stage)
     batches = make_batches(experiment.dataset, config, name, stage)
-    collect, update, optimizer = make_step(experiment, policy, stage)
-    with Stage(experiment, name, stage, optimizer, start_params, run_dir, log) as keeper:
+    collect, update, optimizer, places = make_step(experiment, policy, stage)
+    with Stage(experiment, name, stage, optimizer, places, start_params, run_dir, log) as keeper:
         state, frozen = keeper.state, keeper.frozen
         for step in keeper.remaining():
             examples = batches.batch_at(step)

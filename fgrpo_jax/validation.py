@@ -35,7 +35,7 @@ class Registries(NamedTuple):
 
 
 def wrong_types(config: Any, where: str = "") -> list[str]:
-    """Fields whose value is not of their annotated type: a configs/*.py file can hold anything."""
+    """What is wrong with each field whose value is not of its annotated type."""
     problems = []
     for name, kind in typing.get_type_hints(type(config)).items():
         value, path = getattr(config, name), f"{where}.{name}" if where else name
@@ -67,6 +67,11 @@ def validate(config: Config, known: Registries) -> None:
     Raises ConfigError listing every problem found, each with what to change.
     """
     _refuse(wrong_types(config) or _impossible(config, known))
+
+
+def check_types(config: Config) -> None:
+    """Raises ConfigError naming every field of the wrong type: a configs/*.py file can hold anything."""
+    _refuse(wrong_types(config))
 
 
 def check_evaluation(config: Config, known: Registries) -> None:

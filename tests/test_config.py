@@ -1,0 +1,197 @@
+"""Configurations: files, flags, JSON, and the mistakes that are refused before anything compiles."""
+
+import dataclasses
+import runpy
+
+import pytest
+from tiny import ROOT, changed
+
+import train
+from fgrpo_jax import config as config_lib
+from fgrpo_jax.config import Config, ConfigError, differences, from_json, load_file, to_json
+from fgrpo_jax.experiment import KNOWN
+from fgrpo_jax.validation import check_evaluation, validate
+
+DEFAULT = load_file(ROOT / "configs" / "synthetic.py")
+
+
+def problems(**fields):
+    with pytest.raises(ConfigError, match="this configuration cannot run:") as error:
+        validate(changed(DEFAULT, {name.replace("__", "."): value for name, value in fields.items()}), KNOWN)
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_configs_that_come_along_are_possible(path):
+    config = load_file(path)
+    validate(config, KNOWN)
+    assert from_json(to_json(config)) == config
+    assert "python train.py" in runpy.run_path(str(path))["__doc__"]
+
+
+def test_a_file_and_flags():
+    assert train.parse([]) == DEFAULT
+    path = str(ROOT / "configs" / "lastfm.py")
+    found = train.parse([path, "--rl.optim.learning-rate", "3e-6", "--rl.credit.terms", "slate", "f1", "2"])
+    expected = changed(load_file(path), {"rl.optim.learning_rate": 3e-6, "rl.credit.terms": (("slate", "f1", 2.0),)})
+    assert found == expected
+    assert differences(load_file(path), found) == [
+        f"rl.optim.learning_rate: {load_file(path).rl.optim.learning_rate} -> 3e-06",
+        f"rl.credit.terms: {load_file(path).rl.credit.terms} -> (('slate', 'f1', 2.0),)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rl.optim.learning-rat", "1"], "--rl.optim.learning-rate"),  # "Perhaps you meant"
+        (["--sft.steps", "abc"], "--sft.steps"),
+        (["--rl.credit.normalise", "std"], "none"),
+        (["--rl.steps", "2.5"], "--rl.steps"),
+    ],
+)
+def test_flags_that_do_not_exist_or_do_not_fit(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no config file at .*configs/synthetic.py"),
+        ("x = 1", "defines no get_config"),
+        ("def get_config():\n    return 3", r"get_config\(\) returned int, not a Config"),
+        ("from fgrpo_jax.config import *\ndef get_config():\n    return Config(sed=1)", "unexpected keyword .*'sed'"),
+        (
+            "from fgrpo_jax.config import *\ndef get_config():\n    return Config(seed='one', tensorboard=1)",
+            "seed='one' must be of type int\n  - tensorboard=1 must be of type bool",
+        ),
+    ],
+)
+def test_files_that_are_no_configuration(text, message, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    assert train.main([str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError(err)
+
+
+def test_json_of_another_version():
+    text = to_json(DEFAULT)
+    with pytest.raises(ConfigError, match="config.rl: unknown field.s. batch"):
+        from_json(text.replace('"batch_queries": 64', '"batch": 64'))
+    with pytest.raises(ConfigError, match="config: missing field.s. seed"):
+        from_json(text.replace('"seed": 0,', "").replace(',\n "seed": 0', ""))
+    for broken in ("{", "3", text.replace('"mesh": {', '"mesh": 3, "other": {')):
+        with pytest.raises(ConfigError):
+            from_json(broken)
+
+
+def test_values_of_the_wrong_type():
+    """Every field is looked at: each gets a value of no allowed type, in turn."""
+
+    def leaves(config, where=""):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield f"{where}{field.name}"
+                yield from leaves(value, f"{where}{field.name}.")
+            else:
+                yield f"{where}{field.name}"
+
+    for name in leaves(DEFAULT):
+        (found,) = problems(**{name.replace(".", "__"): {"a": 1}})
+        assert found.startswith(f"{name}={{'a': 1}} must be of type "), found
+    assert problems(rl__credit__terms=(("slate", "recall", 1.0), ("rang", "ndcg", 1.0)))[0].startswith("rl.credit.terms=")
+    assert problems(model__dtype="float16") == ["model.dtype='float16' must be of type Literal['float32', 'bfloat16']"]
+    validate(changed(DEFAULT, {"rl.optim.clip_norm": 1}), KNOWN)  # a whole number is a float
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(data__name="nope"), "data.name: 'nope' is not one of jsonl, lastfm, musique, synthetic"),
+        (dict(data__name="jsonl"), "set data.manual_dir to their folder"),
+        (dict(data__prompt_buckets=(64, 40)), "data.prompt_buckets=.* must be ascending"),
+        (dict(data__pool_size=1), "data.pool_size=1 must be at least 2"),
+        (dict(data__history_dropout=float("nan")), r"data.history_dropout=nan must be in \[0, 1\)"),
+        (dict(data__history_max=0), "data.history_max=0 must be at least 1"),
+        (dict(transcript__slate_min=11), "slate_min=11 and transcript.slate_max=10: need 1 <= min <= max"),
+        (dict(transcript__rank_min=0), "rank_min=0 and transcript.rank_max=5: need 1 <= min <= max"),
+        (dict(transcript__rank_max=11), "rank_max=11 exceeds transcript.slate_max=10: only items of the slate"),
+        (dict(transcript__slate_min=4), "rank_min=5 exceeds transcript.slate_min=4: .* lower rank_min or raise"),
+        (dict(transcript__rank_close=""), "transcript.rank_close must not be empty"),
+        (dict(transcript__identifier="index"), "set transcript.identifier='text', or tokenizer to a Hugging Face"),
+        (dict(prompt__chat=True), "prompt.chat needs a tokenizer with a chat template"),
+        (dict(model__num_heads=3), "model.num_heads=3 must be a multiple of num_kv_heads=2"),
+        (dict(model__head_dim=5), "model.head_dim=5 must be even"),
+        (dict(model__mlp_size=0), "model.mlp_size=0 must be at least 1"),
+        (dict(model__init_std=0.0), "model.init_std=0.0 must be positive"),
+        (dict(model__logit_chunk=0), "model.logit_chunk must be at least 1"),
+        (dict(reward__k=0), "reward.k=0 must be at least 1"),
+        (dict(reward__broken=float("-inf")), "the reward of 'broken', -inf, is not finite"),
+        (dict(reward__rules=(("slate_wrong", -1.0),)), "reward.rules: 'slate_wrong' is not one of rank_duplicate,"),
+        (dict(sft__steps=0, rl__steps=0), "sft.steps and rl.steps are both 0"),
+        (dict(sft__steps=-1), "sft.steps=-1 is negative"),
+        (dict(sft__group_size=2), "sft.source='logged' needs sft.group_size=1 and sft.objective.name='nll'"),
+        (dict(sft__objective__kl_weight=0.1), "has no KL term: set sft.objective.kl_weight=0"),
+        (dict(start_from="runs/other"), "start_from replaces the sft stage: set sft.steps=0"),
+        (dict(rl__group_size=1), "rl.group_size=1: an advantage centred by its group is then always 0; use 2"),
+        (dict(rl__batch_queries=10, rl__microbatches=4), "rl.batch_queries=10 is not divisible by rl.microbatches=4"),
+        (dict(rl__eval_every=0), "rl.eval_every=0 must be at least 1"),
+        (dict(rl__patience=-1), "rl.patience must not be negative"),
+        (dict(rl__subset=(0.5, 0.5)), r"rl.subset=\(0.5, 0.5\): need 0 <= low < high <= 1"),
+        (dict(rl__objective__name="ppo"), "rl.objective.name: 'ppo' is not one of clipped_pg, nll"),
+        (dict(rl__objective__name="nll"), "rl.objective.name='nll' ignores rewards"),
+        (dict(rl__objective__epochs=0), "rl.objective.epochs must be at least 1"),
+        (dict(rl__objective__kl_weight=float("nan")), "rl.objective: kl_weight and clips must be >= 0"),
+        (dict(rl__objective__clip_low=1.0), "rl.objective: .* clip_low < 1"),
+        (dict(rl__credit__terms=()), "rl.credit.terms is empty: nothing would be trained"),
+        (dict(rl__credit__terms=(("slate", "coverage", 1.0),)), "rl.credit.terms: 'coverage' is not one of f1, hit,"),
+        (dict(rl__credit__terms=(("slate", "f1", float("nan")),)), "rl.credit.terms: weight nan is not finite"),
+        (dict(rl__optim__learning_rate=0.0), "rl.optim.learning_rate=0.0 must be positive"),
+        (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
+        (dict(rl__optim__weight_decay=float("nan")), "weight_decay must not be negative"),
+        (dict(eval__metric="ndcg"), "eval.metric: 'ndcg' is not one of .*mrr, ndcg@1"),
+        (dict(eval__metric="ndcg@4"), "eval.metric: 'ndcg@4' is not one of"),
+        (dict(eval__metric="mrr@5"), "eval.metric: 'mrr@5' is not one of"),
+        (dict(eval__baselines=("random", "als")), "eval.baselines: 'als' is not one of bm25,"),
+        (dict(eval__versus="gru4rec"), "eval.versus: 'gru4rec' is not one of .*rl, sft"),
+        (dict(eval__bootstrap=0), "eval.bootstrap must be positive"),
+        (dict(eval__cutoffs=(0, 5)), r"eval.cutoffs=\(0, 5\) must hold positive numbers"),
+        (dict(checkpoint__keep=0), "checkpoint.keep must be at least 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_impossible_values(fields, message):
+    found = problems(**fields)
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError("\n".join(found))
+    if message.startswith(("data.name: 'nope'", "rl.group_size")):
+        assert len(found) == 1
+
+
+def test_all_problems_are_told_at_once(capsys):
+    assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
+    assert capsys.readouterr().err == (
+        "error: this configuration cannot run:\n"
+        "  - data.name: 'nope' is not one of jsonl, lastfm, musique, synthetic\n"
+        "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
+    )
+
+
+def test_evaluations_may_change_less():
+    check_evaluation(changed(DEFAULT, {"eval.versus": "other.rl"}), KNOWN)  # known only once the runs are read
+    with pytest.raises(ConfigError, match="'als' is not one of"):
+        check_evaluation(changed(DEFAULT, {"eval.baselines": ("als",)}), KNOWN)
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_names():
+    assert config_lib.fingerprint({"a": 1, "b": [2]}) == config_lib.fingerprint({"b": [2], "a": 1})
+    assert config_lib.fingerprint({"a": 1}) != config_lib.fingerprint({"a": 2})
+    assert isinstance(Config(), Config)
