@@ -67,7 +67,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     dataset = datasets.load(used.data, catalogue=run_lib.read_catalogue(run_dir))
     same_data = used.data == config.data
     if same_data:
-        run_lib.check_data(run_dir, dataset.fingerprints, dataset.catalogue, jax.process_index() == 0)
+        is_main = jax.process_index() == 0
+        run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
     examples = evaluation_examples(dataset, used, settings.split)
     train = dataset.splits.get("train", ()) if same_data else _training_split(run_dir, config, dataset)
     predictions, left_out = evaluate.run_baselines(
@@ -113,7 +114,10 @@ def _finished(run_dir: Path, used: Config, others) -> dict[str, Finished]:
             raise ConfigError(
                 f"compare {other}: its rows are called after it; rename it, to something unique without spaces"
             )
-        theirs = dataclasses.replace(read_config(other), data=used.data, eval=used.eval, mesh=used.mesh)
+        theirs = read_config(other)
+        if theirs.transcript != used.transcript:
+            raise ConfigError(f"compare {other}: its lists have other limits or tags, so it cannot be compared")
+        theirs = dataclasses.replace(theirs, data=used.data, eval=used.eval, mesh=used.mesh)
         runs[prefix] = (other, theirs)
     found = {}
     for prefix, (folder, config) in runs.items():

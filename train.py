@@ -84,8 +84,8 @@ def make_step(experiment, policy, stage):
 def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, stop) -> bool:
     """Run one stage to its end, or to a stop signal; False if it was stopped.
 
-    start_params: () -> params, called only where no checkpoint is there to resume from, or
-    where the frozen reference has to be rebuilt.
+    start_params: () -> params, called where no checkpoint is there to resume from, and where
+    the frozen reference has to be rebuilt.
     """
     from fgrpo_jax.data import make_batches
     from fgrpo_jax.experiment import make_policy, place, random_key
@@ -155,7 +155,7 @@ def run(config) -> int:
     check_training(experiment)
     plan = experiment_lib.plan(experiment)
     run_dir = run_lib.enter(config, is_main)
-    run_lib.check_data(run_dir, dataset.fingerprints, dataset.catalogue, is_main)
+    run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
     if is_main:
         print(plan, flush=True)
         experiment_lib.save_description(experiment, run_dir)

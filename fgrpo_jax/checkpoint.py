@@ -221,6 +221,13 @@ def abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """ShapeDtypeStructs, each with its sharding."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
+
+
 # --------------------------------------------------------------------- preemption
 
 

@@ -128,11 +128,11 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    fill: Literal["first", "shuffled"] = "first"
+    fill: Literal["first", "shuffled"] = "shuffled"
     """Slate target: relevant candidates first in gain order and then fill, or all shuffled.
     Fill is drawn uniformly from the rest of the pool, up to transcript.slate_min; the ranking
     is the relevant candidates in gain order, filled from the slate up to rank_min."""
-    train_fill: bool = True
+    train_fill: bool = False
     """Whether the loss counts the tokens of fill items too."""
 
 
@@ -165,8 +165,8 @@ class RewardConfig:
     k: int = 5
     """Cut-off of ndcg, mrr and hit as rewards."""
     broken: float = -0.1
-    """Reward of a phase whose transcript broke a rule with no value of its own below
-    (the paper's format penalty; its value is unspecified in the paper)."""
+    """What every credit term of a broken phase is worth, before its weight, where the broken rule
+    has no value of its own below (the paper's format penalty; its value is unspecified there)."""
     rules: tuple[tuple[str, float], ...] = ()
     """(outcome, reward) pairs: a reward of its own for a broken rule, as in
     ("slate_duplicate", -0.5); the outcomes are listed in fgrpo_jax/transcript.py."""

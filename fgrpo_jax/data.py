@@ -172,17 +172,6 @@ def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, .
     )
 
 
-def host_shard(n_global: int, process_index: int, process_count: int) -> slice:
-    """The queries of the global batch that one host holds: equal, contiguous, disjoint."""
-    if n_global % process_count:
-        raise DataError(
-            f"a batch of {n_global} queries cannot be split evenly over {process_count} hosts: "
-            "make batch_queries a multiple"
-        )
-    size = n_global // process_count
-    return slice(process_index * size, (process_index + 1) * size)
-
-
 def bucket(length: int, buckets: Sequence[int], query_id: str) -> int:
     """The smallest bucket that holds `length` prompt tokens; prompts are never cut.
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Sequence
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -64,8 +63,10 @@ def enable_compilation_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def assemble(config: Config, dataset: datasets.Dataset, run_dir: Path) -> Experiment:
+def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) -> Experiment:
     """Tokenizer (the run's own, once it has one), model sizes, mesh.
+
+    dataset: may be None for a run that has its tokenizer, where no query is to be encoded.
 
     Raises ConfigError when the parts do not fit each other.
     """
@@ -222,9 +223,3 @@ def _shapes(experiment: Experiment, policy: Policy, stage: StageConfig) -> str:
         f"({stage.source}, {stage.objective.name}), {len(batches.rows):,} queries"
         + (f", {batches.skipped:,} skipped: nothing relevant" if batches.skipped else "")
     )
-
-
-def as_state(step: int, params: PyTree, opt_state: PyTree):
-    from fgrpo_jax.types import TrainState
-
-    return TrainState(jnp.int32(step), params, opt_state)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fgrpo_jax import datasets, experiment, run
+from fgrpo_jax import experiment, run
 from fgrpo_jax.models import hf
 from fgrpo_jax.stage import best_params
 
@@ -24,8 +24,7 @@ def export(
 ) -> None:
     """Export the best checkpoint of a finished stage, with the run's tokenizer."""
     config = run.read_config(run_dir)
-    dataset = datasets.load(config.data, catalogue=run.read_catalogue(run_dir))
-    built = experiment.assemble(config, dataset, run_dir)
+    built = experiment.assemble(config, None, run_dir)
     source = Path(config.model.checkpoint, "config.json") if config.model.checkpoint else None
     kept = json.loads(source.read_text(encoding="utf-8")) if source else None
     hf.save(out_dir, built.spec, best_params(built, run_dir, stage), kept, built.tokenizer)

@@ -63,7 +63,7 @@ def encode_prompts(
         texts = [_as_chat(tokenizer, text) for text in texts]
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     unknown = tokenizer.unk_token_id
-    if unknown is not None:
+    if unknown is not None and unknown != tokenizer.eos_token_id:  # one token for both says nothing
         for text, ids, query_id in zip(texts, encoded, query_ids, strict=True):
             if unknown in ids:
                 raise DataError(_unknown_text(tokenizer, text, query_id))
@@ -83,5 +83,6 @@ def _unknown_text(tokenizer: Any, text: str, query_id: str) -> str:
     start, end = encoded["offset_mapping"][encoded["input_ids"].index(tokenizer.unk_token_id)]
     return (
         f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
-        "tokenizer every line must be an item, or part of the template, seen when the run was started"
+        "tokenizer every line must be an item, or part of the template, seen when the run was started; "
+        "for free text set tokenizer to a Hugging Face directory and transcript.identifier to index"
     )

@@ -83,13 +83,20 @@ def read_config(run_dir: Path) -> Config:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
 
 
-def check_data(run_dir: Path, fingerprints: dict[str, str], catalogue: Any, is_main: bool = True) -> None:
+def check_data(
+    run_dir: Path, kind: str, fingerprints: dict[str, str], catalogue: Any, is_main: bool = True
+) -> None:
     """Record what the run was trained on; refuse to go on with other data under the same name.
 
     A split that was not there before is added: it does not invalidate anything.
     """
     path = run_dir / "data.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fingerprints": {}}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fingerprints": {}, "kind": kind}
+    if known["kind"] != kind:
+        raise ConfigError(
+            f"{run_dir} was started with {known['kind']} prompts, and its data now make {kind} ones: a raw file "
+            "was added or taken away; restore it, or choose another run_dir"
+        )
     for split, value in fingerprints.items():
         if known["fingerprints"].get(split, value) != value:
             raise ConfigError(
@@ -97,6 +104,7 @@ def check_data(run_dir: Path, fingerprints: dict[str, str], catalogue: Any, is_m
                 f"was {known['fingerprints'][split]}): restore the raw files, or choose another run_dir"
             )
     merged = {
+        "kind": kind,
         "fingerprints": known["fingerprints"] | fingerprints,
         "catalogue": [list(item) for item in catalogue],
     }
@@ -130,7 +138,7 @@ class MetricsLog:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise ConfigError(
-                    "tensorboard=True needs the `log` extra: pip install 'fgrpo_jax[log]'"
+                    "tensorboard=True needs the `log` extra: pip install -e '.[log]'"
                 ) from None
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 

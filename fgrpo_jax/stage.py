@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -15,12 +16,12 @@ from jax.experimental import multihost_utils
 
 from fgrpo_jax import config as config_lib
 from fgrpo_jax import tokenizers
-from fgrpo_jax.checkpoint import Checkpoints, abstract
+from fgrpo_jax.checkpoint import Checkpoints, placed
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.data import evaluation_examples
 from fgrpo_jax.datasets import DataError
 from fgrpo_jax.evaluate import score
-from fgrpo_jax.experiment import Experiment, Predictor
+from fgrpo_jax.experiment import Experiment, Predictor, make_policy
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import warn_of_merges
 from fgrpo_jax.run import MetricsLog, Progress, read_config, write_atomically
@@ -49,7 +50,22 @@ def check_training(experiment: Experiment) -> None:
         theirs = tokenizers.from_directory(str(start / "tokenizer"))
         if theirs.get_vocab() != experiment.tokenizer.get_vocab():
             raise ConfigError(f"start_from={start} has another tokenizer, so its model cannot read these data")
+    _check_longest(experiment)
     warn_of_merges(config, experiment.tokenizer, dataset.splits[config.eval.split][0])
+
+
+def _check_longest(experiment: Experiment, how_many: int = 16) -> None:
+    """Encode the longest given pools of every split: one that fits no bucket is refused now.
+
+    The longest by characters; sampled pools are drawn anew every epoch and cannot be listed.
+    """
+    dataset = experiment.dataset
+    policy = make_policy(experiment, None)
+    for name, split in dataset.splits.items():
+        if dataset.sampled_negatives and name == "train":
+            continue
+        longest = heapq.nlargest(how_many, split, key=lambda e: len(e.query) + sum(len(text) for _, text in e.candidates))
+        policy.encode(longest)
 
 
 class Stage:
@@ -66,6 +82,7 @@ class Stage:
         name: str,
         stage: StageConfig,
         optimizer: optax.GradientTransformation,
+        places: TrainState,
         start_params: Callable[[], PyTree],
         run_dir: Path,
         log: MetricsLog,
@@ -74,7 +91,7 @@ class Stage:
         self._config = experiment.config
         self._dir = run_dir / name
         self._is_main = jax.process_index() == 0
-        self._optimizer, self._start_params = optimizer, start_params
+        self._optimizer, self._places, self._start_params = optimizer, places, start_params
         self.finished = False
         self._predict = Predictor(experiment)
         self._examples = _validation(experiment)
@@ -112,12 +129,15 @@ class Stage:
         return range(self._step, self._step if self.finished else self.stage.steps)
 
     def _start(self, latest: int | None) -> tuple[TrainState, PyTree]:
-        params = self._start_params()
+        def initial(params: PyTree) -> TrainState:
+            return TrainState(jnp.int32(0), params, self._optimizer.init(params))
+
+        needs_start = latest is None or self.stage.objective.kl_weight
+        params = self._start_params() if needs_start else None
         # A copy: the parameters themselves are donated to the first update.
         frozen = {"reference": jax.tree.map(jnp.copy, params)} if self.stage.objective.kl_weight else {}
-        state = jax.jit(lambda p: TrainState(jnp.int32(0), p, self._optimizer.init(p)))(params)
         if latest is None:
-            return state, frozen
+            return jax.jit(initial, out_shardings=self._places)(params), frozen
         meta = self._checkpoints.meta(latest)
         if differing := config_lib.differences(
             config_lib.from_json(json.dumps(meta["config"])).model, self._config.model
@@ -128,8 +148,8 @@ class Stage:
             print(f"{self.name}: resuming from step {latest}", flush=True)
         if unlogged := meta.get("unlogged"):
             self._since = [{name: Mean(*map(np.float32, pair)) for name, pair in unlogged.items()}]
-        wanted = abstract(state)
-        del params, state  # or there would be two of them while restoring
+        del params  # or there would be two of them while restoring
+        wanted = placed(jax.eval_shape(initial, decoder.shapes(self._experiment.spec)), self._places)
         return self._checkpoints.restore(latest, wanted), frozen
 
     # ------------------------------------------------------------------ after every step
@@ -276,12 +296,7 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
     """
     theirs = _check_fits(experiment, run_dir, name)
     record = json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
-    shapes = decoder.shapes(experiment.spec)
-    wanted = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes,
-        experiment.param_shardings,
-    )
+    wanted = placed(decoder.shapes(experiment.spec), experiment.param_shardings)
     with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
         return checkpoints.restore_part(record["best_step"], {"params": wanted})["params"]
 
@@ -291,6 +306,10 @@ def _check_fits(experiment: Experiment, run_dir: Path, name: str) -> Config:
     theirs = read_config(run_dir)
     if not is_done(run_dir, name):
         raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
-    if differing := config_lib.differences(theirs.model, experiment.config.model):
+    described = json.loads((run_dir / "model.json").read_text(encoding="utf-8"))
+    ours = experiment.spec._asdict()
+    if differing := [
+        f"{name}: {described[name]} -> {ours[name]}" for name in decoder.SHAPING if described[name] != ours[name]
+    ]:
         raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
     return theirs

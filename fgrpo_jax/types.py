@@ -144,14 +144,14 @@ class Mean:
 class Policy(NamedTuple):
     """What training and evaluation know of a policy.
 
-    init: (key) -> params, frozen. `frozen` is never updated and always passed explicitly.
+    `frozen` holds what is never updated (a reference policy); it is always passed explicitly.
+
     encode: (list of RankingExample) -> Query; raises ValueError naming the query id.
     rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted.
     logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
     greedy: as rollout with G = 1 and the most probable action everywhere.
     """
 
-    init: Any
     encode: Any
     rollout: Any
     logprobs: Any

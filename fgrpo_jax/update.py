@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,34 @@ def make_optimizer(
     )
 
 
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: PyTree, param_shardings: PyTree, elsewhere: Any
+) -> TrainState:
+    """Where every part of a train state lies: the optimizer's moments where their parameters do.
+
+    params: arrays or ShapeDtypeStructs. elsewhere: the sharding of counts.
+    """
+    opt_state = jax.eval_shape(optimizer.init, params)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, place: place, opt_state, param_shardings, transform_non_params=lambda _: elsewhere
+    )
+    return TrainState(elsewhere, param_shardings, moments)
+
+
+def _split(tree: PyTree, parts: int) -> PyTree:
+    """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so every device
+    keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+
+
+def by_parts(logprobs: Callable, parts: int, params: PyTree, query: PyTree, rollout: PyTree) -> Array:
+    """`logprobs(params, query, rollout)`, a part of the batch at a time, as the update does it."""
+    if parts == 1:
+        return logprobs(params, query, rollout)
+    found = jax.lax.map(lambda part: logprobs(params, *part), _split((query, rollout), parts))
+    return jnp.moveaxis(found, 0, 1).reshape(-1, *found.shape[2:])
+
+
 def make_update(
     policy: Policy,
     objective: Callable,
@@ -72,7 +100,7 @@ def make_update(
     def gradient(params: PyTree, frozen: PyTree, batch: Batch):
         if microbatches == 1:
             return grad_fn(params, frozen, batch)
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+        parts = _split(batch, microbatches)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, grad_fn(params, frozen, part)), None

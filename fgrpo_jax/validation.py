@@ -99,8 +99,10 @@ def _impossible(config: Config, known: Registries) -> list[str]:
         problems.append("sft.steps and rl.steps are both 0: nothing would be trained; set one of them")
     if config.start_from and config.sft.steps:
         problems.append("start_from replaces the sft stage: set sft.steps=0, or leave start_from empty")
-    if config.start_from and config.model.checkpoint:
-        problems.append("start_from and model.checkpoint both say where to start: leave one empty")
+    if config.seed < 0:
+        problems.append(f"seed={config.seed} must not be negative")
+    if "://" in config.run_dir:
+        problems.append(f"run_dir={config.run_dir!r}: only a file system all hosts share, no address, can be a run")
     if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
         problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
     return problems
@@ -231,8 +233,8 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
     if s.patience < 0:
         problems.append(f"{name}.patience must not be negative; 0: never stop early")
     o = s.objective
-    if not (o.kl_weight >= 0 and 0 <= o.clip_low < 1 and o.clip_high >= 0):
-        problems.append(f"{name}.objective: kl_weight and clips must be >= 0, and clip_low < 1")
+    if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
+        problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
     if o.name == "nll" and o.kl_weight:
         problems.append(f"{name}.objective.name='nll' has no KL term: set {name}.objective.kl_weight=0")
     return problems + _check_optim(f"{name}.optim", s.optim)
@@ -246,8 +248,8 @@ def _check_optim(where: str, o: OptimConfig) -> list[str]:
             problems.append(f"{where}.{field}={value} must be positive")
     if not (0 <= o.b1 < 1 and 0 <= o.b2 < 1):
         problems.append(f"{where}: b1={o.b1} and b2={o.b2} must be in [0, 1)")
-    if not (o.warmup_steps >= 0 and o.weight_decay >= 0):
-        problems.append(f"{where}: warmup_steps and weight_decay must not be negative")
+    if not (o.warmup_steps >= 0 and 0 <= o.weight_decay < math.inf):
+        problems.append(f"{where}: warmup_steps and weight_decay must be finite and not negative")
     return problems
 
 

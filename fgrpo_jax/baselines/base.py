@@ -29,9 +29,9 @@ def interactions(example: RankingExample) -> tuple[str, ...]:
     return tuple(item for (item, _), gain in zip(example.candidates, example.relevance) if gain > 0)
 
 
-def require_interactions(train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str) -> None:
+def require_interactions(train_examples: Sequence[RankingExample], kind: str) -> None:
     """Raise NotApplicable unless the same items occur in many training queries."""
-    if kind != "recommendation" or not len(catalogue):
+    if kind != "recommendation":
         raise NotApplicable(f"needs items shared between queries; a {kind} pool is its query's own")
     if not len(train_examples):
         raise NotApplicable("there is no training split to count in")

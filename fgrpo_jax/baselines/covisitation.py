@@ -99,7 +99,7 @@ def fit_covisitation(formula: Formula) -> Fit:
     """The baseline of a formula."""
 
     def fit(train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str, seed: int) -> Method:
-        require_interactions(train_examples, catalogue, kind)
+        require_interactions(train_examples, kind)
         walks = sequences(train_examples)
         names = dict.fromkeys([item for item, _ in catalogue] + [item for walk in walks for item in walk])
         index = {item: i for i, item in enumerate(names)}

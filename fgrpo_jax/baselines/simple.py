@@ -26,7 +26,7 @@ def fit_popularity(
     train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str, seed: int
 ) -> Method:
     """How often a candidate was the answer of a training query (histories are not counted again)."""
-    require_interactions(train_examples, catalogue, kind)
+    require_interactions(train_examples, kind)
     counts = Counter(item for example in train_examples for item in interactions(example))
     return lambda examples: [
         np.array([counts[item] for item, _ in example.candidates], np.float64) for example in examples

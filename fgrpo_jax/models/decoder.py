@@ -52,6 +52,13 @@ class DecoderSpec(NamedTuple):
     logit_chunk: int = 4096
 
 
+# What parameters must agree in to be this model's; the rest is how it is computed.
+SHAPING = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size",
+    "rope_theta", "norm_eps", "tie_embeddings", "param_dtype",
+)  # fmt: skip
+
+
 class Param(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # logical axes, see sharding.RULES

@@ -86,9 +86,6 @@ def make(
     grammar = make_grammar(config, tokenizer)
     sampler = sampling.Sampler(spec, grammar, config.transcript.constrained)
 
-    def init(key):
-        return decoder.init(spec, key), {}
-
     def rollout(params, frozen, query, key):
         return sampling.sample(sampler, params, query, key, group_size)
 
@@ -101,7 +98,7 @@ def make(
     encode = functools.partial(
         _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {}
     )
-    return Policy(init, encode, rollout, logprobs, greedy)
+    return Policy(encode, rollout, logprobs, greedy)
 
 
 def _encode(
