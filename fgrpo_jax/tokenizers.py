@@ -7,6 +7,7 @@ model can learn from scratch. Text that is none of these is refused when a promp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
 from fgrpo_jax.datasets import DataError, Dataset, one_line
 from fgrpo_jax.prompts import TEMPLATE_LINES
+
+# Only its tokenizers are used; without this it advises to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

@@ -14,6 +14,7 @@ from fgrpo_jax import prompts, tokenizers, transcript
 from fgrpo_jax.advantages import make_batch
 from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
 from fgrpo_jax.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.models import decoder
 from fgrpo_jax.objectives import nll
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged, target_lists
@@ -243,7 +244,8 @@ def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
     query = policy.encode([LONG, SHORT])
     optimizer = make_optimizer(0.03, 30, 2, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
     update = make_update(policy, nll(), optimizer)
-    params, frozen = quick_jit(policy.init)(jax.random.key(0))
+    sized = spec._replace(vocab_size=len(catalogue))
+    params, frozen = quick_jit(decoder.init, static_argnums=0)(sized, jax.random.key(0)), {}
 
     @quick_jit
     def step(state, query, key):
