@@ -23,14 +23,14 @@ from fgrpo_jax.evaluate import resampled_means
 METRICS = ("ndcg@5", "recall@1", "recall@3", "recall@5", "mrr", "slate_recall")
 
 
-def read(entry: str, split: str, metrics: tuple[str, ...]) -> dict[str, list[float]]:
-    """Query id -> metrics of `RUN_DIR:METHOD`. Raises ConfigError when it was not evaluated."""
+def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dict[str, list[float]]:
+    """Query id -> metrics of `RUN_DIR:METHOD`, without the first `skip`. Raises ConfigError when it was not evaluated."""
     run_dir, _, method = entry.rpartition(":")
     path = Path(run_dir).expanduser() / "eval" / split / "per_query.jsonl"
     if not run_dir or not path.is_file():
         raise ConfigError(f"{entry}: give RUN_DIR:METHOD of an evaluated run; there is no {path}")
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
         row = json.loads(line)
         if method not in row["methods"]:
             raise ConfigError(f"{entry}: {path} has no method {method!r}, only {', '.join(row['methods'])}")
@@ -46,6 +46,7 @@ def compare(
     b: tuple[str, ...],
     split: str = "validation",
     metrics: tuple[str, ...] = METRICS,
+    skip: int = 0,
     resamples: int = 2000,
     seed: int = 0,
 ) -> str:
@@ -56,12 +57,14 @@ def compare(
         b: as many, paired with those of `a` in order.
         split: the split they were evaluated on.
         metrics: columns of their per_query.jsonl.
+        skip: queries left out from the start of the split, as the eval.train_queries that a
+            checkpoint was chosen on.
         resamples: bootstrap resamples behind the interval.
         seed: of the bootstrap.
     """
     if len(a) != len(b) or not a:
         raise ConfigError(f"{len(a)} runs in a and {len(b)} in b: give as many of both, paired by seed")
-    sides = [[read(entry, split, metrics) for entry in side] for side in (a, b)]
+    sides = [[read(entry, split, metrics, skip) for entry in side] for side in (a, b)]
     ids = sorted(sides[0][0])
     if any(sorted(run) != ids for side in sides for run in side):
         raise ConfigError("the runs were not evaluated on the same queries")

@@ -43,6 +43,12 @@ def test_seeds_are_compared_query_by_query(runs):
     assert high == pytest.approx((a - b).mean() + spread, abs=0.2 * spread)
 
 
+def test_the_first_queries_can_be_left_out(runs):
+    table = seeds.compare(entries(runs, "rl")[1:], entries(runs, "sft")[1:], "test", ("mrr",), skip=10)
+    assert table.startswith("2 seeds, 30 queries")
+    assert f"{100 * (SCORES[0] - SCORES[1])[1:, 10:].mean():+.2f} [" in table
+
+
 @pytest.mark.parametrize(
     "a, b, message",
     [
