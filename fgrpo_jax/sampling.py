@@ -58,12 +58,12 @@ def sample(
         if constrained:
             mask = transcript.allowed(grammar, query, options, loop.state)
             logit = decoder.choice_logits(params, hidden_BGD, options.tokens)
-            pick, logp = _choose(jnp.where(mask, logit, -jnp.inf), step_key)
+            pick, logp = choose(jnp.where(mask, logit, -jnp.inf), step_key)
             tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
             token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
             forced = mask.sum(-1) == 1
         else:
-            token, logp = _choose(decoder.logits(params, hidden_BGD), step_key)
+            token, logp = choose(decoder.logits(params, hidden_BGD), step_key)
             forced = jnp.zeros(token.shape, bool)
         token = jnp.where(loop.state.at == transcript.FINISHED, grammar.eos, token)
         state, label = transcript.advance(grammar, query, loop.state, token)
@@ -99,7 +99,7 @@ def sample(
     return Rollout(done.actions, done.phase, done.logp), transcript.finish(done.state)
 
 
-def _choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
+def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     """An index of the last axis and its log-probability; the argmax where `key` is None."""
     noisy = logit_BGX if key is None else logit_BGX + jax.random.gumbel(key, logit_BGX.shape)
     pick = jnp.argmax(noisy, -1)

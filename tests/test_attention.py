@@ -51,7 +51,10 @@ def shared_prefix(q, k, v, k_own, v_own, first=0):
 PROMPT = [random((B, S, n, E), i) for i, n in enumerate((H, J, J))]
 ROLLOUTS = [random((B, G, T, n, E), 3 + i) for i, n in enumerate((H, J, J))]
 SHARED = [ROLLOUTS[0], *PROMPT[1:], *ROLLOUTS[1:]]
-CASES = {"causal": (attention.causal, plain_causal, PROMPT), "shared": (shared_prefix, plain_shared_prefix, SHARED)}
+CASES = {
+    "causal": (attention.causal, plain_causal, PROMPT),
+    "shared": (shared_prefix, plain_shared_prefix, SHARED),
+}
 
 
 def with_gradients(f, args):
@@ -73,9 +76,8 @@ def test_blocks_change_nothing(case, scores, stretch, monkeypatch):
     """Values and gradients, from one row a block, over parts that divide nothing, to one block."""
     set_blocks(monkeypatch, scores, stretch)
     blocks, one, args = CASES[case]
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), with_gradients(blocks, args), with_gradients(one, args)
-    )
+    found, wanted = with_gradients(blocks, args), with_gradients(one, args)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, wanted)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ LAYERS = (
     ("metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
-    ("experiment", "run", "stage"),
+    ("experiment", "run", "stage", "bench", "bench_flops", "bench_run"),
     ("train", "eval", "export"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

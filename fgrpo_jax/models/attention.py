@@ -173,7 +173,8 @@ def _over_chunks(block, keys: int, by_row: list[Array], summed):
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, at)
-        return x.reshape(*x.shape[:at], chunks * size, *x.shape[at + 2 :])[(slice(None),) * at + (slice(0, rows),)]
+        x = x.reshape(*x.shape[:at], chunks * size, *x.shape[at + 2 :])
+        return jax.lax.slice_in_dim(x, 0, rows, axis=at)
 
     def step(total, chunk):
         joined, added = block(*chunk)

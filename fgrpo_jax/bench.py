@@ -1,0 +1,196 @@
+"""How fast a step is, and how near to what the machine can do.
+
+    python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|qwen3-0.6b|qwen3-4b]
+                              [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
+                              [--profile DIR]
+
+`shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
+prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
+size, and draws them. What runs is in bench_run.py, what it should cost in bench_flops.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from typing import Any
+
+import jax
+
+from fgrpo_jax import bench_flops, bench_run
+from fgrpo_jax.bench_flops import Shape
+from fgrpo_jax.bench_run import PRESETS, WORKLOADS
+from fgrpo_jax.models import decoder
+
+# --------------------------------------------------------------------- one workload, reported
+
+
+def compare(
+    spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool, profile: str = ""
+) -> dict[str, Any]:
+    """The shared path and, when asked, the repeated one after it (so peaks are the path's own)."""
+    found: dict[str, Any] = {}
+    for path, sizes in (("shared", shape), ("repeated", bench_flops.repeated(shape))):
+        if path == "repeated" and not with_repeated:
+            continue
+        programs = bench_run.build(spec, sizes, shape.batch)
+        found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "")
+        found[path] |= {"compile_s": programs.compile_s, "peak_gib": bench_run.peak_gib()}
+        del programs
+    apart, together = (bench_flops.update_flops(spec, s) for s in (bench_flops.repeated(shape), shape))
+    found["flop_ratio"] = apart / together
+    if with_repeated:
+        found["update_ratio"] = found["repeated"]["update"]["median"] / found["shared"]["update"]["median"]
+    return found
+
+
+def report(
+    name: str, spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool, profile: str = ""
+) -> dict:
+    """Everything about one workload; the keys are those written by --json."""
+    rate, bandwidth = bench_run.matmul_gflops(spec.dtype), bench_run.copy_gbytes()
+    found = compare(spec, shape, repeats, with_repeated, profile)
+    shared = found["shared"]
+    update_gflop = bench_flops.update_flops(spec, shape) / 1e9
+    rollout_gflop = bench_flops.rollout_flops(spec, shape) / 1e9
+    step = (shared["rollout"]["median"] - shared["prefill"]["median"]) / shape.length
+    step_gflop = bench_flops.completion_flops(spec, shape) / shape.length / 1e9
+    read_s = bench_flops.decode_step_bytes(spec, shape) / (bandwidth * 1e9)
+    device = jax.local_devices()[0]
+    return found | {
+        "workload": name,
+        "spec": spec._asdict(),
+        "shape": shape._asdict(),
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "fgrpo_jax")},
+        "matmul_gflops": rate,
+        "copy_gbytes_per_s": bandwidth,
+        "update_gflop": update_gflop,
+        "rollout_gflop": rollout_gflop,
+        "update_share": update_gflop / shared["update"]["median"] / rate,
+        "rollout_share": rollout_gflop / shared["rollout"]["median"] / rate,
+        "decode_step_s": step,
+        "decode_bandwidth_share": read_s / step,
+        "decode_matmul_share": step_gflop / rate / step,
+        "sampled_tokens_per_s": shape.batch * shape.group * shape.length / shared["rollout"]["median"],
+        "trained_tokens_per_s": shape.batch * (shape.prompt + shape.group * shape.length)
+        / shared["update"]["median"],
+        "peak_gib": shared["peak_gib"],
+    }  # fmt: skip
+
+
+def table(found: dict) -> str:
+    """The report for people."""
+    sizes = ", ".join(f"{key} {value}" for key, value in found["shape"].items())
+    heads = ("prefill", "rollout", "update", "total", "min", "peak GiB", "compile")
+    lines = [f"{found['workload']} on {found['device']}, {found['spec']['dtype']}: {sizes}"]
+    lines.append(f"{'seconds':10}" + "".join(f"{head:>10}" for head in heads))
+    for path in ("shared", "repeated"):
+        if path in found:
+            row = found[path]
+            cells = [row[name]["median"] for name in ("prefill", "rollout", "update", "total")]
+            cells += [row["total"]["min"], row["peak_gib"], sum(row["compile_s"].values())]
+            lines.append(f"{path:10}" + "".join(f"{x:10.3f}" for x in cells) + f"   n={row['total']['n']}")
+    rate, bandwidth = found["matmul_gflops"], found["copy_gbytes_per_s"]
+    lines.append(f"matmul {rate:.0f} GFLOP/s, copy {bandwidth:.1f} GB/s")
+    for name in ("rollout", "update"):
+        share = found[f"{name}_share"]
+        lines.append(f"{name}: {found[f'{name}_gflop']:.1f} useful GFLOP, {share:.1%} of the matmul rate")
+    step, read, computed = (found[f"decode_{x}"] for x in ("step_s", "bandwidth_share", "matmul_share"))
+    shares = f"{read:.1%} of the copy bandwidth, {computed:.1%} of the matmul rate"
+    lines.append(f"decoding step {step * 1e3:.2f} ms: {shares}")
+    sampled, trained = found["sampled_tokens_per_s"], found["trained_tokens_per_s"]
+    lines.append(f"{sampled:.0f} tokens/s sampled, {trained:.0f} tokens/s trained")
+    if "update_ratio" in found:
+        ratio, by_flops = found["update_ratio"], found["flop_ratio"]
+        share = ratio / by_flops
+        lines.append(f"repeated / shared update: {ratio:.2f}, by FLOPs {by_flops:.2f} ({share:.0%})")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------- over prompt length and group size
+
+
+def scan(spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool) -> list[dict]:
+    """`compare` for prompts of 1/4 to 2 times the workload's and half to twice its group."""
+    rows = []
+    for prompt in (shape.prompt // 4, shape.prompt // 2, shape.prompt, 2 * shape.prompt):
+        for group in (shape.group // 2, shape.group, 2 * shape.group):
+            here = shape._replace(prompt=prompt, group=group)
+            found = compare(spec, here, repeats, with_repeated)
+            rows.append(here._asdict() | {"gflop": bench_flops.update_flops(spec, here) / 1e9} | found)
+            print(scan_line(rows[-1]), flush=True)
+    return rows
+
+
+SCAN_HEAD = "     S   G  rollout   update  GFLOP/s  repeated  ratio by FLOPs"
+
+
+def scan_line(row: dict) -> str:
+    rollout, update = (row["shared"][name]["median"] for name in ("rollout", "update"))
+    line = f"{row['prompt']:6}{row['group']:4}{rollout:9.3f}{update:9.3f}{row['gflop'] / update:9.1f}"
+    if "repeated" in row:
+        repeated = row["repeated"]["update"]["median"]
+        line += f"{repeated:10.3f}{row['update_ratio']:7.2f}{row['flop_ratio']:9.2f}"
+    return line
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """Update time over prompt length, a line per group size; dashed: the repeated prompt."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, group in enumerate(sorted({row["group"] for row in rows})):
+        some = [row for row in rows if row["group"] == group]
+        for name, style in (("shared", "-o"), ("repeated", "--x")):
+            if name in some[0]:
+                seconds = [row[name]["update"]["median"] for row in some]
+                lengths = [row["prompt"] for row in some]
+                axes.plot(lengths, seconds, style, color=f"C{i}", label=f"G={group} {name}")
+    axes.set(xlabel="prompt length S", ylabel="seconds per update", xscale="log", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fgrpo_jax.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="default workload and number type")
+    parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up")
+    parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
+    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured")
+    parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
+    parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    workload, dtype = PRESETS[args.preset]
+    workload = args.workload or workload
+    spec, shape = WORKLOADS[workload]
+    spec = spec._replace(dtype=dtype)
+    found = report(workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
+    print(table(found), flush=True)
+    if args.scan:
+        print(SCAN_HEAD)
+        found["scan"] = scan(spec, shape._replace(batch=1), max(1, args.repeats // 2), not args.no_repeated)
+        draw(found["scan"], args.png)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

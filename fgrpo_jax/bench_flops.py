@@ -1,0 +1,80 @@
+"""What a step has to compute and read: closed forms that times are compared with.
+
+Useful work only. A multiplication with its addition counts two. Counted are matrix products
+of projections, attention and head; norms, softmax, rotary embedding and the optimizer are
+not. Counted once is what a step needs once: the prompt of a query (for its whole group),
+each pair of positions a causal mask lets through. Not counted is what it need not compute:
+logits of the prompt, and queries, output projection and MLP of the prompt in the last layer,
+whose keys and values alone are needed. A backward pass is twice its forward pass; anything
+computed again there is not useful work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fgrpo_jax.models.decoder import DecoderSpec
+
+
+class Shape(NamedTuple):
+    """Of one step: B queries of S prompt tokens, G rollouts of T tokens each."""
+
+    batch: int
+    prompt: int
+    group: int
+    length: int
+
+
+def _per_token(spec: DecoderSpec) -> tuple[int, int]:
+    """FLOPs a layer spends on a token: in keys and values, and in everything else but attention."""
+    keys_values = 2 * spec.hidden_size * 2 * spec.num_kv_heads * spec.head_dim
+    queries_output = 2 * spec.hidden_size * 2 * spec.num_heads * spec.head_dim
+    return keys_values, queries_output + 2 * 3 * spec.hidden_size * spec.mlp_size
+
+
+def prefill_flops(spec: DecoderSpec, shape: Shape) -> int:
+    """The prompts' forward pass, each prompt once."""
+    keys_values, rest = _per_token(spec)
+    pairs = shape.prompt * (shape.prompt + 1) // 2
+    per_pair = 4 * spec.num_heads * spec.head_dim
+    inner = spec.num_layers - 1
+    one = spec.num_layers * shape.prompt * keys_values + inner * (shape.prompt * rest + pairs * per_pair)
+    return shape.batch * one
+
+
+def completion_flops(spec: DecoderSpec, shape: Shape) -> int:
+    """The rollouts' forward pass with its logits, given the prompts' keys and values.
+
+    The first token fed is the prompt's last, so a rollout sees prompt - 1 keys of the prompt
+    and its own T.
+    """
+    length = shape.length
+    pairs = length * (shape.prompt - 1) + length * (length + 1) // 2
+    layer = length * sum(_per_token(spec)) + pairs * 4 * spec.num_heads * spec.head_dim
+    head = length * 2 * spec.hidden_size * spec.vocab_size
+    return shape.batch * shape.group * (spec.num_layers * layer + head)
+
+
+def rollout_flops(spec: DecoderSpec, shape: Shape) -> int:
+    return prefill_flops(spec, shape) + completion_flops(spec, shape)
+
+
+def update_flops(spec: DecoderSpec, shape: Shape) -> int:
+    return 3 * rollout_flops(spec, shape)
+
+
+def repeated(shape: Shape) -> Shape:
+    """The same rollouts, each with a prompt of its own."""
+    return Shape(shape.batch * shape.group, shape.prompt, 1, shape.length)
+
+
+def decode_step_bytes(spec: DecoderSpec, shape: Shape) -> int:
+    """Bytes one decoding step reads: weights, prompt caches and, on average, half the own caches."""
+    width = np.dtype(np.uint16 if spec.dtype == "bfloat16" else np.float32).itemsize
+    keys_values, rest = _per_token(spec)
+    weights = spec.num_layers * (keys_values + rest) // 2 + spec.hidden_size * spec.vocab_size
+    per_token = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers
+    cached = shape.batch * (shape.prompt + shape.group * shape.length // 2) * per_token
+    return width * (weights + cached)

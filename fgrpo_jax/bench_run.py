@@ -1,0 +1,202 @@
+"""The programs that bench.py times, and how they are timed.
+
+Random weights and random prompts of an exact length; every rollout samples an exact number of
+tokens from the full vocabulary with the sampler's own prefill, decoding step and choice; the
+update is the one training uses. Times are of synchronised calls after a warm-up; compilation
+is reported apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+import statistics
+import sys
+import time
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import jit
+
+from fgrpo_jax import sampling, transcript
+from fgrpo_jax.bench_flops import Shape
+from fgrpo_jax.models import decoder
+from fgrpo_jax.objectives import clipped_pg
+from fgrpo_jax.types import SLATE, Array, Batch, Policy, PyTree, Query, Rollout, TrainState
+from fgrpo_jax.update import make_optimizer, make_update
+
+_W1 = decoder.DecoderSpec(
+    vocab_size=8192, hidden_size=256, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=32, mlp_size=768,
+    logit_chunk=512,
+)  # fmt: skip
+_SMALL = decoder.DecoderSpec(
+    vocab_size=1024, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192
+)
+_QWEN = decoder.DecoderSpec(
+    vocab_size=151_936, hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
+    mlp_size=3072, rope_theta=1e6, logit_chunk=256,
+)  # fmt: skip
+WORKLOADS = {
+    "w1": (_W1, Shape(2, 1024, 8, 64)),
+    "default": (_SMALL, Shape(64, 64, 8, 18)),
+    "long": (_W1, Shape(1, 8192, 8, 64)),
+    "qwen3-0.6b": (_QWEN, Shape(2, 2048, 8, 64)),
+    "qwen3-4b": (
+        _QWEN._replace(hidden_size=2560, num_layers=36, num_heads=32, mlp_size=9728),
+        Shape(2, 2048, 8, 64),
+    ),
+}
+PRESETS = {"cpu": ("w1", "float32"), "gpu": ("qwen3-0.6b", "bfloat16")}
+_GRAMMAR = transcript.Grammar((), (2,), (3,), 1, 1, 1, 1, 1)  # unconstrained sampling never reads it
+
+
+class Programs(NamedTuple):
+    """One workload, ready to run. `rollout(params, key)`, `prefill(params)`, `update(state, batch)`."""
+
+    prefill: Callable
+    rollout: Callable
+    update: Callable
+    state: TrainState
+    batch: Batch
+    compile_s: dict[str, float]
+
+
+# --------------------------------------------------------------------- what is run
+
+
+def make_query(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Query:
+    """`prompts` random prompts, dealt out evenly to shape.batch queries."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, spec.vocab_size, (prompts, shape.prompt)).repeat(shape.batch // prompts, 0)
+    n = shape.batch
+    return Query(
+        prompt=jnp.asarray(prompt, jnp.int32),
+        prompt_len=jnp.full(n, shape.prompt, jnp.int32),
+        identifiers=jnp.zeros((n, 1, 1), jnp.int32),
+        relevance=jnp.zeros((n, 1)),
+        n_candidates=jnp.ones(n, jnp.int32),
+    )
+
+
+def fixed_rollout(
+    spec: decoder.DecoderSpec, group: int, length: int, params: PyTree, query: Query, key: Array
+) -> Rollout:
+    """Sampling as in sampling.sample, of exactly `length` tokens: nothing ends a rollout."""
+    params = decoder.cast(spec, params)
+    prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
+    weights = decoder.unstack(spec, params)
+    last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)
+    shape = (query.prompt.shape[0], group, length)
+
+    def body(t: Array, carry):
+        token, cache, actions, logp = carry
+        hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, cache, token, t)
+        token, chosen = sampling.choose(decoder.logits(weights, hidden_BGD), jax.random.fold_in(key, t))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=2)
+        return token, cache, put(actions, token), put(logp, chosen)
+
+    first = jnp.broadcast_to(last_B, shape[:2]), decoder.empty_cache(spec, *shape)
+    carry = (*first, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+    _, _, actions, logp = jax.lax.fori_loop(0, length, body, carry)
+    return Rollout(actions, jnp.full(shape, SLATE, jnp.int32), logp)
+
+
+def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
+    """Compile prefill, rollout and update of a workload; the state has been through none."""
+    sampler = sampling.Sampler(spec, _GRAMMAR, constrained=False)
+
+    def logprobs(params, frozen, query, rollout):
+        return sampling.logprobs(sampler, params, query, rollout)
+
+    policy = Policy(encode=None, rollout=None, logprobs=logprobs, greedy=None)
+    optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
+    update = make_update(policy, clipped_pg(), optimizer)
+    query = make_query(spec, shape, prompts)
+
+    @jit
+    def start(key: Array) -> TrainState:
+        params = decoder.init(spec, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def prefill(params, query):
+        return decoder.prefill(spec, decoder.cast(spec, params), query.prompt, query.prompt_len)
+
+    state = start(jax.random.key(0))
+    size = (shape.batch, shape.group, shape.length)
+    actions = jnp.asarray(np.random.default_rng(1).integers(0, spec.vocab_size, size), jnp.int32)
+    rollout = Rollout(actions, jnp.full(size, SLATE, jnp.int32), jnp.zeros(size))
+    advantage = jnp.asarray(np.random.default_rng(2).normal(size=(*size[:2], 2)), jnp.float32)
+    batch = Batch(query, rollout, advantage, advantage, jnp.full(size, 1 / np.prod(size)))
+    sample = functools.partial(fixed_rollout, spec, shape.group, shape.length)
+    jobs = {
+        "prefill": (prefill, (state.params, query), ()),
+        "rollout": (sample, (state.params, query, jax.random.key(1)), ()),
+        "update": (lambda state, batch: update(state, {}, batch), (state, batch), (0,)),
+    }
+    compiled, compile_s = {}, {}
+    for name, (fn, args, donated) in jobs.items():
+        begin = time.perf_counter()
+        compiled[name] = jit(fn, donate_argnums=donated).lower(*args).compile()
+        compile_s[name] = time.perf_counter() - begin
+    return Programs(**compiled, state=state, batch=batch, compile_s=compile_s)
+
+
+# --------------------------------------------------------------------- measuring
+
+
+def timed(fn: Callable, *args) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    out = jax.block_until_ready(fn(*args))
+    return time.perf_counter() - begin, out
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "min": min(seconds), "n": len(seconds)}
+
+
+def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, dict]:
+    """Seconds of prefill, rollout, update and rollout + update; the first of each is dropped."""
+    state, batch = programs.state, programs.batch
+    times: dict[str, list[float]] = {name: [] for name in ("prefill", "rollout", "update", "total")}
+    for i in range(repeats + 1):
+        if profile and i == repeats:
+            jax.profiler.start_trace(profile)
+        prefill_s, _ = timed(programs.prefill, state.params, batch.query)
+        rollout_s, rollout = timed(programs.rollout, state.params, batch.query, jax.random.key(1))
+        update_s, (state, _) = timed(programs.update, state, batch.replace(rollout=rollout))
+        if profile and i == repeats:
+            jax.profiler.stop_trace()
+        if i:
+            for name, s in zip(times, (prefill_s, rollout_s, update_s, rollout_s + update_s), strict=True):
+                times[name].append(s)
+    return {name: summary(s) for name, s in times.items()}
+
+
+def matmul_gflops(dtype: str, size: int = 4096, repeats: int = 3) -> float:
+    """Rate of one size x size matrix product in the compute type."""
+    x = jnp.full((size, size), 1e-3, dtype)
+    product = jit(jnp.matmul).lower(x, x).compile()
+    seconds = [timed(product, x, x)[0] for _ in range(repeats + 1)][1:]
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def copy_gbytes(size: int = 2**28, repeats: int = 3) -> float:
+    """GB/s read and written by a copy of `size` bytes, in place."""
+    copy = jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(size // 4, jnp.float32)
+    seconds = []
+    for _ in range(repeats + 1):
+        s, x = timed(copy, x)
+        seconds.append(s)
+    return 2 * size / min(seconds[1:]) / 1e9
+
+
+def peak_gib() -> float:
+    """Most memory so far: of the device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

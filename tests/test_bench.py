@@ -1,0 +1,112 @@
+"""The benchmark: what it writes, and its FLOPs against a count token by token."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import quick_jit
+
+from fgrpo_jax import bench, bench_flops, bench_run
+from fgrpo_jax.bench_flops import Shape
+
+SHAPE = Shape(batch=2, prompt=8, group=2, length=3)
+
+
+def counted(spec, shape):
+    """FLOPs of one forward pass: every token of every layer in turn, every key it sees."""
+    total = 0
+
+    def product(rows, columns):
+        nonlocal total
+        total += 2 * rows * columns
+
+    def token(layer, keys, only_keys_values=False):
+        for _ in range(2):
+            product(spec.hidden_size, spec.num_kv_heads * spec.head_dim)
+        if only_keys_values:
+            return
+        for _ in range(2):  # queries, output
+            product(spec.hidden_size, spec.num_heads * spec.head_dim)
+        for _ in range(3):
+            product(spec.hidden_size, spec.mlp_size)
+        for _ in range(2 * keys * spec.num_heads):  # scores, values
+            product(1, spec.head_dim)
+
+    for _ in range(shape.batch):
+        for layer in range(spec.num_layers):
+            for s in range(shape.prompt):
+                token(layer, s + 1, only_keys_values=layer == spec.num_layers - 1)
+            for _ in range(shape.group):
+                for t in range(shape.length):
+                    token(layer, shape.prompt - 1 + t + 1)
+        for _ in range(shape.group * shape.length):
+            product(spec.hidden_size, spec.vocab_size)
+    return total
+
+
+@pytest.mark.parametrize("shape", [SHAPE, bench_flops.repeated(SHAPE), Shape(1, 1, 1, 1)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_flops_are_those_counted_token_by_token(spec, shape, layers):
+    spec = spec._replace(num_layers=layers)
+    assert bench_flops.rollout_flops(spec, shape) == counted(spec, shape)
+    assert bench_flops.update_flops(spec, shape) == 3 * counted(spec, shape)
+
+
+def test_the_issue_s_workload():
+    """W1: 160 to 185 GFLOP an update, and 4.98 times as many with repeated prompts."""
+    spec, shape = bench_run.WORKLOADS["w1"]
+    flops = bench_flops.update_flops(spec, shape)
+    assert 160e9 < flops < 185e9
+    assert bench_flops.update_flops(spec, bench_flops.repeated(shape)) / flops == pytest.approx(4.98, rel=0.05)
+
+
+def test_a_decoding_step_reads_weights_and_caches(spec):
+    read = bench_flops.decode_step_bytes(spec, SHAPE)
+    assert bench_flops.decode_step_bytes(spec._replace(dtype="bfloat16"), SHAPE) == read / 2
+    layers = bench.decoder.param_table(spec)["layers"]
+    weights = 4 * sum(np.prod(p.shape) for name, p in layers.items() if "norm" not in name)
+    assert read > weights + 4 * spec.vocab_size * spec.hidden_size
+
+
+def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
+    """On a tiny workload, with a scan of one point."""
+    monkeypatch.setattr(bench_run, "jit", quick_jit)
+    monkeypatch.setitem(bench.WORKLOADS, "w1", (spec, SHAPE))
+    monkeypatch.setattr(bench_run, "matmul_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(bench_run, "copy_gbytes", lambda: 10.0)
+    path = tmp_path / "bench.json"
+    assert bench.main(["--repeats", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    for side in ("shared", "repeated"):
+        for name in ("rollout", "update", "total"):
+            row = found[side][name]
+            assert set(row) == {"median", "min", "n"} and row["n"] == 2
+            assert 0 < row["min"] <= row["median"]
+        assert set(found[side]["compile_s"]) == {"prefill", "rollout", "update"}
+    assert found["matmul_gflops"] == 100 and found["peak_gib"] > 0
+    share = found["update_gflop"] / found["shared"]["update"]["median"] / 100
+    assert found["update_share"] == pytest.approx(share)
+    assert found["flop_ratio"] > 1.4
+    out = capsys.readouterr().out
+    assert "repeated / shared update" in out and "tokens/s sampled" in out
+    row = found["shape"] | {"gflop": 1.0} | found
+    assert len(bench.scan_line(row)) == len(bench.SCAN_HEAD)
+    bench.draw([row, row | {"prompt": 16}], str(tmp_path / "scan.png"))
+    assert (tmp_path / "scan.png").stat().st_size > 5000
+
+
+def test_all_rollouts_have_all_their_tokens(spec, monkeypatch):
+    """Also where a token is the end of a transcript elsewhere: nothing ends these."""
+    monkeypatch.setattr(bench_run, "jit", quick_jit)
+    programs = bench_run.build(spec, SHAPE, SHAPE.batch)
+    rollout = programs.rollout(programs.state.params, programs.batch.query, jax.random.key(0))
+    assert rollout.actions.shape == (2, 2, 3)
+    assert (rollout.logp < 0).all() and len(np.unique(rollout.actions)) > 3
+
+
+def test_repeated_prompts_are_those_shared(spec):
+    """The reference reads the same prompts, G times each."""
+    once = bench_run.make_query(spec, SHAPE, 2).prompt
+    often = bench_run.make_query(spec, bench_flops.repeated(SHAPE), 2).prompt
+    np.testing.assert_array_equal(np.repeat(once, SHAPE.group, 0), often)
