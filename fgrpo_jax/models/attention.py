@@ -25,8 +25,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.types import Array
+
+KEPT = "attention"  # checkpoint name of what the backward pass should find
 
 _MASKED = -1e30  # finite, so that a fully masked part merges without nan
 _WIDE = jnp.float32
@@ -115,7 +118,7 @@ def _attend_forward(is_causal: bool, q: Array, parts: tuple):
         both = jnp.logaddexp(lse, other_lse)
         out = out * jnp.exp(lse - both)[..., None] + other * jnp.exp(other_lse - both)[..., None]
         lse = both
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name(out.astype(q.dtype), KEPT), checkpoint_name(lse, KEPT)
     return out, (q, parts, out, lse)
 
 

@@ -27,9 +27,13 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.models import attention
 from fgrpo_jax.types import Array, PyTree
+
+
+KEPT = "result of a projection"
 
 
 class DecoderSpec(NamedTuple):
@@ -158,26 +162,32 @@ def linear(x: Array, w: Array, axes_in: int = 1) -> Array:
 
 
 def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
-    q = linear(normed, layer["q"])
+    q = checkpoint_name(linear(normed, layer["q"]), KEPT)
     return apply_rope(rms_norm(q, layer["q_norm"], spec.norm_eps), rope)
 
 
 def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple[Array, Array]:
-    k = linear(normed, layer["k"])
-    v = linear(normed, layer["v"])
+    k = checkpoint_name(linear(normed, layer["k"]), KEPT)
+    v = checkpoint_name(linear(normed, layer["v"]), KEPT)
     return apply_rope(rms_norm(k, layer["k_norm"], spec.norm_eps), rope), v
 
 
 def _finish_block(spec: DecoderSpec, layer: PyTree, x: Array, attended: Array) -> Array:
-    x = x + linear(attended, layer["o"], axes_in=2)
+    x = checkpoint_name(x + linear(attended, layer["o"], axes_in=2), KEPT)
     normed = rms_norm(x, layer["mlp_norm"], spec.norm_eps)
-    gate = linear(normed, layer["gate"])
-    up = linear(normed, layer["up"])
+    gate = checkpoint_name(linear(normed, layer["gate"]), KEPT)
+    up = checkpoint_name(linear(normed, layer["up"]), KEPT)
     return x + linear(jax.nn.silu(gate) * up, layer["down"])
 
 
-def _maybe_remat(spec: DecoderSpec, fn):
-    return jax.checkpoint(fn) if spec.remat else fn
+def _remat(spec: DecoderSpec, fn):
+    """What the backward pass of a layer finds: results of matrix products, or its input alone.
+
+    Norms, rotations and activations are always computed again: that is cheaper than to write
+    and read them.
+    """
+    names = () if spec.remat else (KEPT, attention.KEPT)
+    return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
 def cast(spec: DecoderSpec, params: PyTree) -> PyTree:
@@ -217,7 +227,7 @@ def completions(
     def split(x: Array) -> tuple[Array, Array]:
         return x[:, :prompt_size], x[:, prompt_size:].reshape(batch, group, length, *x.shape[2:])
 
-    @functools.partial(_maybe_remat, spec)
+    @functools.partial(_remat, spec)
     def block(x_BXD: Array, layer: PyTree):
         normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
         q_prompt, q_own = split(_queries(spec, layer, normed, rope))
@@ -228,7 +238,7 @@ def completions(
         attended = jnp.concatenate([over_prompt, over_both.reshape(batch, -1, *over_both.shape[3:])], 1)
         return _finish_block(spec, layer, x_BXD, attended), None
 
-    @functools.partial(_maybe_remat, spec)
+    @functools.partial(_remat, spec)
     def last_block(x_BXD: Array, layer: PyTree) -> Array:
         normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
         q = _queries(spec, layer, normed[:, prompt_size:], rope_own)
