@@ -23,11 +23,11 @@ def get_config() -> Config:
         # The two stages see different users: after SFT a model remembers its training queries,
         # and what it is sure of teaches reinforcement learning nothing.
         sft=StageConfig(
-            steps=1000,
+            steps=600,
             source="logged",
             batch_queries=128,
             group_size=1,
-            subset=(0.0, 0.6),
+            subset=(0.0, 0.25),
             eval_every=100,
             patience=4,
             optim=OptimConfig(learning_rate=3e-3, decay="cosine"),
@@ -35,11 +35,11 @@ def get_config() -> Config:
             target=TargetConfig(fill="shuffled", train_fill=False),
         ),
         rl=StageConfig(
-            steps=300,
+            steps=500,
             batch_queries=64,
             group_size=8,
-            subset=(0.6, 1.0),
-            eval_every=50,
+            subset=(0.25, 1.0),
+            eval_every=100,
             optim=OptimConfig(learning_rate=5e-4, decay="linear"),
         ),
         eval=EvalConfig(split="test", train_queries=0),
