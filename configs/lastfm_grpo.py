@@ -3,6 +3,8 @@
     python train.py configs/lastfm.py --data.manual-dir DIR           # first
     python train.py configs/lastfm_grpo.py --data.manual-dir DIR
     python eval.py runs/lastfm --compare runs/lastfm_grpo
+
+Another three and a half minutes. Mean of seeds 0 to 2: NDCG@5 77.2, from the same 75.9.
 """
 
 import dataclasses

@@ -1,6 +1,9 @@
 """The default: a generated world of 500 items, SFT and then F-GRPO, from random weights.
 
     python train.py
+
+Six minutes on two CPU cores. Seed 0, 1,000 test queries: NDCG@5 68.8 after SFT, 71.5 after F-GRPO
+(Random 15.0, Popularity 36.9, co-visitation 78.0).
 """
 
 from fgrpo_jax.config import (
