@@ -63,7 +63,7 @@ def sample(
             token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
             forced = mask.sum(-1) == 1
         else:
-            token, logp = choose(decoder.logits(params, hidden_BGD), step_key)
+            token, logp = choose(decoder.logits(weights, hidden_BGD), step_key)
             forced = jnp.zeros(token.shape, bool)
         token = jnp.where(loop.state.at == transcript.FINISHED, grammar.eos, token)
         state, label = transcript.advance(grammar, query, loop.state, token)
@@ -102,7 +102,9 @@ def sample(
 def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     """An index of the last axis and its log-probability; the argmax where `key` is None."""
     noisy = logit_BGX if key is None else logit_BGX + jax.random.gumbel(key, logit_BGX.shape)
-    pick = jnp.argmax(noisy, -1)
+    # The first index of the maximum. jnp.argmax reduces two arrays at once: 6 times slower on CPU.
+    index = jnp.arange(noisy.shape[-1])
+    pick = jnp.where(noisy == noisy.max(-1, keepdims=True), index, noisy.shape[-1] - 1).min(-1)
     chosen = jnp.take_along_axis(logit_BGX, pick[..., None], -1)[..., 0]
     return pick.astype(jnp.int32), chosen - jax.nn.logsumexp(logit_BGX, -1)
 

@@ -258,11 +258,19 @@ def completions(
 
 @flax.struct.dataclass
 class PromptCache:
-    """Keys and values of the prompt, one pair per layer, shared by the group."""
+    """Keys and values of the prompt, one pair per layer, shared by the group.
 
-    k: tuple[Array, ...]  # L x [B,S,J,E], J kv heads
-    v: tuple[Array, ...]
+    They lie as the matrix products of a decoding step read them, or every step would lay
+    them out again.
+    """
+
+    k: tuple[Array, ...]  # L x [B,J,E,S], J kv heads
+    v: tuple[Array, ...]  # L x [B,J,S,E]
     prompt_len: Array  # [B]
+
+    def layer(self, i: int) -> tuple[Array, Array]:
+        """Keys and values [B,S,J,E] of layer i; the transposition is one in name only."""
+        return jnp.moveaxis(self.k[i], 3, 1), jnp.moveaxis(self.v[i], 2, 1)
 
 
 def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
@@ -274,24 +282,27 @@ def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: A
         normed = rms_norm(x_BSD, layer["attn_norm"], spec.norm_eps)
         k, v = _keys_values(spec, layer, normed, rope)
         attended = attention.causal(_queries(spec, layer, normed, rope), k, v)
-        return _finish_block(spec, layer, x_BSD, attended), (k, v)
+        return _finish_block(spec, layer, x_BSD, attended), as_cached(k, v)
+
+    def as_cached(k: Array, v: Array) -> tuple[Array, Array]:
+        return jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
 
     inner, last = _split_last(params["layers"])
-    x_BSD, (k_LBSJE, v_LBSJE) = jax.lax.scan(block, params["embed"][prompt_BS], inner)
+    x_BSD, (k_LBJES, v_LBJSE) = jax.lax.scan(block, params["embed"][prompt_BS], inner)
     normed = rms_norm(x_BSD, last["attn_norm"], spec.norm_eps)
-    k_last, v_last = _keys_values(spec, last, normed, rope)
-    return PromptCache((*k_LBSJE, k_last), (*v_LBSJE, v_last), prompt_len_B)
+    k_last, v_last = as_cached(*_keys_values(spec, last, normed, rope))
+    return PromptCache((*k_LBJES, k_last), (*v_LBJSE, v_last), prompt_len_B)
 
 
 def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
     """Weights as decoding reads them: a list of layers, so that no step copies a slice."""
     layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(spec.num_layers)]
-    return {**params, "layers": layers}
+    return {**params, "layers": layers, "head_DV": head_rows(params).T}
 
 
 def empty_cache(spec: DecoderSpec, batch: int, group: int, length: int) -> list[tuple[Array, Array]]:
-    """Room for the keys and values of the rollouts' own tokens, per layer [B,G,T,J,E]."""
-    zeros = jnp.zeros((batch, group, length, spec.num_kv_heads, spec.head_dim), spec.dtype)
+    """Room for the keys and values of the rollouts' own tokens, per layer [B,J,G,T,E]."""
+    zeros = jnp.zeros((batch, spec.num_kv_heads, group, length, spec.head_dim), spec.dtype)
     return [(zeros, zeros) for _ in range(spec.num_layers)]
 
 
@@ -306,13 +317,14 @@ def decode_step(
     rope = rope_tables(position_BG1, spec.head_dim, spec.rope_theta)
     x = params["embed"][token_BG][:, :, None]  # [B,G,1,D]
     grown = []
-    for layer, k_prompt, v_prompt, (k_own, v_own) in zip(params["layers"], prompt.k, prompt.v, cache, strict=True):
+    for i, (layer, (k_own, v_own)) in enumerate(zip(params["layers"], cache, strict=True)):
         normed = rms_norm(x, layer["attn_norm"], spec.norm_eps)
-        k, v = _keys_values(spec, layer, normed, rope)
-        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t, axis=2)
-        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t, axis=2)
+        k, v = (jnp.moveaxis(new, 3, 1) for new in _keys_values(spec, layer, normed, rope))
+        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t, axis=3)
+        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t, axis=3)
         q = _queries(spec, layer, normed, rope)
-        attended = attention.shared_prefix(q, k_prompt, v_prompt, prompt.prompt_len - 1, k_own, v_own, first=t)
+        own = jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 3)
+        attended = attention.shared_prefix(q, *prompt.layer(i), prompt.prompt_len - 1, *own, first=t)
         x = _finish_block(spec, layer, x, attended)
         grown.append((k_own, v_own))
     return rms_norm(x[:, :, 0], params["final_norm"], spec.norm_eps), grown
@@ -327,8 +339,9 @@ def head_rows(params: PyTree) -> Array:
 
 
 def logits(params: PyTree, hidden: Array) -> Array:
-    """Full-vocabulary logits [..., V] in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, head_rows(params), preferred_element_type=jnp.float32)
+    """Full-vocabulary logits [..., V] in float32; `params` may come from `unstack`."""
+    rows_DV = params["head_DV"] if "head_DV" in params else head_rows(params).T
+    return jnp.matmul(hidden, rows_DV, preferred_element_type=jnp.float32)
 
 
 def choice_logits(params: PyTree, hidden_BGXD: Array, tokens_BM: Array) -> Array:
