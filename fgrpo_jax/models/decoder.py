@@ -301,9 +301,11 @@ def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
 
 
 def empty_cache(spec: DecoderSpec, batch: int, group: int, length: int) -> list[tuple[Array, Array]]:
-    """Room for the keys and values of the rollouts' own tokens, per layer [B,J,G,T,E]."""
-    zeros = jnp.zeros((batch, spec.num_kv_heads, group, length, spec.head_dim), spec.dtype)
-    return [(zeros, zeros) for _ in range(spec.num_layers)]
+    """Room for the rollouts' own keys [B,J,G,E,T] and values [B,J,G,T,E], per layer."""
+    lead = batch, spec.num_kv_heads, group
+    k = jnp.zeros((*lead, spec.head_dim, length), spec.dtype)
+    v = jnp.zeros((*lead, length, spec.head_dim), spec.dtype)
+    return [(k, v) for _ in range(spec.num_layers)]
 
 
 def decode_step(
@@ -319,11 +321,11 @@ def decode_step(
     grown = []
     for i, (layer, (k_own, v_own)) in enumerate(zip(params["layers"], cache, strict=True)):
         normed = rms_norm(x, layer["attn_norm"], spec.norm_eps)
-        k, v = (jnp.moveaxis(new, 3, 1) for new in _keys_values(spec, layer, normed, rope))
-        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t, axis=3)
-        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t, axis=3)
+        k, v = _keys_values(spec, layer, normed, rope)
+        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k.transpose(0, 3, 1, 4, 2), t, axis=4)
+        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v.transpose(0, 3, 1, 2, 4), t, axis=3)
         q = _queries(spec, layer, normed, rope)
-        own = jnp.moveaxis(k_own, 1, 3), jnp.moveaxis(v_own, 1, 3)
+        own = k_own.transpose(0, 2, 4, 1, 3), v_own.transpose(0, 2, 3, 1, 4)  # [B,G,U,J,E]
         attended = attention.shared_prefix(q, *prompt.layer(i), prompt.prompt_len - 1, *own, first=t)
         x = _finish_block(spec, layer, x, attended)
         grown.append((k_own, v_own))
