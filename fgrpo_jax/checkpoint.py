@@ -109,7 +109,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             partial = self._directory / f"{_PINNED}.partial"
             partial.write_text(json.dumps(pinned))
-            partial.rename(self._directory / _PINNED)
+            partial.replace(self._directory / _PINNED)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"pin {step}")
 

@@ -239,14 +239,6 @@ def test_evaluation_order_depends_on_seed_and_query_only():
         data.evaluation_examples(made, Config(), "dev")
 
 
-def test_hosts_hold_disjoint_parts_of_the_global_batch(tiny):
-    batch = batches(tiny, size=12).batch_at(0)
-    parts = [batch[data.host_shard(12, host, 4)] for host in range(4)]
-    assert [len(part) for part in parts] == [3] * 4 and sum(parts, []) == batch
-    with pytest.raises(DataError, match="12 queries cannot be split evenly over 5 hosts"):
-        data.host_shard(12, 0, 5)
-
-
 def test_buckets():
     assert [data.bucket(n, (40, 64), "q") for n in (1, 40, 41, 64)] == [40, 40, 64, 64]
     with pytest.raises(DataError, match=r"'q7' has a prompt of 65 tokens, longer than .*\(40, 64\)"):

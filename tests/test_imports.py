@@ -17,7 +17,7 @@ LAYERS = (
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
     ("experiment", "run", "stage", "bench", "bench_flops", "bench_run"),
-    ("train", "eval", "export"),
+    ("train", "eval", "export", "seeds"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = (*LAYERS[1], "sampling", "update")  # take numbers, never a config
