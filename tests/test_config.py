@@ -156,7 +156,7 @@ def test_values_of_the_wrong_type():
         (dict(rl__credit__terms=(("slate", "f1", float("nan")),)), "rl.credit.terms: weight nan is not finite"),
         (dict(rl__optim__learning_rate=0.0), "rl.optim.learning_rate=0.0 must be positive"),
         (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
-        (dict(rl__optim__weight_decay=float("nan")), "weight_decay must not be negative"),
+        (dict(rl__optim__weight_decay=float("nan")), "weight_decay must be finite and not negative"),
         (dict(eval__metric="ndcg"), "eval.metric: 'ndcg' is not one of .*mrr, ndcg@1"),
         (dict(eval__metric="ndcg@4"), "eval.metric: 'ndcg@4' is not one of"),
         (dict(eval__metric="mrr@5"), "eval.metric: 'mrr@5' is not one of"),

@@ -1,10 +1,13 @@
 """A world of two dozen items, and runs on it: what the tests of whole runs share."""
 
+import contextlib
 import dataclasses
 import json
 import random
 import sys
 from pathlib import Path
+
+import jax
 
 from fgrpo_jax.config import (
     CheckpointConfig,
@@ -108,6 +111,17 @@ def run_training(config, *flags):
     import train
 
     return train.main([config_file(config, Path(f"{config.run_dir}.py")), *flags])
+
+
+@contextlib.contextmanager
+def quick_programs():
+    """Inside, programs are compiled quickly to slow code."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def rows(run_dir, stage=None):

@@ -1,0 +1,168 @@
+"""A run directory: who may enter it, and what stays in its files when a run is killed."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from tiny import changed, run_training, tiny_config
+
+from fgrpo_jax import run
+from fgrpo_jax.config import ConfigError, to_json
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "data", tmp_path / "prepared", tmp_path / "run", sft_steps=1)
+
+
+def test_a_new_directory_is_made_and_entered_again(config, tmp_path):
+    assert run.check(config) == tmp_path / "run" and not (tmp_path / "run").exists()
+    assert run.enter(config) == tmp_path / "run"
+    assert run.read_config(tmp_path / "run") == config
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    run.enter(config)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run.enter(changed(config, {"run_dir": str(tmp_path / "moved")}))  # where it lies does not count
+    assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_another_configuration_is_refused_naming_the_fields(config):
+    run.enter(config)
+    other = changed(config, {"seed": 1, "sft.optim.learning_rate": 0.5})
+    for entrance in (run.check, run.enter):
+        with pytest.raises(ConfigError) as error:
+            entrance(other)
+        message, *differing = str(error.value).splitlines()
+        assert message.endswith("belongs to another configuration; choose another run_dir, or restore:")
+        assert differing == ["  - seed: 0 -> 1", "  - sft.optim.learning_rate: 0.03 -> 0.5"]
+    assert run.read_config(run.check(config)) == config
+
+
+def test_a_directory_with_other_contents_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.partial").write_text("{")  # of a run killed at once
+    run.enter(config)
+    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "thesis.tex")
+    with pytest.raises(ConfigError, match="not empty, and no run: it holds no config.json; choose another"):
+        run.enter(config)
+    (tmp_path / "run" / "config.json").write_text(to_json(config).replace('"seed"', '"sed"'))
+    with pytest.raises(ConfigError, match="config.json is not a configuration of this version .*unknown field.s. sed"):
+        run.enter(config)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "closed/run"])
+def test_a_place_that_cannot_be_written_is_refused(config, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir()
+    os.chmod(tmp_path / "closed", 0o500)
+    if place.startswith("closed") and os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(ConfigError, match=f"run_dir .*{place} cannot be written .*: choose another"):
+        run.enter(changed(config, {"run_dir": str(tmp_path / place)}))
+
+
+def test_what_is_no_run_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="is not a run directory: it holds no config.json"):
+        run.read_config(tmp_path)
+    with pytest.raises(ConfigError, match="holds no data.json: nothing was trained in it yet"):
+        run.read_catalogue(tmp_path)
+
+
+def test_mistakes_leave_no_directory_behind(config, tmp_path, capsys):
+    """So that the command can be given again, corrected, without clearing anything away."""
+    (tmp_path / "data").mkdir()
+    line = {"query_id": "q", "query": "", "candidates": [{"id": "1", "text": "a"}], "relevance": [1, 0]}
+    line["history"] = [{"id": "2", "text": "b"}]
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(line) + "\n")
+    assert run_training(config) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: 1 malformed line(s), nothing was prepared:")
+    assert "train.jsonl, line 1: relevance has 2 numbers for 1 candidates" in err
+
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(line | {"relevance": [1]}) + "\n")
+    for fields, message in (
+        ({}, "eval.split='validation': the run ends on it, and data set 'jsonl' has only train: add"),
+        ({"sft.patience": 1}, "sft.patience needs a validation split, and data set 'jsonl' has only train"),
+        ({"eval.split": "train", "sft.batch_queries": 7, "mesh.fsdp": 3}, "3 does not divide the 1 device"),
+        ({"eval.split": "train", "data.prompt_buckets": (3,)}, "'q' has a prompt of .* longer than the largest"),
+        ({"eval.split": "train", "tokenizer": "nope"}, "tokenizer='nope' is not a directory"),
+        ({"eval.split": "train", "model.checkpoint": "nope"}, "nope"),
+        ({"sft.steps": 0, "rl.steps": 1, "start_from": "nope", "eval.split": "train"}, "nope is not a run directory"),
+    ):
+        assert run_training(changed(config, fields)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        with pytest.raises(ConfigError, match=message):
+            raise ConfigError(err)
+    assert not Path(config.run_dir).exists()
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    catalogue = (("1", "one"), ("2", "two"))
+    run.check_data(tmp_path, "qa", {"train": "aa", "validation": "bb"}, catalogue)
+    run.check_data(tmp_path, "qa", {"train": "aa", "test": "cc"}, catalogue)  # a split that was not there before
+    assert run.read_fingerprints(tmp_path) == {"train": "aa", "validation": "bb", "test": "cc"}
+    assert run.read_catalogue(tmp_path) == catalogue
+    before = (tmp_path / "data.json").read_bytes()
+    with pytest.raises(ConfigError, match="the validation split is not the one .*fingerprint dd, was bb.: restore"):
+        run.check_data(tmp_path, "qa", {"train": "aa", "validation": "dd"}, catalogue)
+    with pytest.raises(ConfigError, match="was started with qa prompts, and its data now make recommendation ones"):
+        run.check_data(tmp_path, "recommendation", {"train": "aa"}, catalogue)
+    assert (tmp_path / "data.json").read_bytes() == before
+
+
+def test_a_log_forgets_what_came_after_a_checkpoint(tmp_path):
+    log = run.MetricsLog(tmp_path, tensorboard=False, is_main=True)
+    log.forget_after("rl", -1)  # there is none yet
+    for stage, step in (("sft", 0), ("sft", 2), ("sft", 4), ("rl", 0), ("rl", 2), ("rl", 4)):
+        log.write(stage, step, {"loss": step / 4})
+    with log.path.open("a") as file:
+        file.write('{"stage": "rl", "st')  # killed while writing
+    assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
+    run.MetricsLog(tmp_path, tensorboard=False, is_main=False).forget_after("rl", 2)  # another host
+    assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
+    log.forget_after("rl", 2)
+    log.write("rl", 4, {"loss": 5.0})
+    assert log.rows("rl") == [{"stage": "rl", "step": s, "loss": x} for s, x in ((0, 0.0), (2, 0.5), (4, 5.0))]
+    log.forget_after("rl", -1)
+    assert [row["step"] for row in log.rows("sft")] == [0, 2, 4] and log.rows("rl") == []
+
+
+def test_tensorboard_is_written_where_asked_for(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder):
+            self.folder, self.scalars, self.closed = folder, [], False
+
+        def add_scalar(self, *values):
+            self.scalars.append(values)
+
+        def close(self):
+            self.closed = True
+
+    fake = types.ModuleType("tensorboardX")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    log = run.MetricsLog(tmp_path, tensorboard=True, is_main=True)
+    log.write("sft", 1, {"loss": 2.0})
+    log.close()
+    board = log._board
+    assert board.folder == str(tmp_path / "tensorboard")
+    assert board.scalars == [("sft/loss", 2.0, 1)] and board.closed
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match="needs the `log` extra: pip install"):
+        run.MetricsLog(tmp_path, tensorboard=True, is_main=True)
+
+
+def test_progress_is_one_line_for_people_and_for_files(capsys, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 11.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    progress = run.Progress("rl", 0, 100, 8, is_main=True)
+    rate = progress.rate(10)
+    assert rate == 40
+    progress.line(10, {"loss": 0.5, "reward/slate": 0.25}, rate)
+    progress.skip(10)  # eight seconds of evaluation
+    assert progress.rate(15) == 40
+    assert capsys.readouterr().out == "rl 10/100  loss 0.5000  reward/slate 0.2500  40 queries/s  ETA 0:00:18\n"
