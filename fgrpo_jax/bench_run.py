@@ -22,9 +22,18 @@ from jax import jit
 
 from fgrpo_jax import sampling, transcript
 from fgrpo_jax.bench_flops import Shape
-from fgrpo_jax.models import decoder
+from fgrpo_jax.models import decoder, head
 from fgrpo_jax.objectives import clipped_pg
-from fgrpo_jax.types import SLATE, Array, Batch, Policy, PyTree, Query, Rollout, TrainState
+from fgrpo_jax.types import (
+    SLATE,
+    Array,
+    Batch,
+    Policy,
+    PyTree,
+    Query,
+    Rollout,
+    TrainState,
+)
 from fgrpo_jax.update import make_optimizer, make_update
 
 _W1 = decoder.DecoderSpec(
@@ -93,7 +102,7 @@ def fixed_rollout(
     def body(t: Array, carry):
         token, cache, actions, logp = carry
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, cache, token, t)
-        token, chosen = sampling.choose(decoder.logits(weights, hidden_BGD), jax.random.fold_in(key, t))
+        token, chosen = sampling.choose(head.logits(weights, hidden_BGD), jax.random.fold_in(key, t))
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=2)
         return token, cache, put(actions, token), put(logp, chosen)
 

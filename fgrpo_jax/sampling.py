@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrpo_jax import transcript
-from fgrpo_jax.models import decoder
+from fgrpo_jax.models import decoder, head
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
 
 
@@ -43,7 +43,7 @@ def sample(
     A token with a single allowed choice is labelled UNTRAINED: it carries no decision.
     The loop ends as soon as every rollout has ended.
     """
-    spec, grammar, constrained = sampler
+    spec, grammar, _ = sampler
     params = decoder.cast(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     weights = decoder.unstack(spec, params)
@@ -55,16 +55,7 @@ def sample(
     def body(loop: _Loop) -> _Loop:
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, loop.cache, loop.token, loop.t)
         step_key = None if key is None else jax.random.fold_in(key, loop.t)
-        if constrained:
-            mask = transcript.allowed(grammar, query, options, loop.state)
-            logit = decoder.choice_logits(params, hidden_BGD, options.tokens)
-            pick, logp = choose(jnp.where(mask, logit, -jnp.inf), step_key)
-            tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
-            token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
-            forced = mask.sum(-1) == 1
-        else:
-            token, logp = choose(decoder.logits(weights, hidden_BGD), step_key)
-            forced = jnp.zeros(token.shape, bool)
+        token, logp, forced = _next_token(sampler, weights, query, options, loop.state, hidden_BGD, step_key)
         token = jnp.where(loop.state.at == transcript.FINISHED, grammar.eos, token)
         state, label = transcript.advance(grammar, query, loop.state, token)
         label = jnp.where(forced, UNTRAINED, label)
@@ -99,6 +90,22 @@ def sample(
     return Rollout(done.actions, done.phase, done.logp), transcript.finish(done.state)
 
 
+def _next_token(
+    sampler: Sampler, weights: PyTree, query: Query, options: transcript.Choices, state: transcript.State,
+    hidden_BGD: Array, key: Array | None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """The token of every rollout, its log-probability, and whether there was no other: [B,G] each."""
+    if not sampler.constrained:
+        token, logp = choose(head.logits(weights, hidden_BGD), key)
+        return token, logp, jnp.zeros(token.shape, bool)
+    mask = transcript.allowed(sampler.grammar, query, options, state)
+    logit = head.choice_logits(weights, hidden_BGD, options.tokens)
+    pick, logp = choose(jnp.where(mask, logit, -jnp.inf), key)
+    tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
+    token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
+    return token, logp, mask.sum(-1) == 1
+
+
 def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     """An index of the last axis and its log-probability; the argmax where `key` is None."""
     noisy = logit_BGX if key is None else logit_BGX + jax.random.gumbel(key, logit_BGX.shape)
@@ -119,11 +126,11 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     hidden = decoder.completions(spec, params, query.prompt, query.prompt_len, rollout.actions)
     trained = rollout.phase != UNTRAINED
     if not constrained:
-        logp = decoder.action_logprobs(spec, params, hidden, rollout.actions)
+        logp = head.action_logprobs(spec, params, hidden, rollout.actions)
         return jnp.where(trained, logp, 0.0)
     options = transcript.choices(grammar, query)
     _, _, mask = transcript.parse(grammar, query, rollout.actions, options)
-    logit = decoder.choice_logits(params, hidden, options.tokens)
+    logit = head.choice_logits(params, hidden, options.tokens)
     # Untrained positions may allow anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(mask | ~trained[..., None], logit, -jnp.inf)
     is_action = (options.tokens[:, None, None] == rollout.actions[..., None]) & options.first[:, None, None]

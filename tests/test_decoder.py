@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax.models import decoder
+from fgrpo_jax.models import decoder, head
 
 B, G, T = 3, 2, 6
 
@@ -69,7 +69,7 @@ def plain_logprobs(spec, params, query, actions_BGT):
 
 def shared_logprobs(spec, params, query, actions_BGT):
     hidden = decoder.completions(spec, params, query.prompt, query.prompt_len, actions_BGT)
-    return decoder.action_logprobs(spec, params, hidden, actions_BGT)
+    return head.action_logprobs(spec, params, hidden, actions_BGT)
 
 
 plain = quick_jit(plain_logprobs, static_argnums=0)
@@ -188,11 +188,11 @@ def test_chunked_logprobs_equal_full_logits(spec, params, actions, chunk):
     hidden = jnp.asarray(np.random.default_rng(3).normal(size=(B, G, T, spec.hidden_size)), jnp.float32)
 
     def full(hidden):
-        logp = jax.nn.log_softmax(decoder.logits(params, hidden))
+        logp = jax.nn.log_softmax(head.logits(params, hidden))
         return jnp.take_along_axis(logp, actions[..., None], -1)[..., 0]
 
     def chunked(hidden):
-        return decoder.action_logprobs(spec, params, hidden, actions)
+        return head.action_logprobs(spec, params, hidden, actions)
 
     for one, other in zip(*(jax.vjp(f, hidden) for f in (full, chunked)), strict=True):
         if callable(one):
@@ -205,8 +205,8 @@ def test_choice_logits_are_columns_of_the_full_logits(spec, params, shape):
     rng = np.random.default_rng(4)
     hidden = jnp.asarray(rng.normal(size=(*shape, spec.hidden_size)), jnp.float32)
     tokens_BM = rng.integers(0, spec.vocab_size, (B, 7))
-    full = np.asarray(decoder.logits(params, hidden))
-    some = decoder.choice_logits(params, hidden, jnp.asarray(tokens_BM))
+    full = np.asarray(head.logits(params, hidden))
+    some = head.choice_logits(params, hidden, jnp.asarray(tokens_BM))
     for b in range(B):
         np.testing.assert_allclose(some[b], full[b][..., tokens_BM[b]], atol=1e-5)
 

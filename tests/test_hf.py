@@ -13,7 +13,7 @@ from helpers import quick_jit
 from fgrpo_jax import objectives, rewards, transcript
 from fgrpo_jax.advantages import make_batch
 from fgrpo_jax.config import Config, DataConfig, TranscriptConfig
-from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.models import decoder, head, hf
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
 from fgrpo_jax.types import Credit, RankingExample, TrainState
@@ -108,7 +108,7 @@ def from_transformers(directory):
 
 @functools.partial(quick_jit, static_argnums=0)
 def all_logits(spec, params, prompt, prompt_len, actions):
-    return decoder.logits(params, decoder.completions(spec, params, prompt, prompt_len, actions))
+    return head.logits(params, decoder.completions(spec, params, prompt, prompt_len, actions))
 
 
 def same(a, b):

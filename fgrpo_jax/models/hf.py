@@ -27,7 +27,13 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fgrpo_jax.models.decoder import DecoderSpec, Param, param_table
-from fgrpo_jax.models.hf_config import ModelFilesError, make_config, read_config, read_json, read_spec
+from fgrpo_jax.models.hf_config import (
+    ModelFilesError,
+    make_config,
+    read_config,
+    read_json,
+    read_spec,
+)
 from fgrpo_jax.types import Array, PyTree
 
 __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
