@@ -2,8 +2,8 @@
 
     python train.py
 
-Six minutes on two CPU cores. Seed 0, 1,000 test queries: NDCG@5 68.8 after SFT, 71.5 after F-GRPO
-(Random 15.0, Popularity 36.9, co-visitation 78.0).
+Four minutes on two CPU cores. 1,000 test queries, mean of seeds 0 to 2: NDCG@5 66.9 after SFT, 70.3 after
+F-GRPO (Random 15.3, Popularity 36.9, co-visitation 78.0).
 """
 
 from fgrpo_jax.config import (
