@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -195,6 +196,21 @@ def test_another_configuration_or_other_data_are_refused(whole, capsys):
     assert (data / "train.jsonl").read_bytes() == kept and contents(whole.directory) == before
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model.hidden_size": 16}, "holds another model: hidden_size: 8 -> 16"),
+        ({"prompt.instruction": "Other words."}, "has another tokenizer, so its model cannot read these data"),
+        ({"start_from": "{data}"}, "is not a run directory: it holds no config.json"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(whole, tmp_path, capsys, fields, message):
+    start = {"run_dir": str(tmp_path / "run"), "start_from": str(whole.directory), "sft.steps": 0, "eval.versus": "rl"}
+    fields = {name: str(tmp_path) if value == "{data}" else value for name, value in fields.items()}
+    assert run_training(changed(whole.config, start | fields)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_bad_step_ends_the_run_and_changes_nothing(whole, states, tmp_path, monkeypatch, capsys):
     """The third step's loss is not finite; the stage starts from the other run's first stage."""
     config = changed(
@@ -228,3 +244,39 @@ def test_a_bad_step_ends_the_run_and_changes_nothing(whole, states, tmp_path, mo
     with Checkpoints(tmp_path / "run" / "rl" / "checkpoints", 2, read_only=True) as kept:
         assert kept.latest_step() == 2
     assert [row["step"] for row in rows(tmp_path / "run")] == [0]
+
+
+def test_two_processes_of_two_devices_train_what_one_does(whole, tmp_path):
+    """The whole command, on a mesh over both: the same rows up to rounding, written once."""
+    config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 2})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "train.py"), config_file(config, tmp_path / "config.py")]
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "FGRPO_COORDINATOR": f"localhost:{port}",
+        "FGRPO_NUM_PROCESSES": "2",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=env | {"FGRPO_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
+    try:
+        said = [child.communicate(timeout=600) for child in both]
+    finally:
+        for child in both:
+            child.kill()
+            child.communicate()
+    assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert "4 x cpu (2 process(es)), mesh data 2 x fsdp 2 x tensor 1" in said[0][0]
+    assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
+    ours, theirs = rows(tmp_path / "run"), rows(whole.directory)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in our.items() if isinstance(v, str)} == {"stage": their["stage"]}
+        assert [our[k] for k in our if k != "stage"] == pytest.approx([their[k] for k in our if k != "stage"], abs=1e-4)
+    table = "eval/validation/table.txt"
+    assert (tmp_path / "run" / table).read_bytes() == (whole.directory / table).read_bytes()

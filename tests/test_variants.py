@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ import pytest
 from one_step import build, numbers, two_steps
 from tiny import changed, quick_programs
 
+from fgrpo_jax.config import ConfigError
 from fgrpo_jax.experiment import KNOWN, initial_params
+from fgrpo_jax.stage import check_training
 from fgrpo_jax.validation import validate
 
 JOINT = (("slate", "recall", 1.0), ("rank", "recall", 1.0), ("slate", "ndcg", 0.5), ("rank", "ndcg", 0.5))
@@ -105,6 +108,13 @@ def test_other_algorithms_are_other_configurations(experiment, fgrpo, variant):
     else:
         np.testing.assert_allclose(batch.advantage[..., 0], batch.advantage[..., 1], atol=1e-6)
         assert seen[0]["reward/slate"] == fgrpo[2][0]["reward/slate"]  # the same rollouts
+
+
+def test_batches_that_do_not_fit_the_mesh_are_refused_before_training(experiment):
+    check_training(experiment)
+    three = types.SimpleNamespace(shape={"data": 3, "fsdp": 1, "tensor": 1})
+    with pytest.raises(ConfigError, match="sft.batch_queries=8 does not split .*: set sft.batch_queries to 6 or 9"):
+        check_training(experiment._replace(mesh=three))
 
 
 def test_sft(experiment, sft):
