@@ -64,8 +64,11 @@ def _check_longest(experiment: Experiment, how_many: int = 16) -> None:
     for name, split in dataset.splits.items():
         if dataset.sampled_negatives and name == "train":
             continue
-        longest = heapq.nlargest(how_many, split, key=lambda e: len(e.query) + sum(len(text) for _, text in e.candidates))
-        policy.encode(longest)
+        policy.encode(heapq.nlargest(how_many, split, key=_characters))
+
+
+def _characters(example: RankingExample) -> int:
+    return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
 
 
 class Stage:
@@ -210,10 +213,11 @@ class Stage:
     def _log_since(self, step: int) -> None:
         values = {name: mean.value() for name, mean in self._total_since().items()}
         self._since = []
-        values["queries_per_s"] = round(self._progress.rate(step), 1)
+        rate = self._progress.rate(step)
+        values["queries_per_s"] = round(rate, 1)
         self._log.write(self.name, step, values)
         shown = {name: values[name] for name in ("loss", "reward/slate", "reward/rank") if name in values}
-        self._progress.line(step, shown, values["queries_per_s"])
+        self._progress.line(step, shown, rate)
 
     # ------------------------------------------------------------------ evaluating, saving
 
