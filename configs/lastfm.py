@@ -6,35 +6,20 @@ Six minutes on two CPU cores. 2,767 validation queries, mean of seeds 0 to 2: ND
 77.5 after F-GRPO (Popularity 42.4, co-visitation 62.2 to 71.9, with the order of pairs 84.7).
 """
 
-from fgrpo_jax.config import Config, DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, OptimConfig, StageConfig, TargetConfig
+import dataclasses
+
+from configs.synthetic import get_config as synthetic
+from fgrpo_jax.config import Config, DataConfig, EvalConfig
 
 
 def get_config() -> Config:
-    return Config(
+    base = synthetic()
+    return dataclasses.replace(
+        base,
         run_dir="runs/lastfm",
         data=DataConfig(name="lastfm", manual_dir="data/lastfm", prompt_buckets=(40,)),
-        model=ModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192),
-        # The two stages see different users: after SFT a model remembers its training queries,
-        # and what it is sure of teaches reinforcement learning nothing.
-        sft=StageConfig(
-            steps=1500,
-            source="logged",
-            batch_queries=128,
-            group_size=1,
-            subset=(0.0, 0.6),
-            eval_every=250,
-            optim=OptimConfig(learning_rate=3e-3, decay="cosine"),
-            objective=ObjectiveConfig(name="nll"),
-            target=TargetConfig(fill="shuffled", train_fill=False),
-        ),
-        rl=StageConfig(
-            steps=500,
-            batch_queries=64,
-            group_size=8,
-            subset=(0.6, 1.0),
-            eval_every=100,
-            optim=OptimConfig(learning_rate=5e-4, decay="linear"),
-        ),
+        sft=dataclasses.replace(base.sft, steps=1500, subset=(0.0, 0.6), eval_every=250, patience=0),
+        rl=dataclasses.replace(base.rl, subset=(0.6, 1.0)),
         eval=EvalConfig(
             baselines=("random", "popularity", "covisitation", "covisitation_window", "covisitation_ordered"),
             train_queries=1000,

@@ -216,13 +216,8 @@ def _described(tree: PyTree) -> dict[str, str]:
     return {name: f"{x.dtype} {x.shape}" for name, x in ocp.tree.to_flat_dict(tree, sep=".").items()}
 
 
-def abstract(tree: PyTree) -> PyTree:
-    """ShapeDtypeStructs of arrays, with their shardings: what `restore` asks for."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """ShapeDtypeStructs, each with its sharding."""
+    """ShapeDtypeStructs, each with its sharding: what `restore` asks for."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )

@@ -45,11 +45,6 @@ class Evaluation(NamedTuple):
     summary: Mapping[str, object]  # JSON-ready: see `summarise`
 
 
-def metric_names(cutoffs: Sequence[int]) -> tuple[str, ...]:
-    """As `ndcg@5`, `mrr`: the keys of `score`."""
-    return tuple(f"{name}@{k}" for name in AT_CUTOFF for k in sorted(set(cutoffs))) + WHOLE
-
-
 def from_scores(scores: np.ndarray, slate_max: int, rank_max: int) -> Prediction:
     """The best `slate_max` candidates as slate and the best `rank_max` of them as ranking.
 

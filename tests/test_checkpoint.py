@@ -13,10 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from fgrpo_jax.checkpoint import Checkpoints, abstract, preemption
+from fgrpo_jax.checkpoint import Checkpoints, placed, preemption
 from fgrpo_jax.types import TrainState
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3) / 7, "b": jnp.full(4, 1 / 3, jnp.bfloat16)}
+
+
+def abstract(tree):
+    return placed(tree, jax.tree.map(lambda x: x.sharding, tree))
 
 
 def make_state(step):

@@ -47,7 +47,8 @@ def test_score_by_hand():
     examples = [example("a", [0, 1, 0, 1]), example("b", [1, 0]), example("none", [0, 0, 0])]
     predictions = [Prediction((1, 0, 3), (0, 1)), Prediction((1, 0), (1, 0)), Prediction((0, 1), (0,))]
     scores = evaluate.score(examples, predictions, (1, 2))
-    assert tuple(scores) == evaluate.metric_names((2, 1)) and scores["mrr"].dtype == np.float64
+    names = (f"{name}@{k}" for name in evaluate.AT_CUTOFF for k in (1, 2))
+    assert tuple(scores) == (*names, *evaluate.WHOLE) and scores["mrr"].dtype == np.float64
     half = 1 / np.log2(3)
     np.testing.assert_allclose(scores["recall@2"], [0.5, 1, 0])
     np.testing.assert_allclose(scores["precision@2"], [0.5, 0.5, 0])
