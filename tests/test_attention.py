@@ -44,8 +44,8 @@ def plain_shared_prefix(q_BGTHE, k_BSJE, v_BSJE, k_BGUJE, v_BGUJE, first=0):
     return plain(q_BGTHE.reshape(B * G, length, H, E), k, v, seen).reshape(q_BGTHE.shape)
 
 
-def shared_prefix(q, k, v, k_own, v_own, first=0):
-    return attention.shared_prefix(q, k, v, LENGTHS, k_own, v_own, first)
+def shared_prefix(q, k, v, k_own, v_own):
+    return attention.shared_prefix(q, k, v, LENGTHS, k_own, v_own)
 
 
 PROMPT = [random((B, S, n, E), i) for i, n in enumerate((H, J, J))]
@@ -105,13 +105,20 @@ def test_what_is_not_seen_changes_nothing(monkeypatch):
         assert not jnp.where(beyond, gradient, 0).any()
 
 
-def test_one_token_at_a_time():
-    """Decoding: token `first` of every rollout, own keys beyond it not written yet."""
-    for first in (0, 3):
-        now = [ROLLOUTS[0][:, :, :1], *SHARED[1:], jnp.int32(first)]
-        np.testing.assert_allclose(
-            quick_jit(shared_prefix)(*now), quick_jit(plain_shared_prefix)(*now), atol=2e-5
-        )
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_one_token_at_a_time(scale):
+    """Decoding: token t of every rollout, own keys beyond it not written yet. One part may outweigh the other."""
+
+    def decode(q, k, v, k_own, v_own, t):
+        k, v = (jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]) for x in (k, v))
+        bias = attention.bias(jnp.arange(S) <= LENGTHS[:, None])
+        own = k_own.transpose(0, 3, 1, 4, 2), v_own.transpose(0, 3, 1, 2, 4)
+        return attention.decode(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), bias, *own, t)
+
+    args = [scale * ROLLOUTS[0][:, :, :1], *SHARED[1:]]
+    for t in (0, 3):
+        wanted = quick_jit(plain_shared_prefix)(*args, jnp.int32(t))
+        np.testing.assert_allclose(quick_jit(decode)(*args, jnp.int32(t)), wanted, atol=2e-5)
 
 
 def test_scores_of_a_block_are_all_there_is(monkeypatch):

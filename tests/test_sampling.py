@@ -198,3 +198,42 @@ def test_decoding_stops_when_all_rollouts_have_ended(spec, grammar, params, quer
     longest = int((rollout.phase != UNTRAINED).sum(-1).max())
     assert (lists.outcome != 0).all() and longest < rollout.actions.shape[-1]
     assert sorted(steps) == list(range(longest))
+
+
+@pytest.mark.parametrize("size", [7, 128, 129, 1000])
+def test_choices_follow_their_probabilities(size):
+    """One block, a full one, several, the last not full; some choices impossible, ends too."""
+    rng = np.random.default_rng(size)
+    logit_X = rng.normal(size=size, scale=2).astype(np.float32)
+    logit_X[[0, 2, -1]] = -np.inf
+    draws = 40_000
+    choose = quick_jit(lambda logit, key: sampling.choose(jnp.broadcast_to(logit, (4, draws // 4, size)), key))
+    pick, logp = jax.device_get(choose(logit_X, KEY))
+    wanted = jax.nn.log_softmax(logit_X)
+    np.testing.assert_allclose(logp, wanted[pick], atol=1e-5)
+    probability = np.exp(wanted)
+    counts = np.bincount(pick.reshape(-1), minlength=size)
+    assert not counts[probability == 0].any()
+    often = probability * draws >= 5
+    expected, found = (np.append(x[often], x[~often].sum()) for x in (probability * draws, counts))
+    expected, found = expected[expected > 0], found[expected > 0]
+    freedom = len(expected) - 1
+    assert ((found - expected) ** 2 / expected).sum() < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_the_greedy_choice_is_the_first_maximum():
+    logit = jnp.array([[[0.0, 3.0, 3.0, -jnp.inf]], [[-jnp.inf, -jnp.inf, -jnp.inf, 5.0]]])
+    pick, logp = sampling.choose(logit, None)
+    assert pick.tolist() == [[1], [3]]
+    np.testing.assert_allclose(logp, jax.nn.log_softmax(logit)[[0, 1], [0, 0], [1, 3]][:, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[0, 1, 0, 2, 0], [0, 0, 5], [5, 0, 0], [1e-30, 0, 1]])
+def test_what_cannot_be_is_never_drawn(weights):
+    """Not even by the numbers at the borders of the shares, where rounding decides."""
+    weight = jnp.array(weights, jnp.float32)
+    shares = np.cumsum(weights) / np.sum(weights)
+    near = np.concatenate([np.nextafter(np.float32(shares), d, dtype=np.float32) for d in (0, 2)])
+    u = np.clip(np.concatenate([near, [0.0], np.float32(shares)]), 0, 1 - 2**-23)
+    pick = sampling._draw(jnp.broadcast_to(weight, (len(u), len(weights))), jnp.asarray(u, jnp.float32))
+    assert all(weights[i] > 0 for i in pick.tolist())

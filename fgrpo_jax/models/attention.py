@@ -1,13 +1,14 @@
 """Attention over a prompt that a group of rollouts shares.
 
-Two functions are all a model needs: `causal` within the prompt, and `shared_prefix`, where
-every rollout attends to the one copy of its query's prompt and causally to itself. Both are
-grouped-query: J key/value heads, each serving R = H/J query heads. Softmax runs in float32.
+Three functions are all a model needs: `causal` within the prompt; `shared_prefix`, where
+every rollout attends to the one copy of its query's prompt and causally to itself; and
+`decode`, the same for one new token. All are grouped-query: J key/value heads, each serving
+R = H/J query heads. Softmax runs in float32.
 
-Both are the same computation: rows of queries attend to one or two *parts*, each a stretch of
-keys of which a row sees the first few. It is done in blocks of rows, so that the scores of
-one block exist at a time, and differentiated by hand: the backward pass makes the scores
-again from the log-sum-exp of each row, the only thing kept besides inputs and output
+The first two are the same computation: rows of queries attend to one or two *parts*, each a
+stretch of keys of which a row sees the first few. It is done in blocks of rows, so that the
+scores of one block exist at a time, and differentiated by hand: the backward pass makes the
+scores again from the log-sum-exp of each row, the only thing kept besides inputs and output
 (FlashAttention-2, arXiv 2307.08691, at the grain of whole matrix products). Every part's
 backward pass needs only the row's output and log-sum-exp over *all* parts, so parts never
 have to be joined.
@@ -45,7 +46,7 @@ def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array) -> Array:
     """
     q = _rows(q_BSHE[:, None], k_BSJE.shape[2])
     last = jnp.repeat(jnp.arange(q_BSHE.shape[1]), q_BSHE.shape[2] // k_BSJE.shape[2])
-    out = _attend(True, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last),))
+    out = _attend(True, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last[None, None]),))
     return _unrows(out, q_BSHE[:, None].shape)[:, 0]
 
 
@@ -56,21 +57,53 @@ def shared_prefix(
     prefix_len_B: Array,
     k_BGUJE: Array,
     v_BGUJE: Array,
-    first: Array | int = 0,
 ) -> Array:
     """Attention of rollouts to the shared prefix and causally to their own keys: [B,G,T,H,E].
 
-    Query t of a rollout sees prefix keys s < prefix_len and own keys u <= first + t. The
-    prefix is read in place: its scores are one matrix product per query and kv head, over
-    the tokens of the whole group.
+    Query t of a rollout sees prefix keys s < prefix_len and own keys u <= t. The prefix is
+    read in place: its scores are one matrix product per query and kv head, over the tokens
+    of the whole group.
     """
     batch, group, length, heads, _ = q_BGTHE.shape
     kv_heads = k_BSJE.shape[2]
     q = _rows(q_BGTHE, kv_heads)
     prefix = _heads_first(k_BSJE), _heads_first(v_BSJE), prefix_len_B[:, None, None] - 1
-    last = first + jnp.repeat(jnp.arange(length), heads // kv_heads)
-    own = _heads_first(k_BGUJE), _heads_first(v_BGUJE), last
+    last = jnp.repeat(jnp.arange(length), heads // kv_heads)
+    own = _heads_first(k_BGUJE), _heads_first(v_BGUJE), last[None, None, None]
     return _unrows(_attend(False, q, (prefix, own)), q_BGTHE.shape)
+
+
+def decode(
+    q_BG1HE: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, k_BJGEU: Array, v_BJGUE: Array, t: Array
+) -> Array:
+    """Attention of every rollout's token t to the prompt's cache and own keys u <= t: [B,G,1,H,E].
+
+    What `shared_prefix` gives, by one softmax instead of two. A rollout's own keys enter the
+    prompt's softmax as one key more, in slot 0 (whose key and value are zero): its score is
+    their log-sum-exp, its value their attention. Joining two softmaxes would need each row's
+    maximum as a result; as it is only used inside, XLA CPU makes product, bias, maximum and
+    exponential in one pass.
+    """
+    kv_heads, slots = k_BJES.shape[1], k_BJES.shape[3]
+    q = _rows(q_BG1HE, kv_heads)  # [B,J,G,R,E]
+    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(jnp.arange(k_BJGEU.shape[-1]) <= t)
+    peak = score.max(-1, keepdims=True)
+    weight = jnp.exp(score - peak)
+    total = weight.sum(-1, keepdims=True)
+    own = _product("...ru,...ue->...re", weight.astype(v_BJGUE.dtype), v_BJGUE) / total
+    own, lse = (_rows_like(x, k_BJES) for x in (own, peak + jnp.log(total)))
+
+    score = _product("...me,...es->...ms", _rows_like(q, k_BJES), k_BJES)
+    score += bias_BS[:, None, None] + (jnp.arange(slots) == 0) * lse
+    weight = jnp.exp(score - score.max(-1, keepdims=True))
+    out = _product("...ms,...se->...me", weight.astype(v_BJSE.dtype), v_BJSE) + weight[..., :1] * own
+    out = out / weight.sum(-1, keepdims=True)
+    return _unrows(out.astype(q.dtype).reshape(q.shape), q_BG1HE.shape)
+
+
+def bias(visible: Array) -> Array:
+    """What to add to scores: 0 where visible. (XLA CPU fuses sums into products, choices not.)"""
+    return jnp.where(visible, 0.0, _MASKED)
 
 
 # --------------------------------------------------------------------- layout
@@ -102,7 +135,8 @@ def _attend(is_causal: bool, q: Array, parts: tuple) -> Array:
     """Softmax attention of rows q [B,J,G,M,E] to the keys of all parts together.
 
     A part is (k, v, last): keys and values [B,J,S,E] shared by the group or [B,J,G,U,E] of a
-    rollout, and the index of the last key a row sees (broadcast against the rows; -1: none).
+    rollout, and the index of the last key a row sees, [B,J,M] or [B,J,G,M] with any axis 1
+    (-1: none).
     `is_causal` promises that `last` of row m is m // (rows per key).
     """
     return _attend_forward(is_causal, q, parts)[0]
@@ -159,7 +193,8 @@ def _stretches(is_causal: bool, rows: int, keys: int) -> list[tuple[int, int, in
 def _over_chunks(block, keys: int, by_row: list[Array], summed):
     """Run `block(*rows) -> (by row, summed)` a few rows at a time; join the one, add the other.
 
-    by_row: arrays [..., rows, E] or [..., rows], the leading axes those of by_row[0].
+    by_row: arrays [..., rows, E] or [..., rows], the leading axes those of by_row[0] or 1;
+    rows may be 1 too, for what is every row's.
     """
     lead = by_row[0].shape[:-2]
     rows = by_row[0].shape[-2]
@@ -171,6 +206,8 @@ def _over_chunks(block, keys: int, by_row: list[Array], summed):
     size = -(-rows // chunks)
 
     def cut(x: Array) -> Array:
+        if x.shape[at] == 1:
+            return jnp.broadcast_to(x, (chunks, *x.shape))
         x = jnp.pad(x, [(0, chunks * size - rows if axis == at else 0) for axis in range(x.ndim)])
         return jnp.moveaxis(x.reshape(*x.shape[:at], chunks, size, *x.shape[at + 1 :]), at, 0)
 
@@ -189,14 +226,13 @@ def _over_chunks(block, keys: int, by_row: list[Array], summed):
 
 def _part_forward(is_causal: bool, q: Array, k: Array, v: Array, last: Array) -> tuple[Array, Array]:
     """Attention to one part alone, and its log-sum-exp."""
-    last = jnp.broadcast_to(last, q.shape[:-1])
     some = []
     for start, end, seen in _stretches(is_causal, q.shape[-2], k.shape[-2]):
         k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
 
         def block(q, last):
             score = _product("...me,...ke->...mk", q, k_seen)
-            score = jnp.where(jnp.arange(seen) <= last[..., None], score, _MASKED)
+            score += bias(jnp.arange(seen) <= last[..., None])
             peak = score.max(-1, keepdims=True)
             weight = jnp.exp(score - peak)
             total = weight.sum(-1, keepdims=True)
@@ -210,7 +246,6 @@ def _part_forward(is_causal: bool, q: Array, k: Array, v: Array, last: Array) ->
 
 def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, Array, Array]:
     """Gradients of rows, keys and values of one part, from the log-sum-exp over all parts."""
-    last = jnp.broadcast_to(last, q.shape[:-1])
     d_q, total = [], []
     keys = k.shape[-2]
     for start, end, seen in _stretches(is_causal, q.shape[-2], keys):
@@ -219,8 +254,8 @@ def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, 
 
         def block(q, d_out, lse, delta, last):
             score = _product("...ke,...me->...km", k_seen, q)
-            visible = jnp.arange(seen)[:, None] <= last[..., None, :]
-            weight = jnp.exp(jnp.where(visible, score, _MASKED) - lse[..., None, :])
+            score += bias(jnp.arange(seen)[:, None] <= last[..., None, :])
+            weight = jnp.exp(score - lse[..., None, :])
             d_weight = _product("...ke,...me->...km", v_seen, d_out)
             d_score = (weight * (d_weight - delta[..., None, :])).astype(q.dtype)
             d_v = _product("...km,...me->...ke", weight.astype(q.dtype), d_out)

@@ -260,16 +260,14 @@ class PromptCache:
     """Keys and values of the prompt, one pair per layer, shared by the group.
 
     They lie as the matrix products of a decoding step read them, or every step would lay
-    them out again.
+    them out again. Slot 0 is zero and stands for a rollout's own keys (attention.decode),
+    slot s holds token s - 1; the prompt's last token has none, rollouts feed it themselves.
     """
 
     k: tuple[Array, ...]  # L x [B,J,E,S], J kv heads
     v: tuple[Array, ...]  # L x [B,J,S,E]
+    bias_BS: Array  # what to add to scores: 0 in the slots seen
     prompt_len: Array  # [B]
-
-    def layer(self, i: int) -> tuple[Array, Array]:
-        """Keys and values [B,S,J,E] of layer i; the transposition is one in name only."""
-        return jnp.moveaxis(self.k[i], 3, 1), jnp.moveaxis(self.v[i], 2, 1)
 
 
 def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
@@ -284,13 +282,15 @@ def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: A
         return _finish_block(spec, layer, x_BSD, attended), as_cached(k, v)
 
     def as_cached(k: Array, v: Array) -> tuple[Array, Array]:
+        k, v = (jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]) for x in (k, v))
         return jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
 
     inner, last = _split_last(params["layers"])
     x_BSD, (k_LBJES, v_LBJSE) = jax.lax.scan(block, params["embed"][prompt_BS], inner)
     normed = rms_norm(x_BSD, last["attn_norm"], spec.norm_eps)
     k_last, v_last = as_cached(*_keys_values(spec, last, normed, rope))
-    return PromptCache((*k_LBJES, k_last), (*v_LBJSE, v_last), prompt_len_B)
+    bias_BS = attention.bias(positions < prompt_len_B[:, None])
+    return PromptCache((*k_LBJES, k_last), (*v_LBJSE, v_last), bias_BS, prompt_len_B)
 
 
 def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
@@ -314,18 +314,23 @@ def decode_step(
 
     `params` comes from `unstack`. The prompt's cache is read in place, never tiled to G.
     """
-    position_BG1 = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None, None], (*token_BG.shape, 1))
-    rope = rope_tables(position_BG1, spec.head_dim, spec.rope_theta)
-    x = params["embed"][token_BG][:, :, None]  # [B,G,1,D]
+    batch, group = token_BG.shape
+    position_BG = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None], token_BG.shape)
+    rope = rope_tables(position_BG.reshape(-1), spec.head_dim, spec.rope_theta)
+    # Tokens on one axis, N = B*G: XLA CPU fuses activations into the products of plain matrices.
+    x_ND = params["embed"][token_BG.reshape(-1)]
+
+    def of_rollout(x_NHE: Array) -> Array:
+        return x_NHE.reshape(batch, group, 1, *x_NHE.shape[1:])
+
     grown = []
     for i, (layer, (k_own, v_own)) in enumerate(zip(params["layers"], cache, strict=True)):
-        normed = rms_norm(x, layer["attn_norm"], spec.norm_eps)
-        k, v = _keys_values(spec, layer, normed, rope)
+        normed = rms_norm(x_ND, layer["attn_norm"], spec.norm_eps)
+        k, v = (of_rollout(x) for x in _keys_values(spec, layer, normed, rope))  # [B,G,1,J,E]
         k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k.transpose(0, 3, 1, 4, 2), t, axis=4)
         v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v.transpose(0, 3, 1, 2, 4), t, axis=3)
-        q = _queries(spec, layer, normed, rope)
-        own = k_own.transpose(0, 2, 4, 1, 3), v_own.transpose(0, 2, 3, 1, 4)  # [B,G,U,J,E]
-        attended = attention.shared_prefix(q, *prompt.layer(i), prompt.prompt_len - 1, *own, first=t)
-        x = _finish_block(spec, layer, x, attended)
+        q = of_rollout(_queries(spec, layer, normed, rope))
+        attended = attention.decode(q, prompt.k[i], prompt.v[i], prompt.bias_BS, k_own, v_own, t)
+        x_ND = _finish_block(spec, layer, x_ND, attended.reshape(-1, *attended.shape[3:]))
         grown.append((k_own, v_own))
-    return rms_norm(x[:, :, 0], params["final_norm"], spec.norm_eps), grown
+    return rms_norm(x_ND, params["final_norm"], spec.norm_eps).reshape(batch, group, -1), grown
