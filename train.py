@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fgrpo_jax.launch import prefer_huge_pages
+
 
 def parse(argv: list[str]):
     """The configuration: a file's `get_config()`, overridden by flags."""
@@ -194,4 +196,5 @@ def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
 
 
 if __name__ == "__main__":
+    prefer_huge_pages()
     sys.exit(main(sys.argv[1:]))

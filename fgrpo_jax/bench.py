@@ -22,6 +22,7 @@ import jax
 from fgrpo_jax import bench_flops, bench_run
 from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.bench_run import PRESETS, WORKLOADS
+from fgrpo_jax.launch import prefer_huge_pages
 from fgrpo_jax.models import decoder
 
 # --------------------------------------------------------------------- one workload, reported
@@ -193,4 +194,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    prefer_huge_pages()
     sys.exit(main(sys.argv[1:]))

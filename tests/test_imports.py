@@ -12,7 +12,7 @@ from fgrpo_jax import config
 
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
-    ("types", "config", "validation"),
+    ("launch", "types", "config", "validation"),
     ("metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
