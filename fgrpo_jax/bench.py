@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import sys
 from typing import Any
@@ -38,7 +39,12 @@ def compare(
             continue
         programs = bench_run.build(spec, sizes, shape.batch)
         found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "")
-        found[path] |= {"compile_s": programs.compile_s, "peak_gib": bench_run.peak_gib()}
+        temporary = programs.update.memory_analysis().temp_size_in_bytes / 2**30
+        found[path] |= {
+            "compile_s": programs.compile_s,
+            "peak_gib": bench_run.peak_gib(),
+            "update_temporary_gib": temporary,
+        }
         del programs
     apart, together = (bench_flops.update_flops(spec, s) for s in (bench_flops.repeated(shape), shape))
     found["flop_ratio"] = apart / together
@@ -56,7 +62,9 @@ def report(
     shared = found["shared"]
     update_gflop = bench_flops.update_flops(spec, shape) / 1e9
     rollout_gflop = bench_flops.rollout_flops(spec, shape) / 1e9
-    step = (shared["rollout"]["median"] - shared["prefill"]["median"]) / shape.length
+    step, products = (
+        (shared[name]["median"] - shared["prefill"]["median"]) / shape.length for name in ("rollout", "products")
+    )
     step_gflop = bench_flops.completion_flops(spec, shape) / shape.length / 1e9
     read_s = bench_flops.decode_step_bytes(spec, shape) / (bandwidth * 1e9)
     device = jax.local_devices()[0]
@@ -75,6 +83,7 @@ def report(
         "decode_step_s": step,
         "decode_bandwidth_share": read_s / step,
         "decode_matmul_share": step_gflop / rate / step,
+        "decode_products_s": products,
         "sampled_tokens_per_s": shape.batch * shape.group * shape.length / shared["rollout"]["median"],
         "trained_tokens_per_s": shape.batch * (shape.prompt + shape.group * shape.length)
         / shared["update"]["median"],
@@ -101,7 +110,9 @@ def table(found: dict) -> str:
         lines.append(f"{name}: {found[f'{name}_gflop']:.1f} useful GFLOP, {share:.1%} of the matmul rate")
     step, read, computed = (found[f"decode_{x}"] for x in ("step_s", "bandwidth_share", "matmul_share"))
     shares = f"{read:.1%} of the copy bandwidth, {computed:.1%} of the matmul rate"
+    products = found["decode_products_s"]
     lines.append(f"decoding step {step * 1e3:.2f} ms: {shares}")
+    lines.append(f"its matrix products alone {products * 1e3:.2f} ms: the step takes {step / products:.2f} times as long")
     sampled, trained = found["sampled_tokens_per_s"], found["trained_tokens_per_s"]
     lines.append(f"{sampled:.0f} tokens/s sampled, {trained:.0f} tokens/s trained")
     if "update_ratio" in found:
@@ -126,16 +137,36 @@ def scan(spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: b
     return rows
 
 
-SCAN_HEAD = "     S   G  rollout   update  GFLOP/s  repeated  ratio by FLOPs"
+SCAN_HEAD = "     S   G  rollout   update  GFLOP/s  temp GiB  repeated  ratio by FLOPs share"
 
 
 def scan_line(row: dict) -> str:
     rollout, update = (row["shared"][name]["median"] for name in ("rollout", "update"))
-    line = f"{row['prompt']:6}{row['group']:4}{rollout:9.3f}{update:9.3f}{row['gflop'] / update:9.1f}"
+    temporary = row["shared"]["update_temporary_gib"]
+    line = f"{row['prompt']:6}{row['group']:4}{rollout:9.3f}{update:9.3f}{row['gflop'] / update:9.1f}{temporary:10.3f}"
     if "repeated" in row:
-        repeated = row["repeated"]["update"]["median"]
-        line += f"{repeated:10.3f}{row['update_ratio']:7.2f}{row['flop_ratio']:9.2f}"
+        repeated, ratio, by_flops = row["repeated"]["update"]["median"], row["update_ratio"], row["flop_ratio"]
+        line += f"{repeated:10.3f}{ratio:7.2f}{by_flops:9.2f}{ratio / by_flops:6.0%}"
     return line
+
+
+def growth(rows: list[dict]) -> list[str]:
+    """What the scan is for: time over FLOPs as the group or the prompt grows; 1.00 is in proportion."""
+
+    def change(start: dict, end: dict) -> str:
+        seconds = end["shared"]["update"]["median"] / start["shared"]["update"]["median"]
+        by_flops = end["gflop"] / start["gflop"]
+        return f"update {seconds:.2f} times, FLOPs {by_flops:.2f} times: {seconds / by_flops:.2f}"
+
+    at = {(row["prompt"], row["group"]): row for row in rows}
+    lengths, groups = (sorted({key[i] for key in at}) for i in (0, 1))
+    lines = [f"G {groups[0]} -> {groups[-1]} at S {s}: {change(at[s, groups[0]], at[s, groups[-1]])}" for s in lengths]
+    lines += [
+        f"S {one} -> {two} at G {g}: {change(at[one, g], at[two, g])}"
+        for one, two in itertools.pairwise(lengths)
+        for g in groups
+    ]
+    return lines
 
 
 def draw(rows: list[dict], path: str) -> None:
@@ -186,6 +217,7 @@ def main(argv: list[str]) -> int:
     if args.scan:
         print(SCAN_HEAD)
         found["scan"] = scan(spec, shape._replace(batch=1), max(1, args.repeats // 2), not args.no_repeated)
+        print("\n".join(growth(found["scan"])))
         draw(found["scan"], args.png)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

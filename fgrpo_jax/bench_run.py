@@ -62,9 +62,11 @@ _GRAMMAR = transcript.Grammar((), (2,), (3,), 1, 1, 1, 1, 1)  # unconstrained sa
 
 
 class Programs(NamedTuple):
-    """One workload, ready to run. `rollout(params, key)`, `prefill(params)`, `update(state, batch)`."""
+    """One workload, ready to run: `update(state, batch)`, `rollout(params, query, key)`, and of its
+    parts `prefill(params, query)` and `products(params, query)`, which prefills too."""
 
     prefill: Callable
+    products: Callable
     rollout: Callable
     update: Callable
     state: TrainState
@@ -112,6 +114,32 @@ def fixed_rollout(
     return Rollout(actions, jnp.full(shape, SLATE, jnp.int32), logp)
 
 
+def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: PyTree, query: Query) -> Array:
+    """The matrix products of `steps` decoding steps and nothing else: what those steps could cost at best.
+
+    Same operands in the same layout, chained so that none can be left out; the values mean
+    nothing. Left out are the products with a rollout's own keys and values, which are small.
+    """
+    params = decoder.cast(spec, params)
+    prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
+    weights = decoder.unstack(spec, params)
+    batch, kv_heads = query.prompt.shape[0], spec.num_kv_heads
+
+    def body(_, x_ND):
+        for layer, k, v in zip(weights["layers"], prompt.k, prompt.v, strict=True):
+            new = decoder.linear(x_ND, layer["k"]) + decoder.linear(x_ND, layer["v"])
+            q = decoder.linear(x_ND, layer["q"]) + new.mean()
+            attended = q.reshape(batch, kv_heads, -1, spec.head_dim) @ k @ v
+            x_ND = decoder.linear(attended.reshape(q.shape), layer["o"], axes_in=2)
+            inner = decoder.linear(x_ND, layer["gate"]) + decoder.linear(x_ND, layer["up"])
+            x_ND = decoder.linear(inner, layer["down"])
+        logit = head.logits(weights, x_ND)
+        return (x_ND + logit.max(-1, keepdims=True)).astype(spec.dtype)
+
+    first = jnp.ones((batch * group, spec.hidden_size), spec.dtype)
+    return jax.lax.fori_loop(0, steps, body, first)
+
+
 def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
     """Compile prefill, rollout and update of a workload; the state has been through none."""
     sampler = sampling.Sampler(spec, _GRAMMAR, constrained=False)
@@ -139,8 +167,10 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
     advantage = jnp.asarray(np.random.default_rng(2).normal(size=(*size[:2], 2)), jnp.float32)
     batch = Batch(query, rollout, advantage, advantage, jnp.full(size, 1 / np.prod(size)))
     sample = functools.partial(fixed_rollout, spec, shape.group, shape.length)
+    products = functools.partial(decode_products, spec, shape.group, shape.length)
     jobs = {
         "prefill": (prefill, (state.params, query), ()),
+        "products": (products, (state.params, query), ()),
         "rollout": (sample, (state.params, query, jax.random.key(1)), ()),
         "update": (lambda state, batch: update(state, {}, batch), (state, batch), (0,)),
     }
@@ -166,19 +196,21 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, dict]:
-    """Seconds of prefill, rollout, update and rollout + update; the first of each is dropped."""
+    """Seconds of prefill, products, rollout, update and rollout + update; the first of each is dropped."""
     state, batch = programs.state, programs.batch
-    times: dict[str, list[float]] = {name: [] for name in ("prefill", "rollout", "update", "total")}
+    times: dict[str, list[float]] = {name: [] for name in ("prefill", "products", "rollout", "update", "total")}
     for i in range(repeats + 1):
         if profile and i == repeats:
             jax.profiler.start_trace(profile)
         prefill_s, _ = timed(programs.prefill, state.params, batch.query)
+        products_s, _ = timed(programs.products, state.params, batch.query)
         rollout_s, rollout = timed(programs.rollout, state.params, batch.query, jax.random.key(1))
         update_s, (state, _) = timed(programs.update, state, batch.replace(rollout=rollout))
         if profile and i == repeats:
             jax.profiler.stop_trace()
         if i:
-            for name, s in zip(times, (prefill_s, rollout_s, update_s, rollout_s + update_s), strict=True):
+            seconds = prefill_s, products_s, rollout_s, update_s, rollout_s + update_s
+            for name, s in zip(times, seconds, strict=True):
                 times[name].append(s)
     return {name: summary(s) for name, s in times.items()}
 

@@ -83,7 +83,11 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
             row = found[side][name]
             assert set(row) == {"median", "min", "n"} and row["n"] == 2
             assert 0 < row["min"] <= row["median"]
-        assert set(found[side]["compile_s"]) == {"prefill", "rollout", "update"}
+        assert set(found[side]["compile_s"]) == {"prefill", "products", "rollout", "update"}
+        assert found[side]["update_temporary_gib"] > 0
+    assert found["decode_products_s"] == pytest.approx(
+        (found["shared"]["products"]["median"] - found["shared"]["prefill"]["median"]) / SHAPE.length
+    )
     assert found["matmul_gflops"] == 100 and found["peak_gib"] > 0
     share = found["update_gflop"] / found["shared"]["update"]["median"] / 100
     assert found["update_share"] == pytest.approx(share)
@@ -92,7 +96,9 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     assert "repeated / shared update" in out and "tokens/s sampled" in out
     row = found["shape"] | {"gflop": 1.0} | found
     assert len(bench.scan_line(row)) == len(bench.SCAN_HEAD)
-    bench.draw([row, row | {"prompt": 16}], str(tmp_path / "scan.png"))
+    later = row | {"prompt": 16, "gflop": 2.0}
+    assert bench.growth([row, later])[-1].endswith("update 1.00 times, FLOPs 2.00 times: 0.50")
+    bench.draw([row, later], str(tmp_path / "scan.png"))
     assert (tmp_path / "scan.png").stat().st_size > 5000
 
 

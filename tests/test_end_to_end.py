@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from tiny import changed, contents, quick_programs, rows, run_training, tiny_config
@@ -23,6 +24,7 @@ class Run(NamedTuple):
     config: object
     directory: Path
     said: str
+    compiled: list[str]  # names of the programs, in order
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +49,33 @@ def run(tmp_path_factory):
         "eval.baselines": ("random", "popularity", "covisitation"),
     }
     config = changed(tiny_config("", "", folder / "run", sft_steps=24, rl_steps=3), fields)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, programs_compiled() as compiled:
         assert run_training(config, "--eval.split", "test", "--rl.eval-every", "2") == 0
     fields = {"eval.split": "test", "rl.eval_every": 2}
-    return Run(changed(config, fields), folder / "run", said.getvalue())
+    return Run(changed(config, fields), folder / "run", said.getvalue(), compiled)
+
+
+@contextlib.contextmanager
+def programs_compiled():
+    """The names of all programs compiled (or read from the cache on disk) meanwhile."""
+    names = []
+
+    def note(event, duration, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_each_stage_compiles_its_step_once(run):
+    """27 steps and 9 evaluations over one prompt bucket: no array changes its shape, type or place."""
+    for name in ("collect", "update"):
+        assert sum(name in program for program in run.compiled) == 2, run.compiled
+    assert len(run.compiled) < 20, run.compiled
 
 
 def test_the_run_directory(run):
