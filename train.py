@@ -43,7 +43,7 @@ def make_step(experiment, policy, stage):
     from fgrpo_jax import advantages, rewards
     from fgrpo_jax.objectives import OBJECTIVES
     from fgrpo_jax.models.decoder import shapes
-    from fgrpo_jax.sharding import replicated
+    from fgrpo_jax.sharding import on_mesh, replicated
     from fgrpo_jax.types import Credit
     from fgrpo_jax.update import by_parts, describe, make_optimizer, make_update, state_shardings
 
@@ -55,6 +55,7 @@ def make_step(experiment, policy, stage):
         return policy.logprobs(params, {}, query, rollout)
 
     @jax.jit
+    @on_mesh(experiment.mesh)
     def collect(params, frozen, query, key):
         rollout, lists = policy.rollout(params, frozen, query, key)
         reward_BGR = rewards.term_rewards(credit, lists, query, config.reward.k, broken)
@@ -79,7 +80,7 @@ def make_step(experiment, policy, stage):
     update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs)
     elsewhere = replicated(experiment.mesh)
     places = state_shardings(optimizer, shapes(experiment.spec), experiment.param_shardings, elsewhere)
-    update = jax.jit(update, donate_argnums=0, out_shardings=(places, elsewhere))
+    update = jax.jit(on_mesh(experiment.mesh)(update), donate_argnums=0, out_shardings=(places, elsewhere))
     return collect, update, optimizer, places
 
 

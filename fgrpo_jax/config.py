@@ -81,6 +81,9 @@ class ModelConfig:
     """Of the stored weights and of the optimizer's moments."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
+    attention: Literal["auto", "blocks", "flash"] = "auto"
+    """Flash: Pallas kernels, for NVIDIA GPUs and TPUs; blocks: matrix products, anywhere; auto:
+    flash where it runs. (Own tokens of rollouts and decoding always use matrix products.)"""
     logit_chunk: int = 4096
     """Completion tokens whose full-vocabulary logits exist at once (unconstrained only)."""
 

@@ -6,6 +6,7 @@ grammar, prompt or model than the training did.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -26,7 +27,7 @@ from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
 from fgrpo_jax.rewards import REWARDS
 from fgrpo_jax.transcript import OUTCOMES
-from fgrpo_jax.types import Policy, PyTree, Query, RankingExample
+from fgrpo_jax.types import Lists, Policy, PyTree, Query, RankingExample
 from fgrpo_jax.validation import Registries
 
 KNOWN = Registries(
@@ -68,8 +69,12 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
 
     dataset: may be None for a run that has its tokenizer, where no query is to be encoded.
 
-    Raises ConfigError when the parts do not fit each other.
+    Raises ConfigError when the parts do not fit each other, or the devices.
     """
+    if config.model.attention == "flash" and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "model.attention='flash' needs an NVIDIA GPU or a TPU, and this is a CPU: set 'auto' or 'blocks'"
+        )
     saved = run_dir / "tokenizer"
     if saved.is_dir():
         tokenizer = tokenizers.from_directory(str(saved))
@@ -83,7 +88,7 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
 
 def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
     numerics = {"dtype": model.dtype, "param_dtype": model.param_dtype}
-    numerics |= {"remat": model.remat, "logit_chunk": model.logit_chunk}
+    numerics |= {"remat": model.remat, "attention": model.attention, "logit_chunk": model.logit_chunk}
     if model.checkpoint:
         spec = hf.read_spec(model.checkpoint, **numerics)
         if vocab_size > spec.vocab_size:
@@ -161,9 +166,13 @@ class Predictor:
         self._experiment = experiment
         self._policy = make_policy(experiment, None)
         replicated = sharding.replicated(experiment.mesh)
-        self._greedy = jax.jit(
-            lambda params, query: self._policy.greedy(params, {}, query)[1], out_shardings=replicated
-        )
+
+        @functools.partial(jax.jit, out_shardings=replicated)
+        @sharding.on_mesh(experiment.mesh)
+        def greedy(params: PyTree, query: Query) -> Lists:
+            return self._policy.greedy(params, {}, query)[1]
+
+        self._greedy = greedy
         shards = sharding.query_shards(experiment.mesh)
         self._size = -(-experiment.config.eval.batch_queries // shards) * shards
 

@@ -10,8 +10,9 @@ collective. The same calls serve one CPU and a pod of many processes.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +102,26 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
 def query_shards(mesh: Mesh) -> int:
     """Into how many parts the query axis is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Decorates what is given to jit: kernels, which XLA cannot split, then know the mesh.
+
+    (models/flash.py; the whole program is traced so, for gradients meet kernels too.)
+    """
+
+    def decorate(function: Callable) -> Callable:
+        if mesh.size == 1:
+            return function
+
+        @functools.wraps(function)
+        def traced(*args):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args)
+
+        return traced
+
+    return decorate
 
 
 def check_divisible(mesh: Mesh, batch_queries: int, microbatches: int, where: str) -> None:

@@ -47,7 +47,9 @@ SPEC = decoder.DecoderSpec(
     logit_chunk=64,
 )
 UNTIED = SPEC._replace(tie_embeddings=False)
-NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "logit_chunk": 64}
+NUMERICS = {
+    "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ SPEC = decoder.DecoderSpec(
     tie_embeddings=False,
     logit_chunk=64,
 )
-NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "logit_chunk": 64}
+NUMERICS = {
+    "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
+}  # fmt: skip
 
 
 def same(a, b):

@@ -11,7 +11,8 @@ scores of one block exist at a time, and differentiated by hand: the backward pa
 scores again from the log-sum-exp of each row, the only thing kept besides inputs and output
 (FlashAttention-2, arXiv 2307.08691, at the grain of whole matrix products). Every part's
 backward pass needs only the row's output and log-sum-exp over *all* parts, so parts never
-have to be joined.
+have to be joined. On GPU and TPU the part that a group shares, where nearly all scores are, is
+done by the kernels of flash.py instead.
 
 Layout. Rows of a kv head are its query heads and positions together, [B,J,(position,R),E],
 so every score is part of one matrix product per query and kv head. The backward pass works
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fgrpo_jax.models import flash
 from fgrpo_jax.types import Array
 
 KEPT = "attention"  # checkpoint name of what the backward pass should find
@@ -39,14 +41,14 @@ BLOCK_SCORES = 2**21  # scores of a block, over all queries and kv heads of the 
 STRETCH, STRETCHES = 128, 8  # least positions and largest number of the stretches of `causal`
 
 
-def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array) -> Array:
-    """Causal self-attention of right-padded prompts: [B,S,H,E].
+def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array, kind: str = "auto") -> Array:
+    """Causal self-attention of right-padded prompts: [B,S,H,E]. `kind`: see `_implementation`.
 
     No length mask is needed: padding comes last, so only padded queries see padded keys.
     """
     q = _rows(q_BSHE[:, None], k_BSJE.shape[2])
     last = jnp.repeat(jnp.arange(q_BSHE.shape[1]), q_BSHE.shape[2] // k_BSJE.shape[2])
-    out = _attend(True, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last[None, None]),))
+    out = _attend(True, kind, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last[None, None]),))
     return _unrows(out, q_BSHE[:, None].shape)[:, 0]
 
 
@@ -57,6 +59,7 @@ def shared_prefix(
     prefix_len_B: Array,
     k_BGUJE: Array,
     v_BGUJE: Array,
+    kind: str = "auto",
 ) -> Array:
     """Attention of rollouts to the shared prefix and causally to their own keys: [B,G,T,H,E].
 
@@ -70,7 +73,7 @@ def shared_prefix(
     prefix = _heads_first(k_BSJE), _heads_first(v_BSJE), prefix_len_B[:, None, None] - 1
     last = jnp.repeat(jnp.arange(length), heads // kv_heads)
     own = _heads_first(k_BGUJE), _heads_first(v_BGUJE), last[None, None, None]
-    return _unrows(_attend(False, q, (prefix, own)), q_BGTHE.shape)
+    return _unrows(_attend(False, kind, q, (prefix, own)), q_BGTHE.shape)
 
 
 def decode(
@@ -130,8 +133,8 @@ def _heads_first(x: Array) -> Array:
 # --------------------------------------------------------------------- rows over parts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(is_causal: bool, q: Array, parts: tuple) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(is_causal: bool, kind: str, q: Array, parts: tuple) -> Array:
     """Softmax attention of rows q [B,J,G,M,E] to the keys of all parts together.
 
     A part is (k, v, last): keys and values [B,J,S,E] shared by the group or [B,J,G,U,E] of a
@@ -139,13 +142,14 @@ def _attend(is_causal: bool, q: Array, parts: tuple) -> Array:
     (-1: none).
     `is_causal` promises that `last` of row m is m // (rows per key).
     """
-    return _attend_forward(is_causal, q, parts)[0]
+    return _attend_forward(is_causal, kind, q, parts)[0]
 
 
-def _attend_forward(is_causal: bool, q: Array, parts: tuple):
+def _attend_forward(is_causal: bool, kind: str, q: Array, parts: tuple):
     some = []
     for k, v, last in parts:
-        out, lse = _part_forward(is_causal, _rows_like(q, k), k, v, last)
+        forward = _implementation(kind, is_causal, k, _part_forward, flash.part_forward)
+        out, lse = forward(_rows_like(q, k), k, v, last)
         some.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
     out, lse = some[0]
     for other, other_lse in some[1:]:
@@ -156,20 +160,36 @@ def _attend_forward(is_causal: bool, q: Array, parts: tuple):
     return out, (q, parts, out, lse)
 
 
-def _attend_backward(is_causal: bool, kept, d_out: Array):
+def _attend_backward(is_causal: bool, kind: str, kept, d_out: Array):
     q, parts, out, lse = kept
     delta = jnp.einsum("...me,...me->...m", d_out, out, preferred_element_type=_WIDE)
     d_q, d_parts = jnp.zeros(q.shape, _WIDE), []
     for k, v, last in parts:
         rows = [_rows_like(x, k) for x in (q, d_out)]
         scalars = [x.reshape(rows[0].shape[:-1]) for x in (lse, delta)]
-        d_q_part, d_k, d_v = _part_backward(is_causal, *rows, *scalars, k, v, last)
+        backward = _implementation(kind, is_causal, k, _part_backward, flash.part_backward)
+        d_q_part, d_k, d_v = backward(*rows, *scalars, k, v, last)
         d_q += d_q_part.reshape(q.shape)
         d_parts.append((d_k.astype(k.dtype), d_v.astype(v.dtype), None))
     return d_q.astype(q.dtype), tuple(d_parts)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _implementation(kind: str, is_causal: bool, k: Array, blocks, kernels):
+    """What computes a part with keys k: `blocks`, or the Pallas `kernels`.
+
+    kind: "blocks"; "flash", which a CPU interprets, for tests; or "auto": flash on GPU and TPU.
+    A rollout's own keys are few and stay with blocks. It is decided where the program is lowered,
+    so programs can be compiled for devices that are not there.
+    """
+    blocks = functools.partial(blocks, is_causal)
+    if kind == "blocks" or k.ndim > 4:
+        return blocks
+    gpu, tpu, interpreted = (functools.partial(kernels, to) for to in (flash.GPU, flash.TPU, flash.INTERPRET))
+    others = {"auto": {"default": blocks}, "flash": {"cpu": interpreted}}[kind]
+    return functools.partial(jax.lax.platform_dependent, cuda=gpu, tpu=tpu, **others)
 
 
 def _rows_like(q: Array, k: Array) -> Array:

@@ -52,6 +52,7 @@ class DecoderSpec(NamedTuple):
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    attention: str = "auto"  # or "blocks", "flash": attention._implementation
     logit_chunk: int = 4096
 
 
@@ -226,14 +227,17 @@ def completions(
     def split(x: Array) -> tuple[Array, Array]:
         return x[:, :prompt_size], x[:, prompt_size:].reshape(batch, group, length, *x.shape[2:])
 
+    def over_prefix_and_own(q: Array, k: Array, v: Array, k_own: Array, v_own: Array) -> Array:
+        return attention.shared_prefix(q, k, v, prompt_len_B - 1, k_own, v_own, spec.attention)
+
     @functools.partial(_remat, spec)
     def block(x_BXD: Array, layer: PyTree):
         normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
         q_prompt, q_own = split(_queries(spec, layer, normed, rope))
         k, v = _keys_values(spec, layer, normed, rope)
         (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
-        over_prompt = attention.causal(q_prompt, k_prompt, v_prompt)
-        over_both = attention.shared_prefix(q_own, k_prompt, v_prompt, prompt_len_B - 1, k_own, v_own)
+        over_prompt = attention.causal(q_prompt, k_prompt, v_prompt, spec.attention)
+        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own)
         attended = jnp.concatenate([over_prompt, over_both.reshape(batch, -1, *over_both.shape[3:])], 1)
         return _finish_block(spec, layer, x_BXD, attended), None
 
@@ -244,7 +248,7 @@ def completions(
         k, v = _keys_values(spec, layer, normed, rope)
         (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
         q_own = q.reshape(batch, group, length, *q.shape[2:])
-        over_both = attention.shared_prefix(q_own, k_prompt, v_prompt, prompt_len_B - 1, k_own, v_own)
+        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own)
         return _finish_block(spec, layer, split(x_BXD)[1], over_both)
 
     inner, last = _split_last(params["layers"])
@@ -278,7 +282,7 @@ def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: A
     def block(x_BSD: Array, layer: PyTree):
         normed = rms_norm(x_BSD, layer["attn_norm"], spec.norm_eps)
         k, v = _keys_values(spec, layer, normed, rope)
-        attended = attention.causal(_queries(spec, layer, normed, rope), k, v)
+        attended = attention.causal(_queries(spec, layer, normed, rope), k, v, spec.attention)
         return _finish_block(spec, layer, x_BSD, attended), as_cached(k, v)
 
     def as_cached(k: Array, v: Array) -> tuple[Array, Array]:

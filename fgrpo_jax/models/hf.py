@@ -1,6 +1,8 @@
 """Qwen3 checkpoints in the Hugging Face form, in and out: config.json and safetensors.
 
-    spec = hf.read_spec(directory, dtype="bfloat16", param_dtype="float32", remat=True, logit_chunk=4096)
+    spec = hf.read_spec(
+        directory, dtype="bfloat16", param_dtype="float32", remat=True, attention="auto", logit_chunk=4096
+    )
     params = hf.load(directory, spec, shardings)
     hf.save(out, spec, params, hf.read_config(directory), tokenizer)
 

@@ -27,7 +27,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_spec(
-    directory: str | Path, dtype: str, param_dtype: str, remat: bool, logit_chunk: int
+    directory: str | Path, dtype: str, param_dtype: str, remat: bool, attention: str, logit_chunk: int
 ) -> DecoderSpec:
     """The sizes of a checkpoint, from its config.json; the other arguments are numerics of ours.
 
@@ -61,6 +61,7 @@ def read_spec(
         dtype=dtype,
         param_dtype=param_dtype,
         remat=remat,
+        attention=attention,
         logit_chunk=logit_chunk,
     )
     if spec.num_heads % spec.num_kv_heads:

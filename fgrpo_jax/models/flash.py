@@ -1,0 +1,266 @@
+"""Attention of rows to one part's keys, in Pallas kernels that never write scores to memory.
+
+What attention._part_forward and _part_backward compute, as FlashAttention-2 does it
+(arXiv 2307.08691, algorithms 1 and 2), in three kernels over a grid of (query and kv head, block):
+
+    forward   a block of rows walks over blocks of keys with a running softmax
+    d_q       the same walk; weights come back from the log-sum-exp over all parts
+    d_k, d_v  a block of keys walks over blocks of rows, so nothing is added to twice
+
+A row sees the keys up to its own `last`. Blocks of keys that no row of a block sees are not
+visited, nor, in the third kernel, the leading blocks of rows that do not see the block of keys:
+half of causal attention, and a padded prompt's rest. Where a walk ends or begins is computed
+before the kernel. It departs from the paper in that rows need not be ordered, and in that
+scores of keys out of sight are masked in every block.
+
+One source serves Triton (GPU) and Mosaic (TPU): blocks are an axis of their own, chosen by the
+leading index of a reference, and what belongs to each row lies as [blocks, 1, rows]. `Target`
+holds what differs. On TPU what is walked over stays in VMEM, all of it for one query and kv head,
+which bounds rows and keys (bfloat16, 128 channels): 65 000 fit 128 MiB, 32 000 fit 64 MiB. TPU v4
+and older have 16 MiB, too little for long prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
+
+from fgrpo_jax.types import Array
+
+_MASKED = -1e30  # finite: a row that sees nothing gives no nan, and weighs nothing among parts
+_WIDE = jnp.float32
+
+QUERY_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh, see sharding.py: they split B, J
+
+
+class Target(NamedTuple):
+    """What differs between platforms."""
+
+    held: int  # rows (or keys) of a block that walks, if they are of 256 bytes or less ...
+    walked: int  # ... and of a block it walks over ...
+    walked_back: int  # ... in the backward pass, which reads twice as many arrays
+    least: int  # rows (or keys) of the smallest block
+    params: Callable[[int], Any]  # of the compiler, from the bytes that all the blocks of a step fill
+    scalars: Any = None  # where a kernel finds single numbers
+    interpret: bool = False
+
+
+def _triton(_: int) -> triton.CompilerParams:
+    return triton.CompilerParams(num_warps=8, num_stages=2)
+
+
+def _mosaic(size: int) -> mosaic.CompilerParams:
+    """VMEM for the blocks of two steps, of which one is being fetched, and for scores."""
+    return mosaic.CompilerParams(vmem_limit_bytes=2 * size + 16 * 2**20)
+
+
+# On GPU, blocks fit the 99 KiB of shared memory that even small ones have, up to 128 channels.
+GPU = Target(128, 64, 32, 16, _triton)
+TPU = Target(512, 512, 512, 128, _mosaic, mosaic.SMEM)
+INTERPRET = Target(32, 16, 16, 16, lambda size: None, interpret=True)  # as plain JAX, for tests
+
+
+def part_forward(target: Target, q: Array, k: Array, v: Array, last: Array) -> tuple[Array, Array]:
+    """Attention of rows to one part, and its log-sum-exp, in float32: [B,J,M,E] and [B,J,M].
+
+    q: [B,J,M,E], scaled. k, v: [B,J,S,E]. last: int32, broadcastable to [B,J,M]; row m sees
+    keys s <= last, none for -1: then its log-sum-exp is about -1e30 and its output finite.
+    """
+    return _split(_forward, target, 2, q, k, v, jnp.broadcast_to(last, q.shape[:-1]))
+
+
+def part_backward(
+    target: Target, q: Array, d_out: Array, lse: Array, delta: Array, k: Array, v: Array, last: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v in float32, given log-sum-exp and d_out . out of all parts [B,J,M]."""
+    last = jnp.broadcast_to(last, q.shape[:-1])
+    return _split(_backward, target, 3, q, d_out, lse, delta, k, v, last)
+
+
+# --------------------------------------------------------------------- devices
+
+
+def _split(function, target: Target, results: int, *args: Array) -> tuple[Array, ...]:
+    """`function` of every device's own queries and kv heads.
+
+    Programs of several devices are split by XLA, but kernels it cannot split. So whoever traces
+    one names the mesh (sharding.on_mesh), and every device runs the kernels on what it holds.
+    An axis that its mesh axes do not divide is computed by all of them.
+    """
+    function, mesh = functools.partial(function, target), jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or not mesh.auto_axes:
+        return function(*args)
+    places = []
+    for size, axes in zip(args[0].shape[:2], (QUERY_AXES, HEAD_AXES), strict=True):
+        axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
+        places.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else axes)
+    place = PartitionSpec(*places)
+    # Kernels do not tell over which mesh axes their results vary, so that cannot be checked.
+    return jax.shard_map(function, in_specs=place, out_specs=(place,) * results, check_vma=False)(*args)
+
+
+# --------------------------------------------------------------------- kernels
+#
+# References: where the walk ends or begins, [1, blocks]; the block that walks; the blocks walked
+# over, [blocks, ...]; results, blocks like the first.
+
+
+def _forward_kernel(seen_ref, q_ref, last_ref, k_ref, v_ref, out_ref, lse_ref):
+    q, last = q_ref[...], _turn(last_ref[...])
+
+    def step(i, state):
+        out, peak, total = state
+        score = _mask(_product(q, k_ref[i], 1), i, last, 1, _MASKED)
+        higher = jnp.maximum(peak, score.max(1, keepdims=True))
+        weight, fade = jnp.exp(score - higher), jnp.exp(peak - higher)
+        out = out * fade + _product(weight.astype(v_ref.dtype), v_ref[i], 0)
+        return out, higher, total * fade + weight.sum(1, keepdims=True)
+
+    none = jnp.full(last.shape, _MASKED, _WIDE), jnp.zeros(last.shape, _WIDE)
+    walk = 0, seen_ref[0, pl.program_id(1)]
+    out, peak, total = jax.lax.fori_loop(*walk, step, (jnp.zeros(q.shape, _WIDE), *none))
+    total = jnp.where(total == 0, 1.0, total)  # of blocks that see nothing
+    out_ref[...] = out / total
+    lse_ref[...] = _turn(peak + jnp.log(total))
+
+
+def _d_q_kernel(seen_ref, q_ref, d_out_ref, lse_ref, delta_ref, last_ref, k_ref, v_ref, d_q_ref):
+    q, d_out = q_ref[...], d_out_ref[...]
+    lse, delta, last = (_turn(x[...]) for x in (lse_ref, delta_ref, last_ref))
+
+    def step(i, d_q):
+        weight = _mask(jnp.exp(_product(q, k_ref[i], 1) - lse), i, last, 1, 0.0)
+        d_score = weight * (_product(d_out, v_ref[i], 1) - delta)
+        return d_q + _product(d_score.astype(q.dtype), k_ref[i], 0)
+
+    walk = 0, seen_ref[0, pl.program_id(1)]
+    d_q_ref[...] = jax.lax.fori_loop(*walk, step, jnp.zeros(q.shape, _WIDE))
+
+
+def _d_kv_kernel(first_ref, k_ref, v_ref, q_ref, d_out_ref, lse_ref, delta_ref, last_ref, d_k_ref, d_v_ref):
+    """Scores are transposed here, [keys, rows], as the sums over rows want them."""
+    k, v, block = k_ref[...], v_ref[...], pl.program_id(1)
+
+    def step(i, state):
+        d_k, d_v = state
+        weight = _mask(jnp.exp(_product(k, q_ref[i], 1) - lse_ref[i]), block, last_ref[i], 0, 0.0)
+        d_v += _product(weight.astype(k.dtype), d_out_ref[i], 0)
+        d_score = weight * (_product(v, d_out_ref[i], 1) - delta_ref[i])
+        return d_k + _product(d_score.astype(k.dtype), q_ref[i], 0), d_v
+
+    zero = jnp.zeros(k.shape, _WIDE)
+    walk = first_ref[0, block], q_ref.shape[0]
+    d_k_ref[...], d_v_ref[...] = jax.lax.fori_loop(*walk, step, (zero, zero))
+
+
+def _mask(x: Array, block, last: Array, axis: int, value: float) -> Array:
+    """`x`, or `value` where a key, on `axis`, comes after the row's last."""
+    key = block * x.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(key <= last, x, value)
+
+
+def _product(one: Array, other: Array, axis: int) -> Array:
+    """[X,Y] times [Z,Y] (axis 1) or [Y,Z] (axis 0)."""
+    return jax.lax.dot_general(one, other, (((1,), (axis,)), ((), ())), preferred_element_type=_WIDE)
+
+
+def _turn(x: Array) -> Array:
+    """[1,X] -> [X,1] and back."""
+    return x.T
+
+
+# --------------------------------------------------------------------- blocks
+
+
+def _forward(target: Target, q: Array, k: Array, v: Array, last: Array) -> tuple[Array, Array]:
+    rows, keys = _size(target, target.held, q), _size(target, target.walked, k)
+    held = [_cut(q, rows), _cut_scalars(last, rows, -1)]
+    seen = held[1].max((2, 3)) // keys + 1
+    walked = [_cut(x, keys) for x in (k, v)]
+    out, lse = _call(target, _forward_kernel, seen, held, walked, held)
+    return _join(out, q.shape), _join(lse, last.shape)
+
+
+def _backward(
+    target: Target, q: Array, d_out: Array, lse: Array, delta: Array, k: Array, v: Array, last: Array
+) -> tuple[Array, Array, Array]:
+    def by_row(size: int) -> list[Array]:
+        scalars = _cut_scalars(lse, size, 0), _cut_scalars(delta, size, 0), _cut_scalars(last, size, -1)
+        return [_cut(q, size), _cut(d_out, size), *scalars]
+
+    rows, keys = _size(target, target.held, q), _size(target, target.walked_back, k)
+    held, walked = by_row(rows), [_cut(x, keys) for x in (k, v)]
+    seen = held[-1].max((2, 3)) // keys + 1
+    (d_q,) = _call(target, _d_q_kernel, seen, held, walked, held[:1])
+
+    rows, keys = _size(target, target.walked_back, q), _size(target, target.held, k)
+    held, walked = [_cut(x, keys) for x in (k, v)], by_row(rows)
+    start = keys * jnp.arange(held[0].shape[1])
+    sees = walked[-1].max((2, 3)) >= start[:, None, None]  # [key block, N, row block]
+    first = jnp.where(sees.any(-1), sees.argmax(-1), sees.shape[-1]).T.astype(jnp.int32)
+    d_k, d_v = _call(target, _d_kv_kernel, first, held, walked, held)
+    return _join(d_q, q.shape), _join(d_k, k.shape), _join(d_v, v.shape)
+
+
+def _call(target: Target, kernel, bound: Array, held: list[Array], walked: list[Array], like: list[Array]):
+    """Run `kernel` on every block of `held`: results in float32, blocks like those of `like`."""
+
+    def one(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda n, i: (n, i, 0, 0))
+
+    def all_of(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, 0, 0, 0))
+
+    def filled(x: Array, axes: int) -> int:
+        """Bytes of a step in memory whose tiles are 8 x 128."""
+        shape = *x.shape[axes:-2], -(-x.shape[-2] // 8) * 8, -(-x.shape[-1] // 128) * 128
+        return x.dtype.itemsize * math.prod(shape)
+
+    bound, size = bound[:, None], sum(filled(x, 2) for x in held + like) + sum(filled(x, 1) for x in walked)
+    in_specs = [pl.BlockSpec((None, *bound.shape[1:]), lambda n, i: (n, 0, 0), memory_space=target.scalars)]
+    return pl.pallas_call(
+        kernel,
+        grid=held[0].shape[:2],
+        in_specs=in_specs + [one(x) for x in held] + [all_of(x) for x in walked],
+        out_specs=[one(x) for x in like],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, _WIDE) for x in like],
+        compiler_params=target.params(size),
+        interpret=target.interpret,
+        name=kernel.__name__.strip("_"),
+    )(bound, *held, *walked)
+
+
+def _size(target: Target, size: int, x: Array) -> int:
+    """Of a block of x [..., X, E]: fewer if they are wide, and not much more than there are."""
+    size = size * 256 // max(256, pl.next_power_of_2(x.shape[-1]) * x.dtype.itemsize)
+    return max(target.least, min(size, pl.next_power_of_2(x.shape[-2])))
+
+
+def _cut(x: Array, size: int) -> Array:
+    """[B,J,X,E] -> [B*J, blocks, size, E], the last block filled up with zeros."""
+    x = x.reshape(-1, *x.shape[2:])
+    head = max(16, pl.next_power_of_2(x.shape[-1]))  # what Triton multiplies
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, head - x.shape[-1])])
+    return x.reshape(x.shape[0], -1, size, head)
+
+
+def _cut_scalars(x: Array, size: int, fill: int) -> Array:
+    """[B,J,X] -> [B*J, blocks, 1, size]."""
+    x = x.reshape(-1, x.shape[-1])
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)], constant_values=fill)
+    return x.reshape(x.shape[0], -1, 1, size)
+
+
+def _join(x: Array, shape: tuple[int, ...]) -> Array:
+    """Inverse of both."""
+    if len(shape) == 3:
+        return x.reshape(x.shape[0], -1)[:, : shape[-1]].reshape(shape)
+    return x.reshape(x.shape[0], -1, x.shape[-1])[:, : shape[-2], : shape[-1]].reshape(shape)

@@ -1,0 +1,149 @@
+"""The kernels, interpreted, against the blocks and against one softmax written out."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_attention
+from helpers import quick_jit
+from test_attention import PROMPT, SHARED, H, J, plain_causal, plain_shared_prefix, random, with_gradients
+from test_sharding import run_on_8_devices
+
+from fgrpo_jax import sharding
+from fgrpo_jax.config import Config, ConfigError
+from fgrpo_jax.experiment import assemble
+from fgrpo_jax.models import attention, flash
+
+causal = functools.partial(attention.causal, kind="flash")
+
+
+def shared_prefix(q, k, v, k_own, v_own):
+    return attention.shared_prefix(q, k, v, test_attention.LENGTHS, k_own, v_own, "flash")
+
+
+CASES = {"causal": (causal, plain_causal, PROMPT), "shared": (shared_prefix, plain_shared_prefix, SHARED)}
+
+
+@pytest.mark.parametrize("case, lengths", [("causal", None), ("shared", [0, 13]), ("shared", [21, 16])])
+def test_kernels_are_one_softmax(case, lengths, monkeypatch):
+    """42 or 30 rows in blocks of 32, 21 keys in blocks of 16; of a prefix none, some, a block, all."""
+    monkeypatch.setattr(test_attention, "LENGTHS", jnp.array(lengths or [21, 21]))
+    ours, one, args = CASES[case]
+    found, wanted = with_gradients(ours, args), with_gradients(one, args)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_near_float32(case):
+    """As the same test of the blocks."""
+    ours, one, args = CASES[case]
+    half = [x.astype(jnp.bfloat16) for x in args]
+    (out, grads), (near, near_grads) = with_gradients(ours, half), with_gradients(one, half)
+    assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads)
+    np.testing.assert_allclose(out.astype(np.float32), near.astype(np.float32), atol=0.02)
+    for x, y in zip(grads, near_grads, strict=True):
+        np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=0.1)
+
+
+# --------------------------------------------------------------------- one part
+
+
+ROWS, KEYS, WIDTH = 50, 45, 24
+
+
+def part(last):
+    """(arguments of the forward, of the backward pass) whose rows see keys up to `last`."""
+    q, d_out = (random((2, 2, ROWS, WIDTH), seed) for seed in (0, 1))
+    k, v = (random((2, 2, KEYS, WIDTH), seed) for seed in (2, 3))
+    q *= WIDTH**-0.5
+    lse, delta = 3 + random((2, 2, ROWS), 4), random((2, 2, ROWS), 5)
+    return (q, k, v, last), (q, d_out, lse, delta, k, v, last)
+
+
+def kernels(forward, backward):
+    forward_now = quick_jit(functools.partial(flash.part_forward, flash.INTERPRET))
+    backward_now = quick_jit(functools.partial(flash.part_backward, flash.INTERPRET))
+    return forward_now(*forward), backward_now(*backward)
+
+
+def test_rows_in_any_order_see_any_number_of_keys():
+    last = jnp.asarray(np.random.default_rng(6).integers(-1, KEYS, (2, 1, ROWS)), jnp.int32)
+    last = last.at[1, 0, 32:].set(-1)  # a block that sees nothing at all
+    forward, backward = part(last)
+    (out, lse), grads = kernels(forward, backward)
+    wanted_out, wanted_lse = quick_jit(functools.partial(attention._part_forward, False))(*forward)
+    sees = jnp.broadcast_to(last >= 0, lse.shape)
+    np.testing.assert_allclose(out[sees], wanted_out[sees], atol=2e-5)
+    np.testing.assert_allclose(lse[sees], wanted_lse[sees], atol=2e-5)
+    assert np.isfinite(out).all() and (lse[~sees] < -1e29).all() and not np.any(grads[0][~sees])
+    wanted = quick_jit(functools.partial(attention._part_backward, False))(*backward)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), grads, wanted)
+
+
+def test_blocks_out_of_sight_are_not_visited():
+    """What holds nan there would spread it, masked or not."""
+    last = jnp.broadcast_to(jnp.minimum(jnp.arange(ROWS) // 2, 20), (1, 1, ROWS))
+    (q, k, v, _), (_, d_out, lse, delta, *_) = part(last)
+    k, v = (x.at[:, :, 32:].set(jnp.nan) for x in (k, v))  # beyond the second block of 16
+    (out, _), (d_q, _, _) = kernels((q, k, v, last), (q, d_out, lse, delta, k, v, last))
+    assert np.isfinite(out).all() and np.isfinite(d_q).all()
+    q, d_out = (x.at[:, :, :16].set(jnp.nan) for x in (q, d_out))  # rows that see keys up to 7
+    last = last.at[..., 16:].set(KEYS - 1)
+    _, (_, d_k, d_v) = kernels((q, k, v, last), (q, d_out, lse, delta, *part(last)[0][1:3], last))
+    assert np.isfinite(d_k[:, :, 32:]).all() and np.isfinite(d_v[:, :, 32:]).all()
+    assert np.isnan(d_k[:, :, :8]).any()
+
+
+# --------------------------------------------------------------------- where it runs
+
+
+def test_platforms():
+    """Decided where the program is lowered: no GPU or TPU is needed to compile for one."""
+    args = [jax.ShapeDtypeStruct((2, 300, n, 32), jnp.bfloat16) for n in (H, J, J)]
+
+    def lowered(kind, platform):
+        gradient = jax.grad(lambda *args: attention.causal(*args, kind).astype(jnp.float32).sum(), (0, 1, 2))
+        return jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+    for platform, name in (("cuda", "triton"), ("tpu", "tpu_custom_call")):
+        assert lowered("auto", platform).count(name) >= 3 and name not in lowered("blocks", platform)
+    assert "custom_call" not in lowered("auto", "cpu")
+
+
+def test_a_cpu_is_refused():
+    config = Config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flash"))
+    with pytest.raises(ConfigError, match="model.attention='flash' needs an NVIDIA GPU or a TPU"):
+        assemble(config, None, Path("nowhere"))
+
+
+def test_axes_are_those_of_the_mesh():
+    assert flash.QUERY_AXES == sharding.QUERY_AXES and flash.HEAD_AXES == (sharding.RULES["kv_heads"],)
+
+
+def test_devices_share_queries_and_heads():
+    """Values and gradients as on one device, and no operand is gathered; 3 queries stay whole."""
+    out = run_on_8_devices("""
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from fgrpo_jax.models import attention
+        from fgrpo_jax.sharding import make_mesh, on_mesh
+
+        def gradients(q, k, v):
+            return jax.grad(lambda *x: (attention.causal(*x, "flash") ** 2).sum(), (0, 1, 2))(q, k, v)
+
+        rng, mesh = np.random.default_rng(0), make_mesh(2, 2, 2)
+        for batch, place in ((8, P(("data", "fsdp"), None, "tensor")), (3, P(None, None, "tensor"))):
+            args = [jnp.asarray(rng.normal(size=(batch, 20, n, 16)), jnp.float32) for n in (4, 2, 2)]
+            split = jax.device_put(args, NamedSharding(mesh, place))
+            compiled = jax.jit(on_mesh(mesh)(gradients)).lower(*split).compile()
+            assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+            for x, y in zip(compiled(*split), jax.jit(gradients)(*args)):
+                np.testing.assert_allclose(x, y, atol=2e-5)
+        print("fine")
+    """)
+    assert out == ["fine"]
