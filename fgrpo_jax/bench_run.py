@@ -115,7 +115,7 @@ def fixed_rollout(
 
 
 def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: PyTree, query: Query) -> Array:
-    """The matrix products of `steps` decoding steps and nothing else: what those steps could cost at best.
+    """The matrix products of `steps` decoding steps and nothing else: about what those steps cost at best.
 
     Same operands in the same layout, chained so that none can be left out; the values mean
     nothing. Left out are the products with a rollout's own keys and values, which are small.

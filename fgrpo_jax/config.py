@@ -82,8 +82,9 @@ class ModelConfig:
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     attention: Literal["auto", "blocks", "flash"] = "auto"
-    """Flash: Pallas kernels, for NVIDIA GPUs and TPUs; blocks: matrix products, anywhere; auto:
-    flash where it runs. (Own tokens of rollouts and decoding always use matrix products.)"""
+    """Flash: Pallas kernels, for NVIDIA GPUs from compute capability 8.0 and TPUs from v5; blocks:
+    matrix products, anywhere; auto: flash there, blocks elsewhere. (Own tokens of rollouts and
+    decoding always use matrix products.)"""
     logit_chunk: int = 4096
     """Completion tokens whose full-vocabulary logits exist at once (unconstrained only)."""
 
@@ -281,6 +282,10 @@ def from_json(text: str) -> Config:
     return _build(Config, value, "config")
 
 
+def _plain(default: Any) -> Any:
+    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+
+
 def _build(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: expected an object, found {type(value).__name__}")
@@ -288,7 +293,10 @@ def _build(cls: type, value: Any, where: str) -> Any:
     if unknown := sorted(set(value) - set(fields)):
         raise ConfigError(f"{where}: unknown field(s) {', '.join(unknown)}")
     if missing := sorted(set(fields) - set(value)):
-        raise ConfigError(f"{where}: missing field(s) {', '.join(missing)}")
+        raise ConfigError(
+            f"{where}: missing field(s) {', '.join(missing)}; a file of an older version gets along with the "
+            f"defaults: add {json.dumps({name: _plain(fields[name].default) for name in missing})}"
+        )
     built = {}
     for name, field in fields.items():
         default = field.default

@@ -21,7 +21,7 @@ from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
-from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
@@ -69,12 +69,8 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
 
     dataset: may be None for a run that has its tokenizer, where no query is to be encoded.
 
-    Raises ConfigError when the parts do not fit each other, or the devices.
+    Raises ConfigError when the parts do not fit each other.
     """
-    if config.model.attention == "flash" and jax.default_backend() == "cpu":
-        raise ConfigError(
-            "model.attention='flash' needs an NVIDIA GPU or a TPU, and this is a CPU: set 'auto' or 'blocks'"
-        )
     saved = run_dir / "tokenizer"
     if saved.is_dir():
         tokenizer = tokenizers.from_directory(str(saved))
@@ -86,9 +82,14 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
     return Experiment(config, dataset, tokenizer, spec, mesh, places)
 
 
+def attention_of(model: ModelConfig) -> str:
+    """How the devices here attend: a run trained with flash may be evaluated where it does not run."""
+    return model.attention if flash.runs_on(jax.devices()[0]) else "blocks"
+
+
 def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
     numerics = {"dtype": model.dtype, "param_dtype": model.param_dtype}
-    numerics |= {"remat": model.remat, "attention": model.attention, "logit_chunk": model.logit_chunk}
+    numerics |= {"remat": model.remat, "attention": attention_of(model), "logit_chunk": model.logit_chunk}
     if model.checkpoint:
         spec = hf.read_spec(model.checkpoint, **numerics)
         if vocab_size > spec.vocab_size:

@@ -17,7 +17,7 @@ from fgrpo_jax.models import decoder, head
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
 
 
-_BLOCK = 128  # choices of which one is drawn at once
+_BLOCK = 128  # choices of a block: draws among more are draws of a block, then within it
 
 
 class Sampler(NamedTuple):
@@ -112,9 +112,9 @@ def _next_token(
 def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     """An index of the last axis and its log-probability; the argmax where `key` is None.
 
-    Drawn by inverting the distribution function, of blocks and then within one: two uniform
-    numbers a draw. Gumbel noise takes one for every logit, which costs more than the logits.
-    Nothing of probability 0 is ever drawn.
+    Drawn by inverting the distribution function, of up to _BLOCK choices by one uniform number,
+    of more by two, for the block and within it. Gumbel noise takes one for every logit, which
+    costs more than the logits. Probabilities are met to 2^-24, and what has none is never drawn.
     """
     peak = logit_BGX.max(-1, keepdims=True)
     weight = jnp.exp(logit_BGX - peak)
@@ -128,7 +128,7 @@ def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
         blocks = jnp.pad(weight, [(0, 0), (0, 0), (0, -size % _BLOCK)]).reshape(*weight.shape[:-1], -1, _BLOCK)
         block = _draw(blocks.sum(-1), u[0])
         within = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
-        pick = block * _BLOCK + _draw(within, u[1])
+        pick = jnp.minimum(block * _BLOCK + _draw(within, u[1]), size - 1)  # nan must not lead beyond
     chosen = jnp.take_along_axis(logit_BGX - peak, pick[..., None], -1)[..., 0]
     return pick, chosen - jnp.log(weight.sum(-1))
 
@@ -136,6 +136,7 @@ def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
 def _draw(weight: Array, u: Array) -> Array:
     """The index whose share of the weights [..., n] the number u in [0, 1) falls into."""
     total = jnp.cumsum(weight, -1)
+    u = u + 2.0**-24  # amid the multiples of 2^-23 that are drawn: 0 would find any first weight
     # Sums of a parallel scan are rounded differently, so ask for a positive weight too.
     reached = (total > u[..., None] * total[..., -1:]) & (weight > 0)
     return jnp.where(reached.any(-1), _first(reached), _first(weight == weight.max(-1, keepdims=True)))

@@ -21,7 +21,7 @@ from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.data import evaluation_examples
 from fgrpo_jax.datasets import DataError
 from fgrpo_jax.evaluate import score
-from fgrpo_jax.experiment import Experiment, Predictor, make_policy
+from fgrpo_jax.experiment import Experiment, Predictor, attention_of, make_policy
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import warn_of_merges
 from fgrpo_jax.run import MetricsLog, Progress, read_config, write_atomically
@@ -32,10 +32,15 @@ from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainingError, TrainSt
 def check_training(experiment: Experiment) -> None:
     """Refuse, before anything is written or compiled, what only training needs.
 
-    Raises ConfigError for batches that do not fit the mesh and for a start that does not fit,
-    DataError for splits that are not there.
+    Raises ConfigError for batches that do not fit the mesh, for a start that does not fit and for
+    attention that does not run here, DataError for splits that are not there.
     """
     config, dataset = experiment.config, experiment.dataset
+    if config.model.attention == "flash" and attention_of(config.model) != "flash":
+        raise ConfigError(
+            "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
+            f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
+        )
     has = f"data set {dataset.name!r} has only {', '.join(dataset.splits)}: add its raw file, or"
     for name, stage in (("sft", config.sft), ("rl", config.rl)):
         if stage.steps:

@@ -67,6 +67,7 @@ def with_gradients(f, args):
 
 def set_blocks(monkeypatch, scores, stretch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
+    monkeypatch.setattr(attention, "LEAST_ROWS", 1)
     monkeypatch.setattr(attention, "STRETCH", stretch)
 
 

@@ -178,6 +178,15 @@ def test_cached_decode_equals_full_forward(spec, params, query, actions, layers)
     np.testing.assert_allclose(decoded_hidden(spec, params, query, actions), full, atol=5e-5)
 
 
+def test_bfloat16_decoding_is_near_the_full_forward(spec, params, query, actions):
+    """Both round, in different places: hidden states of size 1 to 0.05 (8 bits of mantissa, 3 layers)."""
+    spec = spec._replace(dtype="bfloat16")
+    full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
+    decoded = decoded_hidden(spec, params, query, actions)
+    assert full.dtype == decoded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(decoded.astype(np.float32), full.astype(np.float32), atol=0.05)
+
+
 # --------------------------------------------------------------------- the head
 
 

@@ -1,8 +1,8 @@
 """The kernels, interpreted, against the blocks and against one softmax written out."""
 
-import dataclasses
 import functools
-from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,8 @@ from helpers import quick_jit
 from test_attention import PROMPT, SHARED, H, J, plain_causal, plain_shared_prefix, random, with_gradients
 from test_sharding import run_on_8_devices
 
-from fgrpo_jax import sharding
-from fgrpo_jax.config import Config, ConfigError
-from fgrpo_jax.experiment import assemble
+from fgrpo_jax import experiment, sharding, stage
+from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.models import attention, flash
 
 causal = functools.partial(attention.causal, kind="flash")
@@ -98,6 +97,26 @@ def test_blocks_out_of_sight_are_not_visited():
     assert np.isnan(d_k[:, :, :8]).any()
 
 
+@pytest.mark.parametrize("target", [flash.GPU, flash.TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("dtype, near", [("float32", 2e-5), ("bfloat16", 0.03)])
+def test_the_blocks_of_devices(target, dtype, near):
+    """Theirs are larger, and narrower for wide heads: several blocks of rows and keys, the last not full."""
+    interpreted = target._replace(interpret=True, params=lambda size: None, scalars=None)
+    q, d_out = (random((1, 1, 600, 128), seed, dtype) for seed in (0, 1))
+    k, v = (random((1, 1, 300, 128), seed, dtype) for seed in (2, 3))
+    q, last = q * 128**-0.5, jnp.arange(600) // 2
+    lse, delta = 6 + random((1, 1, 600), 4), random((1, 1, 600), 5)
+    forward, backward = (q, k, v, last[None, None]), (q, d_out, lse, delta, k, v, last[None, None])
+    for ours, theirs, args in (
+        (flash.part_forward, attention._part_forward, forward),
+        (flash.part_backward, attention._part_backward, backward),
+    ):
+        found = quick_jit(functools.partial(ours, interpreted))(*args)
+        wanted = quick_jit(functools.partial(theirs, False))(*args)
+        scale = [max(1.0, float(jnp.abs(x).max())) for x in wanted]
+        jax.tree.map(lambda x, y, s: np.testing.assert_allclose(x / s, y / s, atol=near), list(found), list(wanted), scale)
+
+
 # --------------------------------------------------------------------- where it runs
 
 
@@ -114,11 +133,37 @@ def test_platforms():
     assert "custom_call" not in lowered("auto", "cpu")
 
 
-def test_a_cpu_is_refused():
-    config = Config()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flash"))
-    with pytest.raises(ConfigError, match="model.attention='flash' needs an NVIDIA GPU or a TPU"):
-        assemble(config, None, Path("nowhere"))
+class Device(NamedTuple):
+    platform: str
+    device_kind: str = ""
+    compute_capability: str = ""
+
+
+@pytest.mark.parametrize(
+    "device, runs",
+    [
+        (Device("cpu", "cpu"), False),
+        (Device("gpu", "NVIDIA H100 80GB HBM3", "9.0"), True),
+        (Device("gpu", "NVIDIA A100", "8.0"), True),
+        (Device("gpu", "Tesla T4", "7.5"), False),
+        (Device("gpu", "AMD Instinct MI300X", "gfx942"), False),
+        (Device("tpu", "TPU v5 lite"), True),
+        (Device("tpu", "TPU v4"), False),
+    ],
+)
+def test_where_it_runs(device, runs, monkeypatch):
+    assert flash.runs_on(device) == runs
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    for kind in ("auto", "flash", "blocks"):
+        assert experiment.attention_of(ModelConfig(attention=kind)) == (kind if runs else "blocks")
+
+
+def test_training_with_it_on_a_cpu_is_refused():
+    """Evaluation and export of what it trained are not: they attend in blocks."""
+    config = Config(model=ModelConfig(attention="flash"))
+    asked = experiment.Experiment(config, SimpleNamespace(name="none", splits={}), None, None, None, None)
+    with pytest.raises(ConfigError, match="model.attention='flash' needs an NVIDIA GPU .* and this is a cpu"):
+        stage.check_training(asked)
 
 
 def test_axes_are_those_of_the_mesh():

@@ -1,11 +1,17 @@
 """A program started again: same arguments, same process, once."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from fgrpo_jax import launch
+
+ROOT = Path(launch.__file__).parents[1]
 
 PROGRAM = """
 import json, os, sys
@@ -13,21 +19,53 @@ from fgrpo_jax.launch import prefer_huge_pages
 before = os.environ.get("GLIBC_TUNABLES")
 print("started", flush=True)
 prefer_huge_pages()
-print(json.dumps([before, sys.argv[1:], os.getpid()]))
+print(json.dumps([before, sys.argv[1:], os.getpid(), "error" in sys.warnoptions]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
-@pytest.mark.parametrize("given, times, found", [(None, 2, "glibc.malloc.hugetlb=1"), ("", 1, "")])
-def test_a_program_starts_again_at_most_once(tmp_path, given, times, found):
-    path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+
+
+def start(folder, *command, tunables=None):
+    """What the program in `folder` said, and its process."""
+    (folder / "program.py").write_text(PROGRAM)
     environ = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    environ |= {} if given is None else {"GLIBC_TUNABLES": given}
+    environ |= {} if tunables is None else {"GLIBC_TUNABLES": tunables}
+    environ["PYTHONPATH"] = str(ROOT)
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", path, "--an", "argument with space"],
-        env=environ, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-W", "error", *command, "--an", "argument with space"],
+        cwd=folder, env=environ, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     *starts, line = process.communicate()[0].splitlines()
-    assert process.returncode == 0 and starts == ["started"] * times
-    assert json.loads(line) == [found, ["--an", "argument with space"], process.pid]
+    assert process.returncode == 0
+    return starts, json.loads(line), process.pid
+
+
+@pytest.mark.parametrize("command", [("program.py",), ("-m", "program")])
+@pytest.mark.parametrize("given, times, found", [(None, 2, "glibc.malloc.hugetlb=1"), ("", 1, "")])
+def test_a_program_starts_again_at_most_once(tmp_path, command, given, times, found):
+    starts, said, pid = start(tmp_path, *command, tunables=given)
+    assert starts == ["started"] * times
+    assert said == [found, ["--an", "argument with space"], pid, True]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "import runpy, sys; sys.argv[0] = 'program.py'; runpy.run_path('program.py', run_name='__main__')",
+        "import pdb, runpy; runpy.run_path('program.py', run_name='__main__')",
+        "import runpy, sys; sys.executable = ''; runpy.run_path('program.py', run_name='__main__')",
+    ],
+)
+def test_what_hosts_a_program_is_not_started_again(tmp_path, host):
+    (tmp_path / "host.py").write_text(host)
+    starts, (before, *_), _ = start(tmp_path, "host.py")
+    assert starts == ["started"] and before is None
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "fgrpo_jax/bench.py"])
+def test_the_programs_ask_for_them(program):
+    """First, under `if __name__ == "__main__"`."""
+    last = ast.parse((ROOT / program).read_text()).body[-1]
+    assert ast.unparse(last.test) == "__name__ == '__main__'"
+    assert ast.unparse(last.body[0]) == "prefer_huge_pages()"

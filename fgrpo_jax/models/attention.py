@@ -38,6 +38,7 @@ _MASKED = -1e30  # finite, so that a fully masked part merges without nan
 _WIDE = jnp.float32
 
 BLOCK_SCORES = 2**21  # scores of a block, over all queries and kv heads of the batch
+LEAST_ROWS = 256  # of a block all the same: of many queries, products of fewer rows are slow
 STRETCH, STRETCHES = 128, 8  # least positions and largest number of the stretches of `causal`
 
 
@@ -105,7 +106,10 @@ def decode(
 
 
 def bias(visible: Array) -> Array:
-    """What to add to scores: 0 where visible. (XLA CPU fuses sums into products, choices not.)"""
+    """What to add to scores, which must be finite: 0 where visible.
+
+    A sum and not a choice, because XLA CPU fuses sums into matrix products.
+    """
     return jnp.where(visible, 0.0, _MASKED)
 
 
@@ -219,7 +223,7 @@ def _over_chunks(block, keys: int, by_row: list[Array], summed):
     lead = by_row[0].shape[:-2]
     rows = by_row[0].shape[-2]
     at = len(lead)
-    budget = max(1, BLOCK_SCORES // (keys * math.prod(lead)))
+    budget = max(LEAST_ROWS, BLOCK_SCORES // (keys * math.prod(lead)))
     chunks = -(-rows // budget)
     if chunks == 1:
         return block(*by_row)

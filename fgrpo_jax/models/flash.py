@@ -88,6 +88,19 @@ def part_backward(
 # --------------------------------------------------------------------- devices
 
 
+def runs_on(device: jax.Device) -> bool:
+    """Whether the kernels compile for it.
+
+    Triton wants compute capability 8.0; TPUs before v5 have too little VMEM for long prompts.
+    """
+    if device.platform == "tpu":
+        return not device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    if device.platform != "gpu":
+        return False
+    capability = device.compute_capability  # "9.0"; of AMD's a name
+    return capability.replace(".", "").isdigit() and float(capability) >= 8
+
+
 def _split(function, target: Target, results: int, *args: Array) -> tuple[Array, ...]:
     """`function` of every device's own queries and kv heads.
 
