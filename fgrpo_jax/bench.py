@@ -23,8 +23,10 @@ import jax
 from fgrpo_jax import bench_flops, bench_run
 from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.bench_run import PRESETS, WORKLOADS
+from fgrpo_jax.config import ModelConfig
+from fgrpo_jax.experiment import attention_of
 from fgrpo_jax.launch import prefer_huge_pages
-from fgrpo_jax.models import decoder, flash
+from fgrpo_jax.models import decoder
 
 # --------------------------------------------------------------------- one workload, reported
 
@@ -211,7 +213,7 @@ def main(argv: list[str]) -> int:
     workload, dtype = PRESETS[args.preset]
     workload = args.workload or workload
     spec, shape = WORKLOADS[workload]
-    spec = spec._replace(dtype=dtype, attention="auto" if flash.runs_on(jax.devices()[0]) else "blocks")
+    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()))
     found = report(workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
     print(table(found), flush=True)
     if args.scan:

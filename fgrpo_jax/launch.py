@@ -12,7 +12,7 @@ def prefer_huge_pages() -> None:
     """Start this program again with huge pages for large allocations (Linux, GNU libc).
 
     On CPU, XLA takes fresh memory for the temporaries of every step, and the first touch of
-    each 4 kB page goes through the kernel: 5 to 15 % of an update. With 2 MB pages it hardly
+    each 4 kB page goes through the kernel: 7 % of W1's update (bench), 12 % of the default's. With 2 MB pages it hardly
     shows. The C library (from glibc 2.35) reads the setting when a process starts, so the
     program is executed once more, same process id, same arguments. Not under a debugger or in a
     notebook, which would start again too, and not where the environment sets GLIBC_TUNABLES

@@ -85,7 +85,10 @@ def test_blocks_change_nothing(case, scores, stretch, monkeypatch):
 def test_bfloat16_is_near_float32(case, monkeypatch):
     """Outputs of size 1 to 0.02 (8 bits of mantissa), gradients of up to 5 to 0.1."""
     set_blocks(monkeypatch, 500, 7)
-    blocks, one, args = CASES[case]
+    assert_bfloat16_is_near_float32(*CASES[case])
+
+
+def assert_bfloat16_is_near_float32(blocks, one, args):
     half = [x.astype(jnp.bfloat16) for x in args]
     (out, grads), (near, near_grads) = with_gradients(blocks, half), with_gradients(one, half)
     assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads)

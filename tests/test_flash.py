@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import test_attention
 from helpers import quick_jit
-from test_attention import PROMPT, SHARED, H, J, plain_causal, plain_shared_prefix, random, with_gradients
+from test_attention import (
+    PROMPT,
+    SHARED,
+    H,
+    J,
+    assert_bfloat16_is_near_float32,
+    plain_causal,
+    plain_shared_prefix,
+    random,
+    with_gradients,
+)
 from test_sharding import run_on_8_devices
 
 from fgrpo_jax import experiment, sharding, stage
@@ -39,13 +49,7 @@ def test_kernels_are_one_softmax(case, lengths, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_near_float32(case):
     """As the same test of the blocks."""
-    ours, one, args = CASES[case]
-    half = [x.astype(jnp.bfloat16) for x in args]
-    (out, grads), (near, near_grads) = with_gradients(ours, half), with_gradients(one, half)
-    assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads)
-    np.testing.assert_allclose(out.astype(np.float32), near.astype(np.float32), atol=0.02)
-    for x, y in zip(grads, near_grads, strict=True):
-        np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), atol=0.1)
+    assert_bfloat16_is_near_float32(*CASES[case])
 
 
 # --------------------------------------------------------------------- one part
