@@ -31,7 +31,7 @@ def start(folder, *command, tunables=None):
     (folder / "program.py").write_text(PROGRAM)
     environ = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     environ |= {} if tunables is None else {"GLIBC_TUNABLES": tunables}
-    environ["PYTHONPATH"] = str(ROOT)
+    environ["PYTHONPATH"] = os.pathsep.join((str(folder), str(ROOT)))
     process = subprocess.Popen(
         [sys.executable, "-W", "error", *command, "--an", "argument with space"],
         cwd=folder, env=environ, stdout=subprocess.PIPE, text=True,
@@ -60,6 +60,13 @@ def test_a_program_starts_again_at_most_once(tmp_path, command, given, times, fo
 def test_what_hosts_a_program_is_not_started_again(tmp_path, host):
     (tmp_path / "host.py").write_text(host)
     starts, (before, *_), _ = start(tmp_path, "host.py")
+    assert starts == ["started"] and before is None
+
+
+def test_a_debugger_is_not_started_again(tmp_path):
+    """Its module is there before the program runs; the command line is the program's own."""
+    (tmp_path / "sitecustomize.py").write_text("import pdb\n")
+    starts, (before, *_), _ = start(tmp_path, "program.py")
     assert starts == ["started"] and before is None
 
 
