@@ -109,17 +109,21 @@ def make_update(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
         return jax.lax.scan(add, zero, parts)[0]
 
+    def apply(params: PyTree, opt_state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     def one_update(carry, _, frozen, batch):
         params, opt_state = carry
         (loss, metrics), grads = gradient(params, frozen, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        new = optax.apply_updates(params, updates), new_opt_state
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state))
+        # Once or not at all, by a loop: it works in place. A choice between the old and the new copies
+        # the moments on CPU; lax.cond copies everything on GPU.
+        new = jax.lax.fori_loop(0, finite.astype(jnp.int32), lambda _, old: apply(*old, grads), carry)
         one = jnp.float32(1)
         metrics |= {"loss": Mean(loss, one), "grad_norm": Mean(norm, one)}
-        return kept, metrics | {"nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
+        return new, metrics | {"nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
 
     def update(state: TrainState, frozen: PyTree, batch: Batch):
         (params, opt_state), metrics = jax.lax.scan(
