@@ -23,6 +23,7 @@ from jax import jit
 from fgrpo_jax import sampling, transcript
 from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.models import decoder, head
+from fgrpo_jax.models.layers import linear
 from fgrpo_jax.objectives import clipped_pg
 from fgrpo_jax.types import (
     SLATE,
@@ -127,12 +128,12 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
 
     def body(_, x_ND):
         for layer, k, v in zip(weights["layers"], prompt.k, prompt.v, strict=True):
-            new = decoder.linear(x_ND, layer["k"]) + decoder.linear(x_ND, layer["v"])
-            q = decoder.linear(x_ND, layer["q"]) + new.mean()
+            new = linear(x_ND, layer["k"]) + linear(x_ND, layer["v"])
+            q = linear(x_ND, layer["q"]) + new.mean()
             attended = q.reshape(batch, kv_heads, -1, spec.head_dim) @ k @ v
-            x_ND = decoder.linear(attended.reshape(q.shape), layer["o"], axes_in=2)
-            inner = decoder.linear(x_ND, layer["gate"]) + decoder.linear(x_ND, layer["up"])
-            x_ND = decoder.linear(inner, layer["down"])
+            x_ND = linear(attended.reshape(q.shape), layer["o"], axes_in=2)
+            inner = linear(x_ND, layer["gate"]) + linear(x_ND, layer["up"])
+            x_ND = linear(inner, layer["down"])
         logit = head.logits(weights, x_ND)
         return (x_ND + logit.max(-1, keepdims=True)).astype(spec.dtype)
 

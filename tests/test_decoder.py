@@ -9,6 +9,7 @@ import pytest
 from helpers import quick_jit
 
 from fgrpo_jax.models import decoder, head
+from fgrpo_jax.models.layers import rms_norm
 
 B, G, T = 3, 2, 6
 
@@ -115,6 +116,17 @@ def test_one_layer_and_an_untied_head(spec, query, actions, layers, tied):
     np.testing.assert_allclose(
         shared(spec, params, query, actions), plain(spec, params, query, actions), atol=2e-4
     )
+
+
+def test_the_gradient_of_a_norm():
+    rng = np.random.default_rng(3)
+    x, scale, ahead = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 5, 3, 8), (8,), (2, 5, 3, 8)))
+
+    def gradient(norm):
+        return jax.grad(lambda x, scale: (norm(x, scale, 1e-6) * ahead).sum(), (0, 1))(x, scale)
+
+    for found, expected in zip(gradient(rms_norm), gradient(plain_norm), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rollouts_do_not_see_each_other(spec, params, query, actions):

@@ -21,7 +21,6 @@ RMS norm of queries and keys, rotary embedding, SwiGLU. Norms and softmax run in
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import flax.struct
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.models import attention, head
+from fgrpo_jax.models.layers import apply_rope, linear, rms_norm, rope_tables
 from fgrpo_jax.types import Array, PyTree
 
 KEPT = "result of a projection"
@@ -127,38 +127,6 @@ def init(spec: DecoderSpec, key: Array) -> PyTree:
 
 
 # --------------------------------------------------------------------- the block
-
-
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMS norm over the last axis, in float32, back in the type of `x`."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of shape [..., 1, E/2]; the added axis is the head's."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotate pairs (i, i + E/2) of [..., H, E]."""
-    cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-def linear(x: Array, w: Array, axes_in: int = 1) -> Array:
-    """`x [..., in] @ w [in, out]`, both sides possibly several axes, as one plain matrix product.
-
-    Written as an einsum over several token axes, the same product's gradient runs 2-3 times
-    slower on CPU: XLA then lays the weight gradient's operands out transposed.
-    """
-    lead, shape_in, shape_out = x.shape[: x.ndim - axes_in], w.shape[:axes_in], w.shape[axes_in:]
-    size_in, size_out = math.prod(shape_in), math.prod(shape_out)
-    return (x.reshape(-1, size_in) @ w.reshape(size_in, size_out)).reshape(*lead, *shape_out)
 
 
 def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
