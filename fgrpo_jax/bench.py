@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
-    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size")
+    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size (w1: 20 minutes)")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
     parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")
@@ -218,7 +218,7 @@ def main(argv: list[str]) -> int:
     print(table(found), flush=True)
     if args.scan:
         print(SCAN_HEAD)
-        found["scan"] = scan(spec, shape._replace(batch=1), max(1, args.repeats // 2), not args.no_repeated)
+        found["scan"] = scan(spec, shape._replace(batch=1), args.repeats // 2 + 1, not args.no_repeated)
         print("\n".join(growth(found["scan"])))
         draw(found["scan"], args.png)
     if args.json:
