@@ -32,15 +32,16 @@ from fgrpo_jax.models import decoder
 
 
 def compare(
-    spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool, profile: str = ""
-) -> dict[str, Any]:
+    spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool,
+    profile: str = "", parts: tuple[str, ...] = bench_run.PARTS,
+) -> dict[str, Any]:  # fmt: skip
     """The shared path and, when asked, the repeated one after it (so peaks are the path's own)."""
     found: dict[str, Any] = {}
     for path, sizes in (("shared", shape), ("repeated", bench_flops.repeated(shape))):
         if path == "repeated" and not with_repeated:
             continue
         programs = bench_run.build(spec, sizes, shape.batch)
-        found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "")
+        found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "", parts)
         temporary = programs.update.memory_analysis().temp_size_in_bytes / 2**30
         found[path] |= {
             "compile_s": programs.compile_s,
@@ -114,7 +115,8 @@ def table(found: dict) -> str:
     shares = f"{read:.1%} of the copy bandwidth, {computed:.1%} of the matmul rate"
     products = found["decode_products_s"]
     lines.append(f"decoding step {step * 1e3:.2f} ms: {shares}")
-    lines.append(f"its matrix products alone {products * 1e3:.2f} ms: the step takes {step / products:.2f} times as long")
+    times = f"the step takes {step / products:.2f} times as long"
+    lines.append(f"its matrix products alone {products * 1e3:.2f} ms: {times}")
     sampled, trained = found["sampled_tokens_per_s"], found["trained_tokens_per_s"]
     lines.append(f"{sampled:.0f} tokens/s sampled, {trained:.0f} tokens/s trained")
     if "update_ratio" in found:
@@ -133,7 +135,7 @@ def scan(spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: b
     for prompt in (shape.prompt // 4, shape.prompt // 2, shape.prompt, 2 * shape.prompt):
         for group in (shape.group // 2, shape.group, 2 * shape.group):
             here = shape._replace(prompt=prompt, group=group)
-            found = compare(spec, here, repeats, with_repeated)
+            found = compare(spec, here, repeats, with_repeated, parts=())
             rows.append(here._asdict() | {"gflop": bench_flops.update_flops(spec, here) / 1e9} | found)
             print(scan_line(rows[-1]), flush=True)
     return rows

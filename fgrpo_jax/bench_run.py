@@ -59,6 +59,8 @@ WORKLOADS = {
     ),
 }
 PRESETS = {"cpu": ("w1", "float32"), "gpu": ("qwen3-0.6b", "bfloat16")}
+PARTS = ("prefill", "products")  # of a rollout, timed on their own
+_WARM_UP = 2
 _GRAMMAR = transcript.Grammar((), (2,), (3,), 1, 1, 1, 1, 1)  # unconstrained sampling never reads it
 
 
@@ -196,21 +198,26 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "n": len(seconds)}
 
 
-def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, dict]:
-    """Seconds of prefill, products, rollout, update and rollout + update; the first of each is dropped."""
+def measure(
+    programs: Programs, repeats: int, profile: str = "", parts: tuple[str, ...] = PARTS
+) -> dict[str, dict]:
+    """Seconds of rollout, update and both together, and of the `parts` of a rollout.
+
+    The first _WARM_UP rounds are dropped: until then the process still grows.
+    """
     state, batch = programs.state, programs.batch
-    times: dict[str, list[float]] = {name: [] for name in ("prefill", "products", "rollout", "update", "total")}
-    for i in range(repeats + 1):
-        if profile and i == repeats:
+    times: dict[str, list[float]] = {name: [] for name in (*parts, "rollout", "update", "total")}
+    for i in range(_WARM_UP + repeats):
+        last = i == _WARM_UP + repeats - 1
+        if profile and last:
             jax.profiler.start_trace(profile)
-        prefill_s, _ = timed(programs.prefill, state.params, batch.query)
-        products_s, _ = timed(programs.products, state.params, batch.query)
+        seconds = [timed(getattr(programs, name), state.params, batch.query)[0] for name in parts]
         rollout_s, rollout = timed(programs.rollout, state.params, batch.query, jax.random.key(1))
         update_s, (state, _) = timed(programs.update, state, batch.replace(rollout=rollout))
-        if profile and i == repeats:
+        if profile and last:
             jax.profiler.stop_trace()
-        if i:
-            seconds = prefill_s, products_s, rollout_s, update_s, rollout_s + update_s
+        seconds += [rollout_s, update_s, rollout_s + update_s]
+        if i >= _WARM_UP:
             for name, s in zip(times, seconds, strict=True):
                 times[name].append(s)
     return {name: summary(s) for name, s in times.items()}

@@ -97,6 +97,29 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh():
     assert out == ["fine"]
 
 
+def test_draws_do_not_depend_on_the_mesh():
+    """From a vocabulary that lies in parts on several devices; 1,000 has a block cut short."""
+    out = run_on_8_devices("""
+        import jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from fgrpo_jax.sampling import choose
+        from fgrpo_jax.sharding import make_mesh
+        key = jax.random.key(1)
+        choose = jax.jit(choose)
+        for size in (96, 1000, 2048):
+            logit = 3 * np.random.default_rng(0).normal(size=(8, 16, size)).astype(np.float32)
+            one = choose(logit, key)
+            assert len(np.unique(one[0])) > 20
+            for sizes in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
+                place = NamedSharding(make_mesh(*sizes), P(("data", "fsdp"), None, "tensor"))
+                many = choose(jax.device_put(logit, place), key)
+                np.testing.assert_array_equal(many[0], one[0])
+                np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+        print("fine")
+    """)
+    assert out == ["fine"]
+
+
 def test_one_device():
     mesh = make_mesh(-1, 1, 1, jax.devices()[:1])
     x = np.arange(6).reshape(3, 2)
