@@ -32,16 +32,20 @@ from fgrpo_jax.models import decoder
 
 
 def compare(
-    spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool,
-    profile: str = "", parts: tuple[str, ...] = bench_run.PARTS,
-) -> dict[str, Any]:  # fmt: skip
+    spec: decoder.DecoderSpec,
+    shape: Shape,
+    repeats: int,
+    with_repeated: bool,
+    profile: str = "",
+    parts: tuple[str, ...] = bench_run.PARTS,
+) -> dict[str, Any]:
     """The shared path and, when asked, the repeated one after it (so peaks are the path's own)."""
     found: dict[str, Any] = {}
     for path, sizes in (("shared", shape), ("repeated", bench_flops.repeated(shape))):
         if path == "repeated" and not with_repeated:
             continue
-        programs = bench_run.build(spec, sizes, shape.batch)
-        found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "", parts)
+        programs = bench_run.build(spec, sizes, shape.batch, parts)
+        found[path] = bench_run.measure(programs, repeats, profile if path == "shared" else "")
         temporary = programs.update.memory_analysis().temp_size_in_bytes / 2**30
         found[path] |= {
             "compile_s": programs.compile_s,
@@ -189,6 +193,9 @@ def draw(rows: list[dict], path: str) -> None:
                 lengths = [row["prompt"] for row in some]
                 axes.plot(lengths, seconds, style, color=f"C{i}", label=f"G={group} {name}")
     axes.set(xlabel="prompt length S", ylabel="seconds per update", xscale="log", yscale="log")
+    lengths = sorted({row["prompt"] for row in rows})
+    axes.set_xticks(lengths, lengths)
+    axes.minorticks_off()
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -203,7 +210,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
-    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size (w1: 20 minutes)")
+    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size (w1 on two cores: 20 minutes)")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
     parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")

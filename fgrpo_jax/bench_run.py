@@ -65,13 +65,12 @@ _GRAMMAR = transcript.Grammar((), (2,), (3,), 1, 1, 1, 1, 1)  # unconstrained sa
 
 
 class Programs(NamedTuple):
-    """One workload, ready to run: `update(state, batch)`, `rollout(params, query, key)`, and of its
-    parts `prefill(params, query)` and `products(params, query)`, which prefills too."""
+    """One workload, ready to run: `update(state, batch)`, `rollout(params, query, key)`, and the
+    parts of a rollout asked for: `prefill(params, query)`; `products(params, query)`, which prefills too."""
 
-    prefill: Callable
-    products: Callable
     rollout: Callable
     update: Callable
+    parts: dict[str, Callable]
     state: TrainState
     batch: Batch
     compile_s: dict[str, float]
@@ -143,8 +142,10 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
     return jax.lax.fori_loop(0, steps, body, first)
 
 
-def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
-    """Compile prefill, rollout and update of a workload; the state has been through none."""
+def build(
+    spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[str, ...] = PARTS
+) -> Programs:
+    """Compile rollout, its `parts`, and update of a workload; the state has been through none."""
     sampler = sampling.Sampler(spec, _GRAMMAR, constrained=False)
 
     def logprobs(params, frozen, query, rollout):
@@ -171,9 +172,8 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
     batch = Batch(query, rollout, advantage, advantage, jnp.full(size, 1 / np.prod(size)))
     sample = functools.partial(fixed_rollout, spec, shape.group, shape.length)
     products = functools.partial(decode_products, spec, shape.group, shape.length)
-    jobs = {
-        "prefill": (prefill, (state.params, query), ()),
-        "products": (products, (state.params, query), ()),
+    of_rollout = {"prefill": prefill, "products": products}
+    jobs = {name: (of_rollout[name], (state.params, query), ()) for name in parts} | {
         "rollout": (sample, (state.params, query, jax.random.key(1)), ()),
         "update": (lambda state, batch: update(state, {}, batch), (state, batch), (0,)),
     }
@@ -182,7 +182,8 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int) -> Programs:
         begin = time.perf_counter()
         compiled[name] = jit(fn, donate_argnums=donated).lower(*args).compile()
         compile_s[name] = time.perf_counter() - begin
-    return Programs(**compiled, state=state, batch=batch, compile_s=compile_s)
+    rollout, update = compiled.pop("rollout"), compiled.pop("update")
+    return Programs(rollout, update, compiled, state, batch, compile_s)
 
 
 # --------------------------------------------------------------------- measuring
@@ -198,20 +199,18 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "n": len(seconds)}
 
 
-def measure(
-    programs: Programs, repeats: int, profile: str = "", parts: tuple[str, ...] = PARTS
-) -> dict[str, dict]:
-    """Seconds of rollout, update and both together, and of the `parts` of a rollout.
+def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, dict]:
+    """Seconds of rollout, update and both together, and of the parts of a rollout that were built.
 
     The first _WARM_UP rounds are dropped: until then the process still grows.
     """
     state, batch = programs.state, programs.batch
-    times: dict[str, list[float]] = {name: [] for name in (*parts, "rollout", "update", "total")}
+    times: dict[str, list[float]] = {name: [] for name in (*programs.parts, "rollout", "update", "total")}
     for i in range(_WARM_UP + repeats):
         last = i == _WARM_UP + repeats - 1
         if profile and last:
             jax.profiler.start_trace(profile)
-        seconds = [timed(getattr(programs, name), state.params, batch.query)[0] for name in parts]
+        seconds = [timed(part, state.params, batch.query)[0] for part in programs.parts.values()]
         rollout_s, rollout = timed(programs.rollout, state.params, batch.query, jax.random.key(1))
         update_s, (state, _) = timed(programs.update, state, batch.replace(rollout=rollout))
         if profile and last:

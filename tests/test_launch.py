@@ -13,7 +13,6 @@ import pytest
 from fgrpo_jax import launch
 
 ROOT = Path(launch.__file__).parents[1]
-SETTING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 
 PROGRAM = """
 import json, os, sys
@@ -21,7 +20,8 @@ from fgrpo_jax.launch import tune_malloc
 before = os.environ.get("GLIBC_TUNABLES")
 print("started", flush=True)
 tune_malloc()
-print(json.dumps([before, sys.argv[1:], os.getpid(), "error" in sys.warnoptions]))
+after = os.environ.get("GLIBC_TUNABLES")
+print(json.dumps([before, after, sys.argv[1:], os.getpid(), "error" in sys.warnoptions]))
 """
 
 # Page faults of filling 100 MB again and again, in another thread, as XLA does with a step's temporaries.
@@ -53,35 +53,50 @@ thread.join()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc is set up on Linux")
 
 
-def start(folder, *command, tunables=None, program=PROGRAM):
+def start(folder, *command, program=PROGRAM, stdin="", **environ):
     """What the program in `folder` printed before its last line, that line read, and its process."""
     (folder / "program.py").write_text(program)
-    environ = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    environ |= {} if tunables is None else {"GLIBC_TUNABLES": tunables}
-    environ["PYTHONPATH"] = os.pathsep.join((str(folder), str(ROOT)))
+    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environ = kept | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "JAX_PLATFORMS": "cpu"} | environ
     process = subprocess.Popen(
         [sys.executable, "-W", "error", *command, "--an", "argument with space"],
-        cwd=folder, env=environ, stdout=subprocess.PIPE, text=True,
+        cwd=folder, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    *starts, line = process.communicate()[0].splitlines()
+    *starts, line = process.communicate(stdin)[0].splitlines()
     assert process.returncode == 0
     return starts, json.loads(line), process.pid
 
 
 @pytest.mark.parametrize("command", [("program.py",), ("-m", "program")])
-@pytest.mark.parametrize("given, times, found", [(None, 2, SETTING), ("", 1, "")])
-def test_a_program_starts_again_at_most_once(tmp_path, command, given, times, found):
-    starts, said, pid = start(tmp_path, *command, tunables=given)
+@pytest.mark.parametrize(
+    "environ, times",
+    [({}, 2), ({"GLIBC_TUNABLES": ""}, 1), ({"JAX_PLATFORMS": "cuda,cpu"}, 1), ({"JAX_PLATFORMS": "tpu"}, 1)],
+)
+def test_a_program_starts_again_at_most_once(tmp_path, command, environ, times):
+    """The setting is for this process: what it starts must not inherit it."""
+    starts, (before, after, arguments, *process), pid = start(tmp_path, *command, **environ)
     assert starts == ["started"] * times
-    assert said == [found, ["--an", "argument with space"], pid, True]
+    assert bool(before) == (times == 2) and after == environ.get("GLIBC_TUNABLES")
+    assert arguments == ["--an", "argument with space"] and process == [pid, True]
+
+
+def test_devices_count_where_no_platform_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(launch, "_DEVICES", (str(tmp_path / "accel*"),))
+    assert not launch._has_accelerator()
+    (tmp_path / "accel0").touch()
+    assert launch._has_accelerator()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not launch._has_accelerator()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="set up for the GNU C library")
 def test_memory_is_kept_from_step_to_step(tmp_path):
-    """24,000 pages of 4 kB are touched by every step; by default they are page faults."""
-    _, by_default, _ = start(tmp_path, "program.py", tunables="", program=FAULTS)
+    _, by_default, _ = start(tmp_path, "program.py", program=FAULTS, GLIBC_TUNABLES="")
+    if by_default < 10_000:
+        pytest.skip(f"{by_default} page faults by default: nothing to see on this machine")
     _, kept, _ = start(tmp_path, "program.py", program=FAULTS)
-    assert by_default > 100 and kept < 10
+    assert kept < by_default / 1000
 
 
 @pytest.mark.parametrize(
@@ -92,9 +107,16 @@ def test_memory_is_kept_from_step_to_step(tmp_path):
         "import runpy, sys; sys.executable = ''; runpy.run_path('program.py', run_name='__main__')",
     ],
 )
-def test_what_hosts_a_program_is_not_started_again(tmp_path, host):
+@pytest.mark.parametrize("command", [("host.py",), ("-m", "host"), ("-m", "host", "program.py")])
+def test_what_hosts_a_program_is_not_started_again(tmp_path, host, command):
     (tmp_path / "host.py").write_text(host)
-    starts, (before, *_), _ = start(tmp_path, "host.py")
+    starts, (before, *_), _ = start(tmp_path, *command)
+    assert starts == ["started"] and before is None
+
+
+def test_a_program_from_standard_input_runs(tmp_path):
+    """It is read by then: a second start would find nothing."""
+    starts, (before, *_), _ = start(tmp_path, "-", stdin=PROGRAM)
     assert starts == ["started"] and before is None
 
 

@@ -120,6 +120,23 @@ def test_draws_do_not_depend_on_the_mesh():
     assert out == ["fine"]
 
 
+def test_the_gradient_of_a_norm_is_summed_where_it_lies():
+    """Queries and heads lie on different axes of the mesh; no device needs the others' heads."""
+    out = run_on_8_devices("""
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from fgrpo_jax.models.layers import rms_norm
+        from fgrpo_jax.sharding import make_mesh
+        place = NamedSharding(make_mesh(2, 2, 2), P(("data", "fsdp"), None, "tensor"))
+        x = jax.ShapeDtypeStruct((8, 4, 16, 8), jnp.float32, sharding=place)
+        grad = jax.jit(jax.grad(lambda scale, x: (rms_norm(x, scale, 1e-6) ** 2).sum()))
+        text = grad.lower(jax.ShapeDtypeStruct((8,), jnp.float32), x).compile().as_text()
+        assert "all-reduce" in text and "all-gather" not in text, text
+        print("fine")
+    """)
+    assert out == ["fine"]
+
+
 def test_one_device():
     mesh = make_mesh(-1, 1, 1, jax.devices()[:1])
     x = np.arange(6).reshape(3, 2)

@@ -15,7 +15,7 @@ def _scaled(x: Array, scale: Array) -> Array:
     """`x [..., D] * scale [D]`, with the gradient of `scale` summed by a matrix product.
 
     It is a sum over all tokens. As a reduction over the leading axes XLA CPU transposes its
-    operand first, which cost 5 % of an update of 500 tokens.
+    operand first, which cost about 5 % of an update of W1's model (bench) with 512 tokens.
     """
     return x * scale
 
@@ -26,9 +26,9 @@ def _scaled_fwd(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _scaled_bwd(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, scale = kept
-    each = (x * grad).reshape(-1, scale.shape[-1])
-    summed = jnp.matmul(jnp.ones((1, len(each)), each.dtype), each, precision=jax.lax.Precision.HIGHEST)
-    return grad * scale, summed[0]
+    # The leading axes are contracted, not merged: queries and heads may lie on different mesh axes.
+    ones = jnp.ones(x.shape[:-1], x.dtype)
+    return grad * scale, jnp.tensordot(ones, x * grad, x.ndim - 1, precision=jax.lax.Precision.HIGHEST)
 
 
 _scaled.defvjp(_scaled_fwd, _scaled_bwd)
