@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fgrpo_jax.launch import tune_malloc
+from fgrpo_jax.launch import prefer_huge_pages
 
 
 def parse(argv: list[str]):
@@ -197,5 +197,5 @@ def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
 
 
 if __name__ == "__main__":
-    tune_malloc()
+    prefer_huge_pages()
     sys.exit(main(sys.argv[1:]))

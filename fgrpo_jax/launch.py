@@ -9,34 +9,27 @@ import sys
 _TUNABLES = "GLIBC_TUNABLES"
 _DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # NVIDIA, AMD, twice TPU
 _HOSTS = {"pdb", "debugpy", "pydevd", "IPython"}
-_MALLOC = {
-    "hugetlb": 1,  # 2 MB pages (madvise), from glibc 2.35
-    "mmap_max": 0,  # large allocations too come from the heap, ...
-    "trim_threshold": 2**40,  # ... which gives nothing back, ...
-    "arena_max": 1,  # ... and all threads, XLA's own among them, use it: other arenas end at 64 MB
-}
+_SETTING = "glibc.malloc.hugetlb=1"
 
 
-def tune_malloc() -> None:
-    """Start this program again with memory that is kept from step to step (CPU, Linux, GNU libc).
+def prefer_huge_pages() -> None:
+    """Start this program again with huge pages for large allocations (CPU, Linux, GNU libc).
 
-    XLA CPU allocates the temporaries of every step anew. By default malloc takes them from the
-    kernel, a page fault for every 4 kB, and gives them back afterwards (what that costs: README,
-    Speed). Kept, in 2 MB pages, they cost no fault. The price: the process stays as large as it ever
-    was, and free blocks between others may make it larger than it need be.
+    XLA CPU takes fresh memory for the temporaries of every step, and the first touch of each 4 kB
+    page goes through the kernel (what that costs: README, Speed). With 2 MB pages it hardly shows.
 
-    The C library reads the settings when a process starts, so the program is executed once more,
-    same process id, same arguments; its child processes do not inherit them. Not where
-    JAX_PLATFORMS or /dev announce an accelerator, under a debugger or in a notebook, which would
-    start again too, or where the environment sets GLIBC_TUNABLES (GLIBC_TUNABLES= turns it off).
+    The C library (from glibc 2.35) reads the setting when a process starts, so the program is
+    executed once more, same process id, same arguments; its child processes do not inherit it.
+    Not where JAX_PLATFORMS or /dev announce an accelerator, under a debugger or in a notebook,
+    which would start again too, or where the environment sets GLIBC_TUNABLES (GLIBC_TUNABLES=
+    turns it off).
     """
-    setting = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
-    if os.environ.get(_TUNABLES) == setting:
+    if os.environ.get(_TUNABLES) == _SETTING:
         del os.environ[_TUNABLES]  # started again
         return
     if sys.platform != "linux" or _TUNABLES in os.environ or _has_accelerator() or not _is_plain():
         return
-    os.environ[_TUNABLES] = setting
+    os.environ[_TUNABLES] = _SETTING
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:  # it is only about speed
