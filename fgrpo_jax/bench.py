@@ -185,15 +185,14 @@ def draw(rows: list[dict], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    lengths = sorted({row["prompt"] for row in rows})
     for i, group in enumerate(sorted({row["group"] for row in rows})):
         some = [row for row in rows if row["group"] == group]
         for name, style in (("shared", "-o"), ("repeated", "--x")):
             if name in some[0]:
                 seconds = [row[name]["update"]["median"] for row in some]
-                lengths = [row["prompt"] for row in some]
                 axes.plot(lengths, seconds, style, color=f"C{i}", label=f"G={group} {name}")
     axes.set(xlabel="prompt length S", ylabel="seconds per update", xscale="log", yscale="log")
-    lengths = sorted({row["prompt"] for row in rows})
     axes.set_xticks(lengths, lengths)
     axes.minorticks_off()
     axes.legend(fontsize="small")
@@ -210,7 +209,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
-    parser.add_argument("--scan", action="store_true", help="also scan prompt length and group size (w1 on two cores: 20 minutes)")
+    scan_help = "also scan prompt length and group size (w1 on two cores: 20 minutes)"
+    parser.add_argument("--scan", action="store_true", help=scan_help)
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
     parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")

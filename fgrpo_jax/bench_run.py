@@ -142,9 +142,7 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
     return jax.lax.fori_loop(0, steps, body, first)
 
 
-def build(
-    spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[str, ...] = PARTS
-) -> Programs:
+def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[str, ...] = PARTS) -> Programs:
     """Compile rollout, its `parts`, and update of a workload; the state has been through none."""
     sampler = sampling.Sampler(spec, _GRAMMAR, constrained=False)
 

@@ -105,7 +105,8 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
 def test_all_rollouts_have_all_their_tokens(spec, monkeypatch):
     """Also where a token is the end of a transcript elsewhere: nothing ends these."""
     monkeypatch.setattr(bench_run, "jit", quick_jit)
-    programs = bench_run.build(spec, SHAPE, SHAPE.batch)
+    programs = bench_run.build(spec, SHAPE, SHAPE.batch, parts=())
+    assert not programs.parts and set(programs.compile_s) == {"rollout", "update"}
     rollout = programs.rollout(programs.state.params, programs.batch.query, jax.random.key(0))
     assert rollout.actions.shape == (2, 2, 3)
     assert (rollout.logp < 0).all() and len(np.unique(rollout.actions)) > 3
@@ -116,3 +117,15 @@ def test_repeated_prompts_are_those_shared(spec):
     once = bench_run.make_query(spec, SHAPE, 2).prompt
     often = bench_run.make_query(spec, bench_flops.repeated(SHAPE), 2).prompt
     np.testing.assert_array_equal(np.repeat(once, SHAPE.group, 0), often)
+
+
+def test_two_rounds_of_warm_up_are_dropped(monkeypatch):
+    """A clock that counts calls: rollouts take 0, 2, 4, 6 seconds, updates 1, 3, 5, 7."""
+    calls = iter(range(100))
+    monkeypatch.setattr(bench_run, "timed", lambda fn, *args: (next(calls), fn(*args)))
+    batch = bench_run.Batch(None, None, None, None, None)
+    state = bench_run.TrainState(None, None, None)
+    programs = bench_run.Programs(lambda *_: None, lambda state, _: (state, None), {}, state, batch, {})
+    found = bench_run.measure(programs, 2)
+    assert found["rollout"] == {"median": 5, "min": 4, "n": 2}
+    assert found["update"]["min"] == 5 and found["total"] == {"median": 11, "min": 9, "n": 2}

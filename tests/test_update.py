@@ -10,7 +10,7 @@ from fgrpo_jax import advantages, rewards, sampling
 from fgrpo_jax.objectives import clipped_pg
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState
-from fgrpo_jax.update import describe, make_optimizer, make_update
+from fgrpo_jax.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 
 B, G, T, V = 8, 3, 4, 6
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 0.5)))
@@ -81,6 +81,18 @@ def test_epochs_are_updates_one_after_the_other(table, batch):
 
 
 # --------------------------------------------------------------------- nothing to learn, or nothing to trust
+
+
+@pytest.mark.parametrize("way", [_apply_or_keep, _apply_in_place])
+def test_an_update_is_made_or_not(way):
+    """Of the two ways a program holds only that of its platform."""
+    optimizer = make_optimizer(1e-2, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.1, 1.0)
+    params, grads = {"w": jnp.arange(3.0)}, {"w": jnp.array([3.0, -4.0, 0.0])}
+    old = params, optimizer.init(params)
+    kept, made = (way(optimizer, jnp.array(finite), old, grads) for finite in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, kept, old)
+    updates, expected = optimizer.update(grads, old[1], params)
+    jax.tree.map(np.testing.assert_allclose, made, ({"w": params["w"] + updates["w"]}, expected))
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"epochs": 2}])
