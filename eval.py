@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fgrpo_jax.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig
-from fgrpo_jax.launch import prefer_huge_pages
+from fgrpo_jax.launch import keep_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,5 +187,5 @@ def _refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    prefer_huge_pages()
+    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fgrpo_jax.launch import prefer_huge_pages
+from fgrpo_jax.launch import keep_memory
 
 
 def parse(argv: list[str]):
@@ -197,5 +197,5 @@ def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
 
 
 if __name__ == "__main__":
-    prefer_huge_pages()
+    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.bench_run import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
 from fgrpo_jax.experiment import attention_of
-from fgrpo_jax.launch import prefer_huge_pages
+from fgrpo_jax.launch import keep_memory
 from fgrpo_jax.models import decoder
 
 # --------------------------------------------------------------------- one workload, reported
@@ -237,5 +237,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    prefer_huge_pages()
+    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -9,23 +9,32 @@ import sys
 _TUNABLES = "GLIBC_TUNABLES"
 _DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # NVIDIA, AMD, twice TPU
 _HOSTS = {"pdb", "debugpy", "pydevd", "IPython"}
-_SETTING = "glibc.malloc.hugetlb=1"
+# 2 MB pages; large blocks on the heap too; the heap is never given back while the program runs.
+_SETTING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
-def prefer_huge_pages() -> None:
-    """Start this program again with huge pages for large allocations (CPU, Linux, GNU libc).
+def keep_memory() -> None:
+    """Start this program again so that it keeps its memory from step to step (CPU, Linux, GNU libc).
 
-    XLA CPU takes fresh memory for the temporaries of every step, and the first touch of each 4 kB
-    page goes through the kernel (what that costs: README, Speed). With 2 MB pages it hardly shows.
+    XLA CPU takes a step's temporaries from malloc, which returns large blocks to the kernel as
+    soon as they are freed: every step pays for page faults again (README, Speed). Kept, in 2 MB
+    pages, they cost nothing after the first steps.
 
-    The C library (from glibc 2.35) reads the setting when a process starts, so the program is
-    executed once more, same process id, same arguments; its child processes do not inherit it.
+    That takes two things. The C library (2 MB pages from glibc 2.35, the rest before) reads its
+    setting when a process starts, so the program is executed once more, same process id, same
+    arguments; its child processes do not inherit it. And only the heap of the main thread can
+    hold blocks of any size, so XLA runs its programs on the thread that calls them instead of
+    handing them to another: the host no longer prepares a batch while a step is under way.
+
     Not where JAX_PLATFORMS or /dev announce an accelerator, under a debugger or in a notebook,
     which would start again too, or where the environment sets GLIBC_TUNABLES (GLIBC_TUNABLES=
-    turns it off).
+    turns it off). To be called before JAX looks for devices.
     """
-    if os.environ.get(_TUNABLES) == _SETTING:
-        del os.environ[_TUNABLES]  # started again
+    if os.environ.get(_TUNABLES) == _SETTING:  # started again
+        del os.environ[_TUNABLES]
+        import jax  # not before the second start: the first shall cost nothing
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         return
     if sys.platform != "linux" or _TUNABLES in os.environ or _has_accelerator() or not _is_plain():
         return
