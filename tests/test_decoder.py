@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax.models import decoder, head
+from fgrpo_jax.models import decoder, head, layers
 from fgrpo_jax.models.layers import rms_norm
 
 B, G, T = 3, 2, 6
@@ -188,6 +188,40 @@ def test_cached_decode_equals_full_forward(spec, params, query, actions, layers)
         params = init(spec, jax.random.key(0))
     full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
     np.testing.assert_allclose(decoded_hidden(spec, params, query, actions), full, atol=5e-5)
+
+
+def test_decoding_with_weights_laid_out_rows_first(spec, params, query, actions, monkeypatch):
+    """As a large model's are on a CPU; here every weight is large."""
+    monkeypatch.setattr(layers, "_LARGE", 1)
+    laid_out = decoder.unstack(spec, params)
+    assert all(isinstance(laid_out["layers"][0][name], layers.RowsFirst) for name in ("q", "v", "o", "up", "down"))
+    assert isinstance(laid_out["head_DV"], layers.RowsFirst)
+    full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
+    decoded = decoded_hidden(spec._replace(init_std=1.0), params, query, actions)  # another spec: traced anew
+    np.testing.assert_allclose(decoded, full, atol=5e-5)
+    logits = [head.logits(weights, full) for weights in (params, laid_out)]
+    np.testing.assert_allclose(*logits, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "lead, shape_in, shape_out", [((5,), (512,), (2048,)), ((2, 3), (16, 64), (1024,)), ((7,), (1024,), (32, 64))]
+)
+def test_a_product_with_rows_first_is_the_same_product(lead, shape_in, shape_out):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (lead + shape_in, shape_in + shape_out))
+    laid_out = layers.rows_first(w, len(shape_in))
+    assert isinstance(laid_out, layers.RowsFirst)
+    expected = np.tensordot(x, w, len(shape_in))
+    np.testing.assert_allclose(layers.linear(x, laid_out, len(shape_in)), expected, atol=1e-3)
+    half = layers.linear(x.astype(jnp.bfloat16), layers.rows_first(w.astype(jnp.bfloat16), len(shape_in)), len(shape_in))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), expected, atol=2.0)  # of 30: 8 bits
+
+
+def test_small_or_odd_weights_stay_as_they_are():
+    for shape in ((64, 64), (2**11, 513)):
+        w = jnp.zeros(shape)
+        assert layers.rows_first(w) is w
 
 
 def test_bfloat16_decoding_is_near_the_full_forward(spec, params, query, actions):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.models import attention, head
-from fgrpo_jax.models.layers import apply_rope, linear, rms_norm, rope_tables
+from fgrpo_jax.models.layers import RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
 from fgrpo_jax.types import Array, PyTree
 
 KEPT = "result of a projection"
@@ -267,8 +267,13 @@ def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: A
 
 def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
     """Weights as decoding reads them: a list of layers, so that no step copies a slice."""
-    layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(spec.num_layers)]
-    return {**params, "layers": layers, "head_DV": head.rows(params).T}
+
+    def laid_out(name: str, w: Array) -> Array | RowsFirst:
+        return w if name.endswith("norm") else rows_first(w, axes_in=2 if name == "o" else 1)
+
+    stacked = params["layers"]
+    layers = [{name: laid_out(name, w[i]) for name, w in stacked.items()} for i in range(spec.num_layers)]
+    return {**params, "layers": layers, "head_DV": rows_first(head.rows(params).T)}
 
 
 def empty_cache(spec: DecoderSpec, batch: int, group: int, length: int) -> list[tuple[Array, Array]]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fgrpo_jax.models.layers import linear
 from fgrpo_jax.types import Array, PyTree
 
 
@@ -22,7 +23,7 @@ def rows(params: PyTree) -> Array:
 def logits(params: PyTree, hidden: Array) -> Array:
     """Full-vocabulary logits [..., V] in float32; `params` may come from `unstack`."""
     rows_DV = params["head_DV"] if "head_DV" in params else rows(params).T
-    return jnp.matmul(hidden, rows_DV, preferred_element_type=jnp.float32)
+    return linear(hidden, rows_DV, dtype=jnp.float32)
 
 
 def choice_logits(params: PyTree, hidden_BGXD: Array, tokens_BM: Array) -> Array:
