@@ -1,6 +1,7 @@
 """How fast a step is, and how near to what the machine can do.
 
     python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|qwen3-0.6b|qwen3-4b]
+                              [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
                               [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
                               [--profile DIR]
 
@@ -101,6 +102,7 @@ def report(
 def table(found: dict) -> str:
     """The report for people."""
     sizes = ", ".join(f"{key} {value}" for key, value in found["shape"].items())
+    sizes = f"{found['spec']['num_layers']} layers, {sizes}"
     heads = ("prefill", "rollout", "update", "total", "min", "peak GiB", "compile")
     lines = [f"{found['workload']} on {found['device']}, {found['spec']['dtype']}: {sizes}"]
     lines.append(f"{'seconds':10}" + "".join(f"{head:>10}" for head in heads))
@@ -203,27 +205,50 @@ def draw(rows: list[dict], path: str) -> None:
 # --------------------------------------------------------------------- command line
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+_SIZES = {
+    "layers": "layers of the model",
+    "batch": "queries",
+    "prompt": "tokens of a prompt",
+    "group": "rollouts of a query",
+    "length": "tokens of a rollout",
+}
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Shape]:
     parser = argparse.ArgumentParser(prog="python -m fgrpo_jax.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="default workload and number type")
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up")
+    for name, meaning in _SIZES.items():
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{meaning}; default: the workload's")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
-    scan_help = "also scan prompt length and group size (w1 on two cores: 20 minutes)"
+    scan_help = "also scan prompt length and group size (w1 on two cores: 15 minutes)"
     parser.add_argument("--scan", action="store_true", help=scan_help)
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
     parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    workload, dtype = PRESETS[args.preset]
+    args.workload = args.workload or workload
+    spec, shape = WORKLOADS[args.workload]
+    layers = args.layers or spec.num_layers
+    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()), num_layers=layers)
+    shape = Shape(*(getattr(args, name) or size for name, size in shape._asdict().items()))
+    if args.scan and (shape.prompt < 4 or shape.group < 2):
+        parser.error("--scan goes down to a quarter of the prompt and half of the group: they are too small")
+    return args, spec, shape
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
-    workload, dtype = PRESETS[args.preset]
-    workload = args.workload or workload
-    spec, shape = WORKLOADS[workload]
-    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()))
-    found = report(workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
+    args, spec, shape = parse(argv)
+    found = report(args.workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
     print(table(found), flush=True)
     if args.scan:
         print(SCAN_HEAD)

@@ -102,6 +102,31 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "scan.png").stat().st_size > 5000
 
 
+def test_sizes_of_a_workload_can_be_set():
+    given = ["--workload", "qwen3-0.6b", "--layers", "6", "--batch", "1", "--prompt", "1024", "--length", "32"]
+    args, spec, shape = bench.parse(given)
+    qwen, theirs = bench.WORKLOADS["qwen3-0.6b"]
+    assert args.workload == "qwen3-0.6b" and shape == theirs._replace(batch=1, prompt=1024, length=32)
+    assert spec == qwen._replace(num_layers=6, attention="blocks", dtype="float32")
+    _, spec, shape = bench.parse(["--preset", "gpu"])
+    assert (spec._replace(attention="auto", dtype="float32"), shape) == (qwen, theirs) and spec.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--layers", "0"], "argument --layers: 0 is not positive"),
+        (["--group", "two"], "argument --group: invalid"),
+        (["--scan", "--prompt", "3"], "--scan goes down to a quarter"),
+        (["--scan", "--group", "1"], "--scan goes down to a quarter"),
+    ],
+)
+def test_sizes_that_make_no_sense(given, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse(given)
+    assert said in capsys.readouterr().err
+
+
 def test_all_rollouts_have_all_their_tokens(spec, monkeypatch):
     """Also where a token is the end of a transcript elsewhere: nothing ends these."""
     monkeypatch.setattr(bench_run, "jit", quick_jit)
