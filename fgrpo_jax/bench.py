@@ -229,7 +229,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{meaning}; default: the workload's")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
-    scan_help = "also scan prompt length and group size (w1 on two cores: 15 minutes)"
+    scan_help = "also scan prompt length and group size, with one query (w1 on two cores: 15 minutes)"
     parser.add_argument("--scan", action="store_true", help=scan_help)
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")

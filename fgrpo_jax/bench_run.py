@@ -99,7 +99,7 @@ def fixed_rollout(
     """Sampling as in sampling.sample, of exactly `length` tokens: nothing ends a rollout."""
     params = decoder.cast(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
-    weights = decoder.unstack(spec, params)
+    weights = decoder.unstack(spec, params, query.prompt.shape[0] * group)
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)
     shape = (query.prompt.shape[0], group, length)
 
@@ -124,7 +124,7 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
     """
     params = decoder.cast(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
-    weights = decoder.unstack(spec, params)
+    weights = decoder.unstack(spec, params, query.prompt.shape[0] * group)
     batch, kv_heads = query.prompt.shape[0], spec.num_kv_heads
 
     def body(_, x_ND):

@@ -49,8 +49,8 @@ def sample(
     spec, grammar, _ = sampler
     params = decoder.cast(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
-    weights = decoder.unstack(spec, params)
     batch, n_candidates, width = query.identifiers.shape
+    weights = decoder.unstack(spec, params, batch * group)
     length = grammar.length(n_candidates, width)
     options = transcript.choices(grammar, query)
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]

@@ -168,7 +168,8 @@ class Stage:
         """Log, check, evaluate, save; False when the loop is to end.
 
         Whether a step was finite is asked one step late, so that the host never waits for
-        the step under way; before anything is saved it is asked at once.
+        the step under way (where XLA runs beside it: launch.keep_memory); before anything is
+        saved it is asked at once.
         """
         self._step = step = self._step + 1
         self._check_pending()

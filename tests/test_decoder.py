@@ -168,7 +168,7 @@ def decoded_hidden(spec, params, query, actions_BGT):
     """The hidden states of given actions, one `decode_step` after the other."""
     params = decoder.cast(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
-    weights = decoder.unstack(spec, params)
+    weights = decoder.unstack(spec, params, B * G)
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
 
     def step(carry, t):
@@ -193,7 +193,7 @@ def test_cached_decode_equals_full_forward(spec, params, query, actions, layers)
 def test_decoding_with_weights_laid_out_rows_first(spec, params, query, actions, monkeypatch):
     """As a large model's are on a CPU; here every weight is large."""
     monkeypatch.setattr(layers, "_LARGE", 1)
-    laid_out = decoder.unstack(spec, params)
+    laid_out = decoder.unstack(spec, params, B * G)
     assert all(isinstance(laid_out["layers"][0][name], layers.RowsFirst) for name in ("q", "v", "o", "up", "down"))
     assert isinstance(laid_out["head_DV"], layers.RowsFirst)
     full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
@@ -201,6 +201,23 @@ def test_decoding_with_weights_laid_out_rows_first(spec, params, query, actions,
     np.testing.assert_allclose(decoded, full, atol=5e-5)
     logits = [head.logits(weights, full) for weights in (params, laid_out)]
     np.testing.assert_allclose(*logits, atol=5e-5)
+    many = decoder.unstack(spec, params, 1000)
+    assert isinstance(many["head_DV"], layers.RowsFirst) and isinstance(many["layers"][0]["q"], jax.Array)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    leaves = jax.tree.leaves(decoder.unstack(spec, params, B * G), is_leaf=lambda x: isinstance(x, layers.RowsFirst))
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+@pytest.mark.parametrize("large", [1, 2**20])
+def test_logits_of_a_bfloat16_model_are_not_rounded(spec, params, large, monkeypatch):
+    monkeypatch.setattr(layers, "_LARGE", large)
+    half = decoder.cast(spec._replace(dtype="bfloat16"), params)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(B, G, spec.hidden_size)), jnp.bfloat16)
+    expected = hidden.astype(np.float32) @ head.rows(half).astype(np.float32).T
+    for weights in (half, decoder.unstack(spec, half, B * G)):
+        logits = head.logits(weights, hidden)
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +230,8 @@ def test_a_product_with_rows_first_is_the_same_product(lead, shape_in, shape_out
     assert isinstance(laid_out, layers.RowsFirst)
     expected = np.tensordot(x, w, len(shape_in))
     np.testing.assert_allclose(layers.linear(x, laid_out, len(shape_in)), expected, atol=1e-3)
-    half = layers.linear(x.astype(jnp.bfloat16), layers.rows_first(w.astype(jnp.bfloat16), len(shape_in)), len(shape_in))
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    half = layers.linear(x, layers.rows_first(w, len(shape_in)), len(shape_in))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(np.float32), expected, atol=2.0)  # of 30: 8 bits
 

@@ -265,11 +265,14 @@ def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: A
     return PromptCache((*k_LBJES, k_last), (*v_LBJSE, v_last), bias_BS, prompt_len_B)
 
 
-def unstack(spec: DecoderSpec, params: PyTree) -> PyTree:
-    """Weights as decoding reads them: a list of layers, so that no step copies a slice."""
+_FEW = 64  # tokens at which a layer's products take as long in either layout; the head's gain at any number
+
+
+def unstack(spec: DecoderSpec, params: PyTree, tokens: int) -> PyTree:
+    """Weights as decoding `tokens` rollouts at a time reads them: a list of layers, so that no step copies a slice."""
 
     def laid_out(name: str, w: Array) -> Array | RowsFirst:
-        return w if name.endswith("norm") else rows_first(w, axes_in=2 if name == "o" else 1)
+        return w if name.endswith("norm") or tokens > _FEW else rows_first(w, axes_in=2 if name == "o" else 1)
 
     stacked = params["layers"]
     layers = [{name: laid_out(name, w[i]) for name, w in stacked.items()} for i in range(spec.num_layers)]

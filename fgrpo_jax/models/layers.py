@@ -71,10 +71,10 @@ _LARGE = 2**20  # numbers in a weight; at 10**5 decoding with W1's model (bench)
 def rows_first(w: Array, axes_in: int = 1) -> Array | RowsFirst:
     """The weight `w [in, out]`, both sides possibly several axes, as a decoding step best reads it.
 
-    XLA CPU multiplies a large weight [out, in] by 8 or 16 tokens [in, N] about twice as fast as
-    the tokens by [in, out]; a whole step of 128 tokens takes as long either way. It turns such a
-    product round again where the result is transposed right after; as a batch of two halves it
-    stays. Elsewhere, and for small weights or an odd number of rows, `w` itself.
+    XLA CPU multiplies a large weight [out, in] by 8 to 32 tokens [in, N] almost twice as fast as
+    the tokens by [in, out]; from 256 tokens on it is slower. It turns such a product round again
+    where the result is transposed right after; as a batch of two halves it stays. Off the CPU,
+    and for small weights or an odd number of rows, `w` itself.
     """
     size_in, shape_out = math.prod(w.shape[:axes_in]), w.shape[axes_in:]
     if jax.default_backend() != "cpu" or w.size < _LARGE or math.prod(shape_out) % 2:
