@@ -20,12 +20,12 @@ def keep_memory() -> None:
     soon as they are freed: every step pays for page faults again (README, Speed). Kept, in 2 MB
     pages, they cost nothing after the first steps.
 
-    That takes two things. The C library (2 MB pages need glibc 2.35) reads its
-    setting when a process starts, so the program is executed once more, same process id, same
-    arguments; its child processes do not inherit it. And only the heap of the main thread can
-    hold blocks of any size, so XLA runs its programs on the thread that calls them instead of
-    handing them to another: the host no longer prepares a batch while a step is under way. With several devices in a
-    process XLA uses other threads all the same, and memory is kept in part.
+    That takes two things. The C library (2 MB pages need glibc 2.35) reads its setting when a
+    process starts, so the program is executed once more, same process id, same arguments; its
+    child processes do not inherit it. And only the heap of the main thread can hold blocks of any
+    size, so XLA runs its programs on the thread that calls them instead of handing them to
+    another: the host no longer prepares a batch while a step is under way. With several devices
+    in a process XLA uses other threads all the same, and memory is kept in part.
 
     Not where JAX_PLATFORMS or /dev announce an accelerator, under a debugger or in a notebook,
     which would start again too, or where the environment sets GLIBC_TUNABLES (GLIBC_TUNABLES=

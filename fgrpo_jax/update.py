@@ -135,8 +135,8 @@ def make_update(
         (loss, metrics), grads = gradient(params, frozen, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        ways = {"cpu": functools.partial(_apply_in_place, optimizer), "default": functools.partial(_apply_or_keep, optimizer)}
-        new = jax.lax.platform_dependent(finite, carry, grads, **ways)
+        in_place, choice = (functools.partial(way, optimizer) for way in (_apply_in_place, _apply_or_keep))
+        new = jax.lax.platform_dependent(finite, carry, grads, cpu=in_place, default=choice)
         one = jnp.float32(1)
         metrics |= {"loss": Mean(loss, one), "grad_norm": Mean(norm, one)}
         return new, metrics | {"nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
