@@ -1,5 +1,6 @@
 """What all builders share, and the two without a catalogue to read: synthetic and musique."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from raw_files import RAW, lengths, lines, load, real
 
 from fgrpo_jax import datasets
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.datasets import DataError, synthetic
+from fgrpo_jax.datasets import DataError, builder, synthetic
 
 
 def ndcg5(score_BC, relevance_BC):
@@ -157,6 +158,33 @@ def test_query_ids_must_be_unique(tmp_path):
     lines(tmp_path / "musique_ans_v1.0_dev.jsonl", [question("a"), question("a")])
     with pytest.raises(DataError, match="query ids of split 'validation' are not unique"):
         load("musique", tmp_path, tmp_path / "prepared")
+
+@pytest.mark.parametrize("name", ["lastfm", "musique", "jsonl"])
+@pytest.mark.parametrize("harm", ["truncated", "plain", "flipped"])
+def test_a_gz_that_is_none_or_is_damaged_is_named(tmp_path, name, harm):
+    """The last two bytes gone, never compressed, a byte turned over: one line, whatever the data set."""
+    file = tmp_path / "raw" / {
+        "lastfm": "train_data.jsonl.gz", "musique": "musique_ans_v1.0_dev.jsonl.gz", "jsonl": "train.jsonl.gz"
+    }[name]  # fmt: skip
+    lines(file, [question(f"q{n}") for n in range(50)])
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes({
+        "truncated": whole[:-2],
+        "plain": gzip.decompress(whole),
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+    }[harm])  # fmt: skip
+    with pytest.raises(DataError) as error:
+        load(name, tmp_path / "raw", tmp_path / "prepared")
+    message = str(error.value)
+    assert message.startswith(f"{file} is truncated, damaged or not compressed (") and "\n" not in message
+    assert message.endswith("copy it again, or take .gz off the name of a plain file")
+    assert not list((tmp_path / "prepared").rglob("*"))
+
+
+def test_a_raw_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match="gone.jsonl cannot be read .No such file or directory.: restore it"):
+        list(builder.numbered_lines(tmp_path / "gone.jsonl"))
 
 
 @real

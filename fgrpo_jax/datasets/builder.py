@@ -18,6 +18,7 @@ import io
 import json
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,9 +232,24 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def open_raw(path: Path) -> Any:
-    """A binary stream, decompressed where the name ends in .gz."""
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+@contextlib.contextmanager
+def open_raw(path: Path) -> Iterator[Any]:
+    """A binary stream, decompressed where the name ends in .gz.
+
+    Raises DataError, here or while it is read, for a .gz that is no gzip file, ends early or is
+    damaged, and for what the file system refuses.
+    """
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is truncated, damaged or not compressed ({error}): copy it again, or take .gz off the name "
+            "of a plain file"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or set data.manual_dir") from error
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
