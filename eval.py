@@ -4,6 +4,10 @@
 
 Writes RUN_DIR/eval/SPLIT/ and prints its table. The best checkpoint on validation of every
 finished stage is decoded greedily; the same inputs give the same bytes.
+
+The queries and the candidates belong to the evaluation. How a policy is shown them (history,
+prompt, identifiers, order) belongs to the run that trained it, so a compared run scores what it
+scores alone. Baselines read what RUN_DIR's policy is shown.
 """
 
 from __future__ import annotations
@@ -12,10 +16,28 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fgrpo_jax.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig
+from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, TranscriptConfig
 from fgrpo_jax.launch import keep_memory
+
+if TYPE_CHECKING:
+    from fgrpo_jax.evaluate import Prediction
+    from fgrpo_jax.types import RankingExample
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Where the queries and candidates come from."""
+
+    name: str
+    """Data set: synthetic, lastfm, musique or jsonl."""
+    manual_dir: str
+    """Folder with the raw files of the data set (not used by synthetic)."""
+    prepared_dir: str
+    """Where prepared data sets are kept."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Padded prompt lengths, ascending; empty: those each policy was trained with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +46,7 @@ class Arguments:
     """Split to evaluate on, as test; empty: eval.split."""
     compare: tuple[str, ...]
     """Other run directories, evaluated on the same candidates as NAME.STAGE."""
-    data: DataConfig
+    data: Judged
     eval: EvalConfig
     mesh: MeshConfig
 
@@ -42,15 +64,27 @@ def parse(argv: list[str]) -> tuple[Path, Arguments]:
         argv = argv[1:]
     elif not {"-h", "--help"} & set(argv):
         raise ConfigError("give the run directory first: python eval.py RUN_DIR [--split test]")
-    default = Arguments(split="", compare=(), data=config.data, eval=config.eval, mesh=config.mesh)
+    default = Arguments(split="", compare=(), data=_source(config), eval=config.eval, mesh=config.mesh)
     prog = "eval.py RUN_DIR"
     return run_dir, tyro.cli(Arguments, default=default, args=argv, prog=prog, description=__doc__)
+
+
+def _source(config: Config) -> Judged:
+    return Judged(config.data.name, config.data.manual_dir, config.data.prepared_dir)
+
+
+def _judged(config: Config, data: Judged, settings: EvalConfig, mesh: MeshConfig) -> Config:
+    """A run's configuration with all that belongs to the evaluation; what its policy sees stays."""
+    buckets = data.prompt_buckets or config.data.prompt_buckets
+    source = {"name": data.name, "manual_dir": data.manual_dir, "prepared_dir": data.prepared_dir}
+    source = dataclasses.replace(config.data, **source, prompt_buckets=buckets)
+    return dataclasses.replace(config, data=source, eval=settings, mesh=mesh)
 
 
 def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", others=(), mesh=None) -> str:
     """Evaluate every finished stage of a run; the text of its table (empty but on the first host).
 
-    data, settings, mesh: DataConfig, EvalConfig and MeshConfig in place of the run's own. others:
+    data, settings, mesh: Judged, EvalConfig and MeshConfig in place of the run's own. others:
     further run directories. Raises ConfigError for what is no finished run, DataError for
     unusable data.
     """
@@ -63,10 +97,15 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     config = run_lib.read_config(run_dir)
     settings = settings or config.eval
     settings = dataclasses.replace(settings, split=split or settings.split)
-    used = dataclasses.replace(config, data=data or config.data, eval=settings, mesh=mesh or config.mesh)
-    stages = _finished(run_dir, used, others)
+    data, mesh = data or _source(config), mesh or config.mesh
+    used = _judged(config, data, settings, mesh)
+    stages = _finished(run_dir, "", used, config)
+    for prefix, other in _prefixed(others).items():
+        theirs = run_lib.read_config(other)
+        _check_limits(other, theirs.transcript, used.transcript)
+        stages |= _finished(other, prefix, _judged(theirs, data, settings, mesh), theirs)
     dataset = datasets.load(used.data, catalogue=run_lib.read_catalogue(run_dir))
-    same_data = used.data == config.data
+    same_data = (data.name, data.manual_dir) == (config.data.name, config.data.manual_dir)
     if same_data:
         is_main = jax.process_index() == 0
         run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
@@ -94,6 +133,9 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out)
 
 
+# --------------------------------------------------------------------- which policies
+
+
 class Finished(NamedTuple):
     """A stage to evaluate: `place` holds its checkpoints, `run_dir` the tokenizer."""
 
@@ -101,33 +143,47 @@ class Finished(NamedTuple):
     run_dir: Path
     place: Path
     name: str
+    instruction: str  # first line(s) of the prompts it was trained on
 
 
-def _finished(run_dir: Path, used: Config, others) -> dict[str, Finished]:
-    """Every finished stage by its name in the table, and the one that `start_from` names."""
-    from fgrpo_jax.run import read_config
-    from fgrpo_jax.stage import is_done
-
-    runs = {"": (run_dir, used)}
+def _prefixed(others) -> dict[str, Path]:
+    """Other run directories by what their rows begin with."""
+    found = {}
     for other in map(Path, others):
         prefix = f"{other.resolve().name}."
-        if prefix in runs or not re.fullmatch(r"[\w.+-]+", prefix):
+        if prefix in found or not re.fullmatch(r"[\w.+-]+", prefix):
             raise ConfigError(
                 f"compare {other}: its rows are called after it; rename it, to something unique without spaces"
             )
-        theirs = read_config(other)
-        if theirs.transcript != used.transcript:
-            raise ConfigError(f"compare {other}: its lists have other limits or tags, so it cannot be compared")
-        theirs = dataclasses.replace(theirs, data=used.data, eval=used.eval, mesh=used.mesh)
-        runs[prefix] = (other, theirs)
-    found = {}
-    for prefix, (folder, config) in runs.items():
-        places = {"sft": Path(config.start_from or folder).expanduser(), "rl": folder}
-        done = {name: place for name, place in places.items() if is_done(place, name)}
-        if not done:
-            raise ConfigError(f"{folder} has no finished stage yet: let train.py run to its end")
-        found |= {prefix + name: Finished(config, folder, place, name) for name, place in done.items()}
+        found[prefix] = other
     return found
+
+
+def _check_limits(other: Path, theirs: TranscriptConfig, ours: TranscriptConfig) -> None:
+    """Methods are compared at the same list lengths; how their transcripts are written may differ."""
+    limits = [(t.slate_max, t.rank_max) for t in (theirs, ours)]
+    if limits[0] != limits[1]:
+        raise ConfigError(
+            f"compare {other}: its slates and rankings hold up to {limits[0]} items, those of this run "
+            f"{limits[1]}, so they cannot be compared"
+        )
+
+
+def _finished(run_dir: Path, prefix: str, used: Config, config: Config) -> dict[str, Finished]:
+    """Every finished stage of a run by its name in the table, and the one that `start_from` names.
+
+    config: the run's own; used: with what belongs to the evaluation. The start is shown what this
+    run shows, for it is where this run's `rl` began.
+    """
+    from fgrpo_jax.datasets import builder_class
+    from fgrpo_jax.stage import is_done
+
+    places = {"sft": Path(config.start_from or run_dir).expanduser(), "rl": run_dir}
+    done = {name: place for name, place in places.items() if is_done(place, name)}
+    if not done:
+        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
+    instruction = config.prompt.instruction or builder_class(config.data.name).instruction
+    return {prefix + name: Finished(used, run_dir, place, name, instruction) for name, place in done.items()}
 
 
 def _training_split(run_dir: Path, config: Config, dataset):
@@ -144,19 +200,35 @@ def _training_split(run_dir: Path, config: Config, dataset):
         return ()
 
 
+# --------------------------------------------------------------------- what they say
+
+
 def _predict(stages: dict[str, Finished], dataset, examples) -> dict[str, list]:
-    """Greedy predictions with the best parameters of every stage."""
+    """Greedy predictions with the best parameters of every stage, as indices into `examples`."""
     from fgrpo_jax import experiment as experiment_lib
+    from fgrpo_jax.data import evaluation_examples
+    from fgrpo_jax.run import read_kind
     from fgrpo_jax.stage import best_params
 
     found, built = {}, {}
     for method, stage in stages.items():
         if stage.run_dir not in built:  # the stages of a run share one compiled program
-            experiment = experiment_lib.assemble(stage.config, dataset, stage.run_dir)
-            built[stage.run_dir] = experiment, experiment_lib.Predictor(experiment)
-        experiment, predict = built[stage.run_dir]
-        found[method] = predict(best_params(experiment, stage.place, stage.name), examples)
+            seen = dataset._replace(kind=read_kind(stage.run_dir), instruction=stage.instruction)
+            experiment = experiment_lib.assemble(stage.config, seen, stage.run_dir)
+            shown = evaluation_examples(seen, stage.config, stage.config.eval.split)
+            built[stage.run_dir] = experiment, experiment_lib.Predictor(experiment), shown
+        experiment, predict, shown = built[stage.run_dir]
+        predictions = predict(best_params(experiment, stage.place, stage.name), shown)
+        found[method] = list(map(_reindexed, examples, shown, predictions))
     return found
+
+
+def _reindexed(example: RankingExample, shown: RankingExample, prediction: Prediction) -> Prediction:
+    """A prediction about the candidates in the order shown, as indices into those of `example`."""
+    place = {item: i for i, (item, _) in enumerate(example.candidates)}
+    index = [place[item] for item, _ in shown.candidates]
+    slate, ranking = (tuple(index[c] for c in items) for items in (prediction.slate, prediction.ranking))
+    return prediction._replace(slate=slate, ranking=ranking)
 
 
 def main(argv: list[str]) -> int:
@@ -172,9 +244,9 @@ def main(argv: list[str]) -> int:
 
     try:
         config = read_config(run_dir)
-        check_evaluation(dataclasses.replace(config, data=arguments.data, eval=arguments.eval), KNOWN)
-        prepare_process(config.compilation_cache)
         a = arguments
+        check_evaluation(_judged(config, a.data, a.eval, a.mesh), KNOWN)
+        prepare_process(config.compilation_cache)
         print(evaluate_run(run_dir, a.data, a.eval, a.split, a.compare, a.mesh))
     except (ConfigError, DataError, ModelFilesError) as error:
         return _refuse(error)

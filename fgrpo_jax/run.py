@@ -121,6 +121,11 @@ def read_fingerprints(run_dir: Path) -> dict[str, str]:
     return _read_data(run_dir)["fingerprints"]
 
 
+def read_kind(run_dir: Path) -> str:
+    """Which prompts the run was trained on: "recommendation" or "qa"."""
+    return _read_data(run_dir)["kind"]
+
+
 def _read_data(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "data.json"
     if not path.is_file():
