@@ -91,7 +91,7 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
     the frozen reference has to be rebuilt.
     """
     from fgrpo_jax.data import make_batches
-    from fgrpo_jax.experiment import make_policy, place, random_key
+    from fgrpo_jax.experiment import encode, make_policy, random_key
     from fgrpo_jax.stage import Stage
 
     config = experiment.config
@@ -102,7 +102,7 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
         state, frozen = keeper.state, keeper.frozen
         for step in keeper.remaining():
             examples = batches.batch_at(step)
-            query = place(experiment, policy.encode(examples))
+            query = encode(experiment, policy, examples)
             batch, seen = collect(state.params, frozen, query, random_key(config.seed, name, "rollout", step))
             state, metrics = update(state, frozen, batch)
             if not keeper.on_step(state, seen | metrics, examples, stopping=stop()):

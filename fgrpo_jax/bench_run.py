@@ -149,7 +149,7 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[st
     def logprobs(params, frozen, query, rollout):
         return sampling.logprobs(sampler, params, query, rollout)
 
-    policy = Policy(encode=None, rollout=None, logprobs=logprobs, greedy=None)
+    policy = Policy(encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
     optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
     update = make_update(policy, clipped_pg(), optimizer)
     query = make_query(spec, shape, prompts)

@@ -144,11 +144,14 @@ def random_key(seed: int, stage: str, stream: str, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed_of(seed, stage, stream) % 2**32), step)
 
 
-def place(experiment: Experiment, query: Query) -> Query:
-    """Put a global batch, encoded on the host, on the devices: each host gives its own rows."""
-    size = query.prompt.shape[0]
-    rows = sharding.local_rows(experiment.mesh, size)
-    return sharding.shard_batch(experiment.mesh, jax.tree.map(lambda x: x[rows], query), size)
+def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExample]) -> Query:
+    """A global batch on the devices: each process encodes its own rows, and all agree on the shapes.
+
+    Raises DataError, in every process, for a query that the policy cannot encode.
+    """
+    rows = sharding.local_rows(experiment.mesh, len(examples))
+    mine = sharding.alike(lambda: policy.encode([examples[i] for i in rows]), policy.blank)
+    return sharding.shard_batch(experiment.mesh, mine, len(examples))
 
 
 def save_description(experiment: Experiment, run_dir: Path) -> None:
@@ -183,7 +186,7 @@ class Predictor:
         for start in range(0, len(examples), self._size):
             part = list(examples[start : start + self._size])
             padded = part + [part[-1]] * (self._size - len(part))
-            query = place(self._experiment, self._policy.encode(padded))
+            query = encode(self._experiment, self._policy, padded)
             lists = jax.tree.map(np.asarray, self._greedy(params, query))
             for i in range(len(part)):
                 found.append(

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.datasets import DataError
 from fgrpo_jax.types import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -185,6 +187,36 @@ def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     """
     slices = query_sharding(mesh).addressable_devices_indices_map((global_batch,)).values()
     return np.unique(np.concatenate([np.arange(global_batch)[s] for s in slices]))
+
+
+def alike(encode: Callable[[], PyTree], blank: PyTree) -> PyTree:
+    """What `encode` makes of this process's rows, in the shapes of the whole batch.
+
+    encode: () -> a pytree of numpy arrays `[B of this process, ...]`. blank: the same tree, of
+    arrays `[1, ...]` of what each is padded with. The other dimensions become the largest of
+    any process's, by one exchange of a few numbers, which waits for the devices: encode first.
+    Raises DataError in all processes, instead of leaving some waiting, when one of them does.
+    """
+    if jax.process_count() == 1:
+        return encode()
+    try:
+        mine, error = encode(), None
+    except DataError as raised:
+        mine, error = blank, raised
+    sizes = [size for x in jax.tree.leaves(mine) for size in x.shape[1:]]
+    told = multihost_utils.process_allgather(np.array([error is not None, *sizes], np.int32))
+    if error:
+        raise error
+    if len(refusing := np.flatnonzero(told[:, 0])):
+        raise DataError(f"process {refusing[0]} cannot encode its queries of this batch, and says there why")
+    largest = iter(told[:, 1:].max(0).tolist())
+    return jax.tree.map(lambda x, fill: _padded(x, fill, [next(largest) for _ in x.shape[1:]]), mine, blank)
+
+
+def _padded(x: np.ndarray, fill: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    made = np.full((x.shape[0], *sizes), fill, x.dtype)
+    made[tuple(slice(size) for size in x.shape)] = x
+    return made
 
 
 def shard_batch(mesh: Mesh, host: PyTree, global_batch: int) -> PyTree:

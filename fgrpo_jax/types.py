@@ -146,13 +146,17 @@ class Policy(NamedTuple):
 
     `frozen` holds what is never updated (a reference policy); it is always passed explicitly.
 
-    encode: (list of RankingExample) -> Query; raises ValueError naming the query id.
+    encode: (list of RankingExample) -> Query, as numpy arrays as small as these examples
+        allow; raises DataError naming the query id.
+    blank: a Query of numpy arrays [1,...]: what each array may be padded with, so that hosts
+        that encode parts of a batch can make their shapes equal.
     rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted.
     logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
     greedy: as rollout with G = 1 and the most probable action everywhere.
     """
 
     encode: Any
+    blank: Query
     rollout: Any
     logprobs: Any
     greedy: Any

@@ -18,7 +18,7 @@ from tiny import changed, tiny_config, write_world
 import train
 from fgrpo_jax import datasets
 from fgrpo_jax.data import make_batches
-from fgrpo_jax.experiment import KNOWN, assemble, initial_params, make_policy, place, random_key
+from fgrpo_jax.experiment import KNOWN, assemble, encode, initial_params, make_policy, random_key
 from fgrpo_jax.types import TrainState
 from fgrpo_jax.validation import validate
 
@@ -47,7 +47,7 @@ def two_steps(experiment, name):
     batches = make_batches(experiment.dataset, config, name, stage)
     seen = []
     for step in range(2):
-        query = place(experiment, policy.encode(batches.batch_at(step)))
+        query = encode(experiment, policy, batches.batch_at(step))
         batch, described = collect(state.params, frozen, query, random_key(config.seed, name, "rollout", step))
         state, metrics = update(state, frozen, batch)
         seen.append({key: mean.value() for key, mean in (described | metrics).items()})

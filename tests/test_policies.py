@@ -1,6 +1,8 @@
 """The language model as a policy: what is encoded, what is refused, what SFT imitates."""
 
+import concurrent.futures
 import dataclasses
+import threading
 import warnings
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_jit
 
-from fgrpo_jax import prompts, tokenizers, transcript
+from fgrpo_jax import prompts, sharding, tokenizers, transcript
 from fgrpo_jax.advantages import make_batch
 from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
 from fgrpo_jax.datasets import DataError, Dataset, in_memory
@@ -118,6 +120,52 @@ def test_refused_by_query(make, example, message):
 def test_names_refused_by_query(make, bpe, example, message):
     with pytest.raises(DataError, match=message):
         make(changed(NUMBERED, identifier="text"), bpe).encode([example])
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """(policy, parts of a batch) -> what two processes, which are threads here, make of one part each.
+
+    An exception in the place of arrays where one raises.
+    """
+    meeting, mine, told = threading.Barrier(2, timeout=60), threading.local(), {}
+
+    def exchange(sizes):
+        told[mine.index] = sizes
+        meeting.wait()
+        return np.stack([told[0], told[1]])
+
+    def process(policy, index, part):
+        mine.index = index
+        try:
+            return sharding.alike(lambda: policy.encode(part), policy.blank)
+        except DataError as error:
+            return error
+
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", exchange)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield lambda policy, parts: list(pool.map(process, [policy] * 2, range(2), parts))
+
+
+def test_parts_of_a_batch_are_encoded_as_the_whole_is(make, bpe, in_parts):
+    """In which the longest prompt, the largest pool and the longest name are not in one part."""
+    buckets = DataConfig(prompt_buckets=tuple(range(8, 97, 8)))
+    policy = make(dataclasses.replace(changed(NUMBERED, identifier="text"), data=buckets), bpe)
+    pool = (*ITEMS[:2], ("i9", "song " * 7 + "9"))
+    one = RankingExample("one", "", pool, (1, 0, 0), ITEMS[:1])
+    both = in_parts(policy, ([LONG, SHORT], [one]))
+    whole = policy.encode([LONG, SHORT, one])
+    assert whole.prompt.shape[1] == policy.encode([LONG]).prompt.shape[1] > policy.encode([one]).prompt.shape[1]
+    assert whole.identifiers.shape[2] == policy.encode([one]).identifiers.shape[2]
+    jax.tree.map(lambda x, *parts: np.testing.assert_array_equal(x, np.concatenate(parts)), whole, *both)
+    jax.tree.map(lambda x, part: x.dtype == part.dtype or pytest.fail(str(part.dtype)), whole, both[0])
+
+
+def test_what_one_process_cannot_encode_ends_all(make, in_parts):
+    theirs, ours = in_parts(make(), ([dataclasses.replace(LONG, query_id="q1", history=ITEMS)], [SHORT]))
+    assert "query 'q1' has a prompt of 18 tokens" in str(theirs)
+    assert str(ours) == "process 0 cannot encode its queries of this batch, and says there why"
 
 
 # --------------------------------------------------------------------- the grammar

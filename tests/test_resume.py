@@ -246,13 +246,33 @@ def test_a_bad_step_ends_the_run_and_changes_nothing(whole, states, tmp_path, mo
     assert [row["step"] for row in rows(tmp_path / "run")] == [0]
 
 
+COUNTED = """
+    import json, os, sys
+    sys.path.append({root!r})
+    import train
+    from fgrpo_jax import prompts
+    encode, encoded = prompts.encode_prompts, []
+    def encode_prompts(tokenizer, texts, *others):
+        encoded.append(len(texts))
+        return encode(tokenizer, texts, *others)
+    prompts.encode_prompts = encode_prompts
+    code = train.main([{config!r}])
+    print("encoded", json.dumps(encoded), flush=True)
+    sys.exit(code)
+"""
+
+
 def test_two_processes_of_two_devices_train_what_one_does(whole, tmp_path):
-    """The whole command, on a mesh over both: the same rows up to rounding, written once."""
+    """The whole command, on a mesh over both: the same rows up to rounding, written once.
+
+    Each encodes its own half of every batch: of 8 queries, also where the validation is decoded.
+    """
     config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 2})
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "train.py"), config_file(config, tmp_path / "config.py")]
+    names = {"root": str(ROOT), "config": config_file(config, tmp_path / "config.py")}
+    command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names)]
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -273,6 +293,11 @@ def test_two_processes_of_two_devices_train_what_one_does(whole, tmp_path):
     assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
     assert "4 x cpu (2 process(es)), mesh data 2 x fsdp 2 x tensor 1" in said[0][0]
     assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
+    for out, _ in said:
+        encoded = json.loads(out.split("encoded ")[1])
+        start_up = 3 + 2  # the longest queries of every split, and a batch of each stage, for its shapes
+        steps, validations = 6 + 6, 3 + 3 + 2  # the last two: the final evaluation of two stages
+        assert len(encoded) == start_up + steps + 2 * validations and set(encoded[start_up:]) == {4}
     ours, theirs = rows(tmp_path / "run"), rows(whole.directory)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for our, their in zip(ours, theirs, strict=True):

@@ -26,7 +26,7 @@ def table_logprobs(params, frozen, query, rollout):
     return jnp.take_along_axis(logp_BV[:, None, None], rollout.actions[..., None], -1)[..., 0]
 
 
-TABLE = Policy(encode=None, rollout=None, logprobs=table_logprobs, greedy=None)
+TABLE = Policy(encode=None, blank=None, rollout=None, logprobs=table_logprobs, greedy=None)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def test_golden_step(spec, grammar, params, query):
     sampler = sampling.Sampler(spec, grammar, constrained=True)
     policy = Policy(
         encode=None,
+        blank=None,
         rollout=lambda params, frozen, query, key: sampling.sample(sampler, params, query, key, 4),
         logprobs=lambda params, frozen, query, rollout: sampling.logprobs(sampler, params, query, rollout),
         greedy=None,

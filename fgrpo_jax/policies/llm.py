@@ -95,17 +95,24 @@ def make(
     def greedy(params, frozen, query):
         return sampling.sample(sampler, params, query, None, 1)
 
-    encode = functools.partial(
-        _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {}
+    blank = Query(
+        prompt=np.full((1, 1), grammar.eos, np.int32),
+        prompt_len=np.ones(1, np.int32),
+        identifiers=np.full((1, 1, 1), -1, np.int32),
+        relevance=np.zeros((1, 1), np.float32),
+        n_candidates=np.ones(1, np.int32),
     )
-    return Policy(encode, rollout, logprobs, greedy)
+    encode = functools.partial(
+        _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, blank, {}
+    )
+    return Policy(encode, blank, rollout, logprobs, greedy)
 
 
 def _encode(
     config: Config, grammar: transcript.Grammar, tokenizer, kind: str, instruction: str,
-    known: dict[str, list[int]], examples: Sequence[RankingExample],
+    blank: Query, known: dict[str, list[int]], examples: Sequence[RankingExample],
 ) -> Query:  # fmt: skip
-    """Arrays of a global batch, whose shapes depend on the whole batch alone.
+    """Arrays of a batch, or of a host's part of one, whose shapes depend on these examples alone.
 
     Raises DataError naming the query when a prompt fits no bucket, or when the grammar
     cannot tell two candidates apart.
@@ -118,9 +125,9 @@ def _encode(
     n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
     width = _round_up(max(len(name) for pool in names for name in pool))
     most = _round_up(int(n_candidates.max()))
-    prompt = np.full((len(examples), size), grammar.eos, np.int32)
-    identifiers = np.full((len(examples), most, width), -1, np.int32)
-    relevance = np.zeros((len(examples), most), np.float32)
+    prompt = np.full((len(examples), size), blank.prompt)
+    identifiers = np.full((len(examples), most, width), blank.identifiers)
+    relevance = np.full((len(examples), most), blank.relevance)
     for i, example in enumerate(examples):
         prompt[i, : len(tokens[i])] = tokens[i]
         relevance[i, : n_candidates[i]] = example.relevance
