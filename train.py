@@ -10,6 +10,7 @@ and exits 0; the same command resumes, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -40,31 +41,30 @@ def make_step(experiment, policy, stage):
     """The two programs of a step: rollouts with their credit, and the update."""
     import jax
 
-    from fgrpo_jax import advantages, rewards
+    from fgrpo_jax import advantages, rewards, shards
+    from fgrpo_jax.models.decoder import param_table, shapes
     from fgrpo_jax.objectives import OBJECTIVES
-    from fgrpo_jax.models.decoder import shapes
-    from fgrpo_jax.sharding import on_mesh, replicated
-    from fgrpo_jax.types import Credit
+    from fgrpo_jax.sharding import replicated
+    from fgrpo_jax.types import Credit, map_params
     from fgrpo_jax.update import by_parts, describe, make_optimizer, make_update, state_shardings
 
     config, loss = experiment.config, stage.objective
     credit = Credit(stage.credit.terms, stage.credit.normalise)
     broken = rewards.broken_values(config.reward.broken, config.reward.rules)
 
-    def logprobs(params, query, rollout):
-        return policy.logprobs(params, {}, query, rollout)
+    mesh, table = experiment.mesh, param_table(experiment.spec)
+    sample = shards.by_query(mesh, table, policy.rollout)
+    logprobs = shards.by_query(mesh, table, functools.partial(by_parts, policy.logprobs, stage.microbatches))
 
     @jax.jit
-    @on_mesh(experiment.mesh)
     def collect(params, frozen, query, key):
-        rollout, lists = policy.rollout(params, frozen, query, key)
+        rollout, lists = sample(params, frozen, query, key)
         reward_BGR = rewards.term_rewards(credit, lists, query, config.reward.k, broken)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
         if loss.epochs > 1:  # the policy before the first of several updates
-            batch = batch.replace(old_logp=by_parts(logprobs, stage.microbatches, params, query, rollout))
+            batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:
-            reference = frozen["reference"]
-            batch = batch.replace(ref_logp=by_parts(logprobs, stage.microbatches, reference, query, rollout))
+            batch = batch.replace(ref_logp=logprobs(frozen["reference"], frozen, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
         dead_BP = advantages.dead_groups(reward_BGR, credit)
         return batch, describe(lists, batch, reward_BGP, dead_BP) if stage.source == "sampled" else {}
@@ -74,13 +74,14 @@ def make_step(experiment, policy, stage):
     )
     o = stage.optim
     optimizer = make_optimizer(
-        o.learning_rate, stage.steps * loss.epochs, o.warmup_steps, o.decay, o.b1, o.b2, o.eps,
-        o.weight_decay, o.clip_norm,
+        o.learning_rate, stage.steps * loss.epochs, o.warmup_steps * loss.epochs, o.decay, o.b1, o.b2, o.eps,
+        o.weight_decay, o.clip_norm, map_params(lambda p: p.decay, table),
     )  # fmt: skip
-    update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs)
-    elsewhere = replicated(experiment.mesh)
+    over_shards = functools.partial(shards.summed, mesh, table)
+    update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs, over_shards)
+    elsewhere = replicated(mesh)
     places = state_shardings(optimizer, shapes(experiment.spec), experiment.param_shardings, elsewhere)
-    update = jax.jit(on_mesh(experiment.mesh)(update), donate_argnums=0, out_shardings=(places, elsewhere))
+    update = jax.jit(update, donate_argnums=0, out_shardings=(places, elsewhere))
     return collect, update, optimizer, places
 
 

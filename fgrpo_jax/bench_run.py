@@ -97,7 +97,7 @@ def fixed_rollout(
     spec: decoder.DecoderSpec, group: int, length: int, params: PyTree, query: Query, key: Array
 ) -> Rollout:
     """Sampling as in sampling.sample, of exactly `length` tokens: nothing ends a rollout."""
-    params = decoder.cast(spec, params)
+    params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     weights = decoder.unstack(spec, params, query.prompt.shape[0] * group)
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)
@@ -122,7 +122,7 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
     Same operands in the same layout, chained so that none can be left out; the values mean
     nothing. Left out are the products with a rollout's own keys and values, which are small.
     """
-    params = decoder.cast(spec, params)
+    params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     weights = decoder.unstack(spec, params, query.prompt.shape[0] * group)
     batch, kv_heads = query.prompt.shape[0], spec.num_kv_heads
@@ -150,7 +150,7 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[st
         return sampling.logprobs(sampler, params, query, rollout)
 
     policy = Policy(encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
-    optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
+    optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
     update = make_update(policy, clipped_pg(), optimizer)
     query = make_query(spec, shape, prompts)
 
@@ -160,7 +160,7 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[st
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     def prefill(params, query):
-        return decoder.prefill(spec, decoder.cast(spec, params), query.prompt, query.prompt_len)
+        return decoder.prefill(spec, decoder.whole(spec, params), query.prompt, query.prompt_len)
 
     state = start(jax.random.key(0))
     size = (shape.batch, shape.group, shape.length)

@@ -93,6 +93,7 @@ class ModelConfig:
 class OptimConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 20
+    """Rollout batches over which the learning rate rises, whatever objective.epochs."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     b1: float = 0.9
     b2: float = 0.98

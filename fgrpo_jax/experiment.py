@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fgrpo_jax import datasets, sharding, tokenizers
+from fgrpo_jax import datasets, sharding, shards, tokenizers
 from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
@@ -78,7 +78,7 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
         tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
     spec = _spec(config.model, len(tokenizer))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    places = sharding.param_shardings(mesh, decoder.logical_axes(spec), decoder.shapes(spec))
+    places = sharding.param_shardings(mesh, decoder.param_table(spec))
     return Experiment(config, dataset, tokenizer, spec, mesh, places)
 
 
@@ -170,11 +170,12 @@ class Predictor:
         self._experiment = experiment
         self._policy = make_policy(experiment, None)
         replicated = sharding.replicated(experiment.mesh)
+        table = decoder.param_table(experiment.spec)
+        of_shard = shards.by_query(experiment.mesh, table, self._policy.greedy)
 
         @functools.partial(jax.jit, out_shardings=replicated)
-        @sharding.on_mesh(experiment.mesh)
         def greedy(params: PyTree, query: Query) -> Lists:
-            return self._policy.greedy(params, {}, query)[1]
+            return of_shard(params, {}, query)[1]
 
         self._greedy = greedy
         shards = sharding.query_shards(experiment.mesh)

@@ -83,7 +83,7 @@ def term_rewards(credit: Credit, lists: Lists, query: Query, k: int, broken: tup
         raise ValueError(f"{len(broken)} broken values for {len(OUTCOMES)} outcomes: use broken_values()")
     broken_BG = jnp.asarray(broken, jnp.float32)[lists.outcome]
     distinct = {}
-    for name in {name for _, name, _ in credit.terms}:
+    for name in dict.fromkeys(name for _, name, _ in credit.terms):  # in their order: a set has another on every host
         if name in COVERAGE:
             list_BGX, ok_BG = lists.slate, (lists.outcome == 0) | (lists.outcome >= FIRST_RANK_CODE)
         else:

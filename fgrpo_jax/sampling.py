@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax import transcript
+from fgrpo_jax import shards, transcript
 from fgrpo_jax.models import decoder, head
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
 
@@ -47,7 +47,7 @@ def sample(
     The loop ends as soon as every rollout has ended.
     """
     spec, grammar, _ = sampler
-    params = decoder.cast(spec, params)
+    params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     batch, n_candidates, width = query.identifiers.shape
     weights = decoder.unstack(spec, params, batch * group)
@@ -122,9 +122,9 @@ def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     if key is None:
         pick = _first(logit_BGX == peak)
     elif size <= _BLOCK:
-        pick = _draw(weight, jax.random.uniform(key, weight.shape[:-1]))
+        pick = _draw(weight, shards.uniform(key, weight.shape[:-1], axis=0))
     else:
-        u = jax.random.uniform(key, (2, *weight.shape[:-1]))
+        u = shards.uniform(key, (2, *weight.shape[:-1]), axis=1)
         blocks = jnp.pad(weight, [(0, 0), (0, 0), (0, -size % _BLOCK)]).reshape(*weight.shape[:-1], -1, _BLOCK)
         block = _draw(blocks.sum(-1), u[0])
         within = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
@@ -155,6 +155,7 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     again. 0 where the rollout is untrained.
     """
     spec, grammar, constrained = sampler
+    params = decoder.whole_ends(spec, params)
     hidden = decoder.completions(spec, params, query.prompt, query.prompt_len, rollout.actions)
     trained = rollout.phase != UNTRAINED
     if not constrained:

@@ -1,8 +1,4 @@
-"""The device mesh and what lies where: three axes, one table, nothing inside the model.
-
-    data    queries
-    fsdp    queries and parameters
-    tensor  heads, MLP and vocabulary
+"""Processes, the device mesh, and what lies where on it. What happens inside a program: shards.py.
 
 Queries are split over data x fsdp and groups are never split, so group statistics need no
 collective. The same calls serve one CPU and a pod of many processes.
@@ -10,9 +6,8 @@ collective. The same calls serve one CPU and a pod of many processes.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,22 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.datasets import DataError
-from fgrpo_jax.types import Array, PyTree
-
-AXES = ("data", "fsdp", "tensor")
-QUERY_AXES = ("data", "fsdp")
-
-# Logical axis of a parameter (see models/decoder.py) -> mesh axis, None: replicated.
-RULES: dict[str, str | None] = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "norm": None,
-}
+from fgrpo_jax.shards import AXES, QUERY_AXES, place
+from fgrpo_jax.types import Array, PyTree, map_params
 
 _COORDINATOR, _PROCESSES, _PROCESS = "FGRPO_COORDINATOR", "FGRPO_NUM_PROCESSES", "FGRPO_PROCESS_ID"
 _DETECT = "FGRPO_DISTRIBUTED"
@@ -106,26 +87,6 @@ def query_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Decorates what is given to jit: kernels, which XLA cannot split, then know the mesh.
-
-    (models/flash.py; the whole program is traced so, for gradients meet kernels too.)
-    """
-
-    def decorate(function: Callable) -> Callable:
-        if mesh.size == 1:
-            return function
-
-        @functools.wraps(function)
-        def traced(*args):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return function(*args)
-
-        return traced
-
-    return decorate
-
-
 def check_divisible(mesh: Mesh, batch_queries: int, microbatches: int, where: str) -> None:
     """Raises ConfigError unless every microbatch splits evenly; `where`: the stage, as "rl"."""
     shards = query_shards(mesh)
@@ -142,32 +103,9 @@ def check_divisible(mesh: Mesh, batch_queries: int, microbatches: int, where: st
 # --------------------------------------------------------------------- what lies where
 
 
-def _spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    if len(axes) != len(shape):
-        raise ValueError(f"{len(axes)} logical axes {axes} for a parameter of shape {shape}")
-    places: list[str | None] = []
-    for axis, size in zip(axes, shape, strict=True):
-        place = RULES[axis]
-        if place is not None and (size % mesh.shape[place] or place in places):
-            place = None
-        places.append(place)
-    return PartitionSpec(*places)
-
-
-def param_shardings(mesh: Mesh, logical_axes: PyTree, shapes: PyTree) -> PyTree:
-    """A NamedSharding for every parameter.
-
-    logical_axes: a pytree of tuples of names out of RULES. shapes: the same tree of arrays
-    or ShapeDtypeStructs. A dimension its mesh axis does not divide is replicated (fewer
-    key-value heads than tensor shards), and so is the second one to name a mesh axis.
-    Raises KeyError on an unknown name, ValueError when a shape has other axes.
-    """
-    return jax.tree.map(
-        lambda axes, x: NamedSharding(mesh, _spec(mesh, axes, x.shape)),
-        logical_axes,
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+def param_shardings(mesh: Mesh, table: PyTree) -> PyTree:
+    """A NamedSharding for every Param of a table, by `shards.place`."""
+    return map_params(lambda p: NamedSharding(mesh, place(mesh, p.axes, p.shape)), table)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

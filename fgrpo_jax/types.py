@@ -20,6 +20,7 @@ trained phases, slate at 0 and rank at 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -30,6 +31,24 @@ PHASES = ("slate", "rank")  # the P axis, in order
 
 Array = jax.Array
 PyTree = Any
+
+
+class Param(NamedTuple):
+    """A parameter, declared once: initialisation, optimizer, shardings and files all read it here.
+
+    shape: of the whole array. axes: a logical axis (shards.RULES) for each dimension.
+    init: "normal" or "ones". decay: whether weight decay applies to it.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: str
+    decay: bool
+
+
+def map_params(function: Callable, table: PyTree, *trees: PyTree) -> PyTree:
+    """`function(param, *leaves)` for every Param of a table and the leaves in its place."""
+    return jax.tree.map(function, table, *trees, is_leaf=lambda x: isinstance(x, Param))
 
 
 class TrainingError(RuntimeError):

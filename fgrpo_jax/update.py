@@ -16,34 +16,32 @@ from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Policy
 def make_optimizer(
     learning_rate: float,
     updates: int,
-    warmup_steps: int,
+    warmup: int,
     decay: str,
     b1: float,
     b2: float,
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    decayed: PyTree,
 ) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; `updates` is the length of warm-up and decay together.
 
-    Weight decay leaves vectors (norms) alone: it applies to parameters that are matrices.
+    warmup, updates: optimizer updates, so epochs times the steps of a stage.
+    decayed: booleans, a tree like params or a prefix of one: what weight decay applies to.
     """
-    rest = max(1, updates - warmup_steps)
+    rest = max(1, updates - warmup)
     after = {
         "constant": optax.constant_schedule(learning_rate),
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(learning_rate, rest),
     }[decay]
     # Counted from 1: the first update must not have a learning rate of zero.
-    warmup = optax.linear_schedule(learning_rate / max(1, warmup_steps), learning_rate, max(1, warmup_steps - 1))
-    schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
-
-    def is_matrix(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
-
+    before = optax.linear_schedule(learning_rate / max(1, warmup), learning_rate, max(1, warmup - 1))
+    schedule = optax.join_schedules([before, after], [warmup]) if warmup else after
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     )
 
 
@@ -67,11 +65,11 @@ def _split(tree: PyTree, parts: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
 
 
-def by_parts(logprobs: Callable, parts: int, params: PyTree, query: PyTree, rollout: PyTree) -> Array:
-    """`logprobs(params, query, rollout)`, a part of the batch at a time, as the update does it."""
+def by_parts(logprobs: Callable, parts: int, params: PyTree, frozen: PyTree, query: PyTree, rollout: PyTree) -> Array:
+    """`logprobs(params, frozen, query, rollout)`, a part of the batch at a time, as the update does it."""
     if parts == 1:
-        return logprobs(params, query, rollout)
-    found = jax.lax.map(lambda part: logprobs(params, *part), _split((query, rollout), parts))
+        return logprobs(params, frozen, query, rollout)
+    found = jax.lax.map(lambda part: logprobs(params, frozen, *part), _split((query, rollout), parts))
     return jnp.moveaxis(found, 0, 1).reshape(-1, *found.shape[2:])
 
 
@@ -101,12 +99,16 @@ def make_update(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     epochs: int = 1,
+    over_shards: Callable[[Callable], Callable] = lambda function: function,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Mean]]]:
     """The pure function `(state, frozen, batch) -> (state, metrics)`; jit it with `state` donated.
 
     The weights of a batch are normalised over the whole of it, so losses and gradients of
     microbatches are plainly added. Microbatch i takes rows i, i + n, ...: every device keeps
     its own rows. `epochs` updates are made on the batch; the metrics are the last one's.
+
+    over_shards: runs `(params, frozen, batch) -> ((loss, metrics), gradient)` on every shard of the
+    queries and adds the results (shards.summed); on one device there is nothing to do.
 
     A non-finite loss or gradient leaves parameters and optimizer as they were; the metric
     `nonfinite` then counts 1, and the caller is to stop.
@@ -132,14 +134,14 @@ def make_update(
 
     def one_update(carry, _, frozen, batch):
         params, opt_state = carry
-        (loss, metrics), grads = gradient(params, frozen, batch)
+        (loss, metrics), grads = over_shards(gradient)(params, frozen, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         in_place, choice = (functools.partial(way, optimizer) for way in (_apply_in_place, _apply_or_keep))
         new = jax.lax.platform_dependent(finite, carry, grads, cpu=in_place, default=choice)
         one = jnp.float32(1)
-        metrics |= {"loss": Mean(loss, one), "grad_norm": Mean(norm, one)}
-        return new, metrics | {"nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
+        metrics |= {"grad_norm": Mean(norm, one), "nonfinite": Mean(jnp.where(finite, 0.0, 1.0), one)}
+        return new, metrics
 
     def update(state: TrainState, frozen: PyTree, batch: Batch):
         (params, opt_state), metrics = jax.lax.scan(

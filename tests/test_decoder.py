@@ -10,6 +10,7 @@ from helpers import quick_jit
 
 from fgrpo_jax.models import decoder, head, layers
 from fgrpo_jax.models.layers import rms_norm
+from fgrpo_jax.types import Param
 
 B, G, T = 3, 2, 6
 
@@ -166,7 +167,7 @@ def test_bfloat16_is_near_float32(spec, params, query, actions):
 @functools.partial(quick_jit, static_argnums=0)
 def decoded_hidden(spec, params, query, actions_BGT):
     """The hidden states of given actions, one `decode_step` after the other."""
-    params = decoder.cast(spec, params)
+    params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     weights = decoder.unstack(spec, params, B * G)
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
@@ -211,7 +212,7 @@ def test_decoding_with_weights_laid_out_rows_first(spec, params, query, actions,
 @pytest.mark.parametrize("large", [1, 2**20])
 def test_logits_of_a_bfloat16_model_are_not_rounded(spec, params, large, monkeypatch):
     monkeypatch.setattr(layers, "_LARGE", large)
-    half = decoder.cast(spec._replace(dtype="bfloat16"), params)
+    half = decoder.whole(spec._replace(dtype="bfloat16"), params)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(B, G, spec.hidden_size)), jnp.bfloat16)
     expected = hidden.astype(np.float32) @ head.rows(half).astype(np.float32).T
     for weights in (half, decoder.unstack(spec, half, B * G)):
@@ -245,7 +246,8 @@ def test_small_or_odd_weights_stay_as_they_are():
 def test_bfloat16_decoding_is_near_the_full_forward(spec, params, query, actions):
     """Both round, in different places: hidden states of size 1 to 0.05 (8 bits of mantissa, 3 layers)."""
     spec = spec._replace(dtype="bfloat16")
-    full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
+    half = decoder.whole_ends(spec, params)
+    full = quick_jit(decoder.completions, static_argnums=0)(spec, half, query.prompt, query.prompt_len, actions)
     decoded = decoded_hidden(spec, params, query, actions)
     assert full.dtype == decoded.dtype == jnp.bfloat16
     np.testing.assert_allclose(decoded.astype(np.float32), full.astype(np.float32), atol=0.05)
@@ -290,11 +292,11 @@ def test_choice_logits_are_columns_of_the_full_logits(spec, params, shape):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_table_describes_the_parameters(spec, tied):
     spec = spec._replace(tie_embeddings=tied, param_dtype="bfloat16")
-    made, shapes, axes = init(spec, jax.random.key(0)), decoder.shapes(spec), decoder.logical_axes(spec)
+    made, shapes, table = init(spec, jax.random.key(0)), decoder.shapes(spec), decoder.param_table(spec)
     for x, like in zip(jax.tree.leaves(made), jax.tree.leaves(shapes), strict=True):
         assert (x.shape, x.dtype) == (like.shape, like.dtype)
-    named = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-    assert [len(a) for a in named] == [x.ndim for x in jax.tree.leaves(made)]
+    params = jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Param))
+    assert [len(p.axes) for p in params] == [x.ndim for x in jax.tree.leaves(made)]
     assert decoder.num_params(spec) == sum(x.size for x in jax.tree.leaves(made))
 
 

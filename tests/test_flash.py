@@ -23,7 +23,7 @@ from test_attention import (
 )
 from test_sharding import run_on_8_devices
 
-from fgrpo_jax import experiment, sharding, stage
+from fgrpo_jax import experiment, stage
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.models import attention, flash
 
@@ -170,28 +170,26 @@ def test_training_with_it_on_a_cpu_is_refused():
         stage.check_training(asked)
 
 
-def test_axes_are_those_of_the_mesh():
-    assert flash.QUERY_AXES == sharding.QUERY_AXES and flash.HEAD_AXES == (sharding.RULES["kv_heads"],)
-
-
 def test_devices_share_queries_and_heads():
-    """Values and gradients as on one device, and no operand is gathered; 3 queries stay whole."""
+    """Values and gradients as on one device, and no operand is gathered; 3 heads stay whole."""
     out = run_on_8_devices("""
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from fgrpo_jax.models import attention
-        from fgrpo_jax.sharding import make_mesh, on_mesh
+        from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.shards import by_query
 
-        def gradients(q, k, v):
+        def gradients(params, frozen, q, k, v):
             return jax.grad(lambda *x: (attention.causal(*x, "flash") ** 2).sum(), (0, 1, 2))(q, k, v)
 
         rng, mesh = np.random.default_rng(0), make_mesh(2, 2, 2)
-        for batch, place in ((8, P(("data", "fsdp"), None, "tensor")), (3, P(None, None, "tensor"))):
-            args = [jnp.asarray(rng.normal(size=(batch, 20, n, 16)), jnp.float32) for n in (4, 2, 2)]
+        queries = "data", "fsdp"
+        for heads, place in (((4, 2, 2), P(queries, None, "tensor")), ((6, 3, 3), P(queries))):
+            args = [jnp.asarray(rng.normal(size=(8, 20, n, 16)), jnp.float32) for n in heads]
             split = jax.device_put(args, NamedSharding(mesh, place))
-            compiled = jax.jit(on_mesh(mesh)(gradients)).lower(*split).compile()
+            compiled = jax.jit(by_query(mesh, {}, gradients)).lower({}, {}, *split).compile()
             assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
-            for x, y in zip(compiled(*split), jax.jit(gradients)(*args)):
+            for x, y in zip(compiled({}, {}, *split), jax.jit(gradients)({}, {}, *args)):
                 np.testing.assert_allclose(x, y, atol=2e-5)
         print("fine")
     """)

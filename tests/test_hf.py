@@ -211,7 +211,7 @@ def new_state(params, optimizer):
 
 
 def optimizer_of(rate):
-    return make_optimizer(rate, 100, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
+    return make_optimizer(rate, 100, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
 
 
 @pytest.mark.parametrize("torch_model", [SPEC], ids=["tied"], indirect=True)

@@ -88,7 +88,7 @@ def make_policy(config, dataset, tokenizer, group):
     return llm.make(config, SPEC, tokenizer, dataset.kind, dataset.instruction, group)
 
 
-OPTIMIZER = make_optimizer(1e-3, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0)
+OPTIMIZER = make_optimizer(1e-3, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
 
 
 @pytest.fixture(scope="module")

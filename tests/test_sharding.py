@@ -31,23 +31,24 @@ def test_shardings_on_8_devices():
         from fgrpo_jax.sharding import (
             check_divisible, local_rows, make_mesh, param_shardings, query_sharding, shard_batch
         )
+        from fgrpo_jax.types import Param
         assert make_mesh(-1, 1, 1).shape == dict(data=8, fsdp=1, tensor=1)
         assert make_mesh(2, -1, 2).shape == dict(data=2, fsdp=2, tensor=2)
         assert all(t == jax.sharding.AxisType.Auto for t in make_mesh(2, 2, 2).axis_types)
         mesh = make_mesh(1, 2, 4)
 
-        axes = {"a": ("vocab", "embed"), "b": ("layers", "embed", "kv_heads", "head_dim"),
-                "c": ("norm",), "d": ("mlp", "heads")}
-        shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
-        shapes = {"a": shape(10, 6), "b": shape(3, 8, 2, 4), "c": shape(8), "d": shape(4, 8)}
-        specs = jax.tree.map(lambda s: s.spec, param_shardings(mesh, axes, shapes))
+        param = lambda *sizes: Param(*zip(*((size, axis) for axis, size in sizes)), "ones", False)
+        table = {"a": param(("vocab", 10), ("embed", 6)), "c": param(("norm", 8)),
+                 "b": param(("layers", 3), ("embed", 8), ("kv_heads", 2), ("head_dim", 4)),
+                 "d": param(("mlp", 4), ("heads", 8))}
+        specs = jax.tree.map(lambda s: s.spec, param_shardings(mesh, table))
         assert specs["a"] == P(None, "fsdp"), specs  # 10 tokens over 4: replicated
         assert specs["b"] == P(None, "fsdp", None, None), specs  # 2 key-value heads over 4
         assert specs["c"] == P(None) and specs["d"] == P("tensor", None), specs
 
         spec = decoder.DecoderSpec(vocab_size=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2,
                                    head_dim=4, mlp_size=16)
-        where = param_shardings(make_mesh(2, 2, 2), decoder.logical_axes(spec), decoder.shapes(spec))
+        where = param_shardings(make_mesh(2, 2, 2), decoder.param_table(spec))
         params = jax.jit(lambda k: decoder.init(spec, k), out_shardings=where)(jax.random.key(0))
         assert params["layers"]["gate"].addressable_shards[0].data.shape == (2, 4, 8)
         alone = jax.jit(lambda k: decoder.init(spec, k))(jax.random.key(0))

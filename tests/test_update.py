@@ -7,17 +7,18 @@ import pytest
 from helpers import quick_jit
 
 from fgrpo_jax import advantages, rewards, sampling
+from fgrpo_jax.models import decoder
 from fgrpo_jax.objectives import clipped_pg
 from fgrpo_jax.transcript import OUTCOMES
-from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState
+from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState, map_params
 from fgrpo_jax.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 
 B, G, T, V = 8, 3, 4, 6
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 0.5)))
 
 
-def optimizer_of(learning_rate=0.1, updates=100, warmup=0, decay="constant", weight_decay=0.0, clip=1e9):
-    return make_optimizer(learning_rate, updates, warmup, decay, 0.9, 0.98, 1e-8, weight_decay, clip)
+def optimizer_of(learning_rate=0.1, updates=100, warmup=0, decay="constant", weight_decay=0.0, clip=1e9, decayed=True):
+    return make_optimizer(learning_rate, updates, warmup, decay, 0.9, 0.98, 1e-8, weight_decay, clip, decayed)
 
 
 def table_logprobs(params, frozen, query, rollout):
@@ -86,7 +87,7 @@ def test_epochs_are_updates_one_after_the_other(table, batch):
 @pytest.mark.parametrize("way", [_apply_or_keep, _apply_in_place])
 def test_an_update_is_made_or_not(way):
     """Of the two ways a program holds only that of its platform."""
-    optimizer = make_optimizer(1e-2, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.1, 1.0)
+    optimizer = make_optimizer(1e-2, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.1, 1.0, True)
     params, grads = {"w": jnp.arange(3.0)}, {"w": jnp.array([3.0, -4.0, 0.0])}
     old = params, optimizer.init(params)
     kept, made = (way(optimizer, jnp.array(finite), old, grads) for finite in (False, True))
@@ -153,16 +154,27 @@ def test_little_or_no_warm_up(warmup):
     np.testing.assert_allclose(learning_rates(optimizer_of(0.1, warmup=warmup), 3), 0.1, rtol=1e-4)
 
 
-def test_weight_decay_spares_norms(params):
-    optimizer = optimizer_of(0.1, weight_decay=0.5)
+def test_weight_decay_spares_norms(spec, params):
+    table = decoder.param_table(spec)
+    assert_decays(params, map_params(lambda p: p.decay, table))
+    assert jax.tree.leaves(map_params(lambda p: p.decay, table)) == [
+        "norm" not in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def test_weight_decay_follows_the_declaration_and_no_name(table):
+    assert_decays({"normal": table["table"], "scale": table["table"]}, {"normal": True, "scale": False})
+
+
+def assert_decays(params, declared):
+    optimizer = optimizer_of(0.1, weight_decay=0.5, decayed=declared)
 
     def decayed(params):
         zero = jax.tree.map(jnp.zeros_like, params)
         return optimizer.update(zero, optimizer.init(params), params)[0]
 
-    for path, change in jax.tree_util.tree_leaves_with_path(quick_jit(decayed)(params)):
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        assert (np.abs(change) > 0).mean() < 0.01 if is_norm else (np.abs(change) > 0).mean() > 0.9, path
+    for change, decays in zip(*map(jax.tree.leaves, (quick_jit(decayed)(params), declared)), strict=True):
+        assert (np.abs(change) > 0).mean() > 0.9 if decays else (np.abs(change) == 0).all()
 
 
 def test_the_gradient_is_clipped_by_its_global_norm(table, batch):

@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fgrpo_jax import shards
 from fgrpo_jax.models import attention, head
 from fgrpo_jax.models.layers import RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
-from fgrpo_jax.types import Array, PyTree
+from fgrpo_jax.types import Array, Param, PyTree, map_params
 
 KEPT = "result of a projection"
 
@@ -63,49 +64,45 @@ SHAPING = (
 )  # fmt: skip
 
 
-class Param(NamedTuple):
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical axes, see sharding.RULES
-    init: str  # "normal" or "ones"
-
-
 def param_table(spec: DecoderSpec) -> PyTree:
     """Every parameter of the model, once."""
     layers, width, mlp = spec.num_layers, spec.hidden_size, spec.mlp_size
     heads, kv_heads, head = spec.num_heads, spec.num_kv_heads, spec.head_dim
+
+    def matrix(*sizes: tuple[str, int]) -> Param:
+        axes, shape = zip(*sizes, strict=True)
+        return Param(shape, axes, "normal", decay=True)
+
+    def scale(*sizes: tuple[str, int]) -> Param:
+        axes, shape = zip(*sizes, strict=True)
+        return Param(shape, axes, "ones", decay=False)
+
+    stack, to_model, per_head = ("layers", layers), ("embed", width), ("head_dim", head)
     table = {
-        "embed": Param((spec.vocab_size, width), ("vocab", "embed"), "normal"),
+        "embed": matrix(("vocab", spec.vocab_size), to_model),
         "layers": {
-            "attn_norm": Param((layers, width), ("layers", "norm"), "ones"),
-            "q": Param((layers, width, heads, head), ("layers", "embed", "heads", "head_dim"), "normal"),
-            "k": Param((layers, width, kv_heads, head), ("layers", "embed", "kv_heads", "head_dim"), "normal"),
-            "v": Param((layers, width, kv_heads, head), ("layers", "embed", "kv_heads", "head_dim"), "normal"),
-            "q_norm": Param((layers, head), ("layers", "norm"), "ones"),
-            "k_norm": Param((layers, head), ("layers", "norm"), "ones"),
-            "o": Param((layers, heads, head, width), ("layers", "heads", "head_dim", "embed"), "normal"),
-            "mlp_norm": Param((layers, width), ("layers", "norm"), "ones"),
-            "gate": Param((layers, width, mlp), ("layers", "embed", "mlp"), "normal"),
-            "up": Param((layers, width, mlp), ("layers", "embed", "mlp"), "normal"),
-            "down": Param((layers, mlp, width), ("layers", "mlp", "embed"), "normal"),
+            "attn_norm": scale(stack, ("norm", width)),
+            "q": matrix(stack, to_model, ("heads", heads), per_head),
+            "k": matrix(stack, to_model, ("kv_heads", kv_heads), per_head),
+            "v": matrix(stack, to_model, ("kv_heads", kv_heads), per_head),
+            "q_norm": scale(stack, ("norm", head)),
+            "k_norm": scale(stack, ("norm", head)),
+            "o": matrix(stack, ("heads", heads), per_head, to_model),
+            "mlp_norm": scale(stack, ("norm", width)),
+            "gate": matrix(stack, to_model, ("mlp", mlp)),
+            "up": matrix(stack, to_model, ("mlp", mlp)),
+            "down": matrix(stack, ("mlp", mlp), to_model),
         },
-        "final_norm": Param((width,), ("norm",), "ones"),
+        "final_norm": scale(("norm", width)),
     }
     if not spec.tie_embeddings:
-        table["head"] = Param((spec.vocab_size, width), ("vocab", "embed"), "normal")
+        table["head"] = matrix(("vocab", spec.vocab_size), to_model)
     return table
-
-
-def _map_table(fn, table: PyTree) -> PyTree:
-    return jax.tree.map(fn, table, is_leaf=lambda x: isinstance(x, Param))
-
-
-def logical_axes(spec: DecoderSpec) -> PyTree:
-    return _map_table(lambda p: p.axes, param_table(spec))
 
 
 def shapes(spec: DecoderSpec) -> PyTree:
     dtype = jnp.dtype(spec.param_dtype)
-    return _map_table(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), param_table(spec))
+    return map_params(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), param_table(spec))
 
 
 def num_params(spec: DecoderSpec) -> int:
@@ -158,9 +155,16 @@ def _remat(spec: DecoderSpec, fn):
     return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
-def cast(spec: DecoderSpec, params: PyTree) -> PyTree:
-    """Weights in the compute type; once per rollout or update, never per decode step."""
-    return jax.tree.map(lambda x: x.astype(spec.dtype), params)
+def whole(spec: DecoderSpec, params: PyTree) -> PyTree:
+    """Weights in the compute type, gathered from the devices that hold parts of them; once per rollout."""
+    return shards.whole(param_table(spec), params, spec.dtype)
+
+
+def whole_ends(spec: DecoderSpec, params: PyTree) -> PyTree:
+    """The same of embedding, last norm and head; layers stay in parts until `completions` comes to them."""
+    ends = {name: x for name, x in params.items() if name != "layers"}
+    table = param_table(spec)
+    return shards.whole({name: table[name] for name in ends}, ends, spec.dtype) | {"layers": params["layers"]}
 
 
 def _split_last(layers: PyTree) -> tuple[PyTree, PyTree]:
@@ -176,8 +180,10 @@ def completions(
     """Final hidden states [B,G,T,D] whose head gives the distribution of each action.
 
     The prompt is encoded once per query; gradients reach it once, from all its rollouts.
+    `params` comes from `whole_ends`: each layer is gathered when its turn comes, in the forward and
+    again in the backward pass, so no device ever holds all of them.
     """
-    params = cast(spec, params)
+    layer_table = param_table(spec)["layers"]
     batch, group, length = actions_BGT.shape
     prompt_size = prompt_BS.shape[1]
     last_B = jnp.take_along_axis(prompt_BS, prompt_len_B[:, None] - 1, 1)
@@ -200,6 +206,7 @@ def completions(
 
     @functools.partial(_remat, spec)
     def block(x_BXD: Array, layer: PyTree):
+        layer = shards.whole(layer_table, layer, spec.dtype)
         normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
         q_prompt, q_own = split(_queries(spec, layer, normed, rope))
         k, v = _keys_values(spec, layer, normed, rope)
@@ -211,6 +218,7 @@ def completions(
 
     @functools.partial(_remat, spec)
     def last_block(x_BXD: Array, layer: PyTree) -> Array:
+        layer = shards.whole(layer_table, layer, spec.dtype)
         normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
         q = _queries(spec, layer, normed[:, prompt_size:], rope_own)
         k, v = _keys_values(spec, layer, normed, rope)
@@ -243,7 +251,7 @@ class PromptCache:
 
 
 def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
-    """Encode every prompt once. `params` must be cast already."""
+    """Encode every prompt once. `params` comes from `whole`."""
     positions = jnp.broadcast_to(jnp.arange(prompt_BS.shape[1]), prompt_BS.shape)
     rope = rope_tables(positions, spec.head_dim, spec.rope_theta)
 

@@ -38,8 +38,6 @@ from fgrpo_jax.types import Array
 _MASKED = -1e30  # finite: a row that sees nothing gives no nan, and weighs nothing among parts
 _WIDE = jnp.float32
 
-QUERY_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)  # of the mesh, see sharding.py: they split B, J
-
 
 class Target(NamedTuple):
     """What differs between platforms."""
@@ -102,22 +100,19 @@ def runs_on(device: jax.Device) -> bool:
 
 
 def _split(function, target: Target, results: int, *args: Array) -> tuple[Array, ...]:
-    """`function` of every device's own queries and kv heads.
+    """`function` of every device's own kv heads.
 
-    Programs of several devices are split by XLA, but kernels it cannot split. So whoever traces
-    one names the mesh (sharding.on_mesh), and every device runs the kernels on what it holds.
-    An axis that its mesh axes do not divide is computed by all of them.
+    XLA splits programs over the tensor axis, but kernels it cannot split; queries are split already
+    (shards.by_query). Heads that the axis does not divide are computed by all of its devices.
     """
     function, mesh = functools.partial(function, target), jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or not mesh.auto_axes:
+    if "tensor" not in mesh.auto_axes or mesh.shape["tensor"] == 1:
         return function(*args)
-    places = []
-    for size, axes in zip(args[0].shape[:2], (QUERY_AXES, HEAD_AXES), strict=True):
-        axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
-        places.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else axes)
-    place = PartitionSpec(*places)
+    place = PartitionSpec(None, None if args[0].shape[1] % mesh.shape["tensor"] else "tensor")
     # Kernels do not tell over which mesh axes their results vary, so that cannot be checked.
-    return jax.shard_map(function, in_specs=place, out_specs=(place,) * results, check_vma=False)(*args)
+    return jax.shard_map(
+        function, in_specs=place, out_specs=(place,) * results, axis_names={"tensor"}, check_vma=False
+    )(*args)
 
 
 # --------------------------------------------------------------------- kernels

@@ -28,7 +28,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fgrpo_jax.models.decoder import DecoderSpec, Param, param_table
+from fgrpo_jax.models.decoder import DecoderSpec, param_table
 from fgrpo_jax.models.hf_config import (
     ModelFilesError,
     make_config,
@@ -36,7 +36,7 @@ from fgrpo_jax.models.hf_config import (
     read_json,
     read_spec,
 )
-from fgrpo_jax.types import Array, PyTree
+from fgrpo_jax.types import Array, Param, PyTree
 
 __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax import transcript
+from fgrpo_jax import shards, transcript
 from fgrpo_jax.types import UNTRAINED, Array, Lists, Policy, Query, Rollout
 
 
@@ -23,7 +23,7 @@ def target_lists(
     order_key, shuffle_key = jax.random.split(key)
     present = jnp.arange(n_candidates) < query.n_candidates[:, None]
     gain_BC = jnp.where(present, query.relevance, -1.0)
-    tie_BC = jax.random.uniform(order_key, gain_BC.shape)
+    tie_BC = shards.uniform(order_key, gain_BC.shape, axis=0)
     by_gain_BC = jnp.lexsort((tie_BC, -gain_BC), axis=-1)  # padding candidates come last
     n_relevant = (gain_BC > 0).sum(-1)
 
@@ -39,7 +39,7 @@ def target_lists(
     ranking_BK = cut(by_gain_BC, grammar.rank_max, n_rank)
     slate_BN = cut(by_gain_BC, grammar.slate_max, n_slate)
     if fill == "shuffled":
-        chance = jax.random.uniform(shuffle_key, slate_BN.shape)
+        chance = shards.uniform(shuffle_key, slate_BN.shape, axis=0)
         order = jnp.argsort(jnp.where(slate_BN >= 0, chance, 2.0), -1)
         slate_BN = jnp.take_along_axis(slate_BN, order, -1)
     return slate_BN[:, None], ranking_BK[:, None]
