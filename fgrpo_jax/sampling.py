@@ -53,12 +53,15 @@ def sample(
     weights = decoder.unstack(spec, params, batch * group)
     length = grammar.length(n_candidates, width)
     options = transcript.choices(grammar, query)
+    rows_BMD = head.choice_rows(params, options.tokens) if sampler.constrained else None
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
 
     def body(loop: _Loop) -> _Loop:
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, loop.cache, loop.token, loop.t)
         step_key = None if key is None else jax.random.fold_in(key, loop.t)
-        token, logp, forced = _next_token(sampler, weights, query, options, loop.state, hidden_BGD, step_key)
+        token, logp, forced = _next_token(
+            sampler, weights, query, options, rows_BMD, loop.state, hidden_BGD, step_key
+        )
         token = jnp.where(loop.state.at == transcript.FINISHED, grammar.eos, token)
         state, label = transcript.advance(grammar, query, loop.state, token)
         label = jnp.where(forced, UNTRAINED, label)
@@ -94,15 +97,15 @@ def sample(
 
 
 def _next_token(
-    sampler: Sampler, weights: PyTree, query: Query, options: transcript.Choices, state: transcript.State,
-    hidden_BGD: Array, key: Array | None,
+    sampler: Sampler, weights: PyTree, query: Query, options: transcript.Choices, rows_BMD: Array | None,
+    state: transcript.State, hidden_BGD: Array, key: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """The token of every rollout, its log-probability, and whether there was no other: [B,G] each."""
     if not sampler.constrained:
         token, logp = choose(head.logits(weights, hidden_BGD), key)
         return token, logp, jnp.zeros(token.shape, bool)
     mask = transcript.allowed(sampler.grammar, query, options, state)
-    logit = head.choice_logits(weights, hidden_BGD, options.tokens)
+    logit = head.choice_logits(rows_BMD, hidden_BGD)
     pick, logp = choose(jnp.where(mask, logit, -jnp.inf), key)
     tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
     token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
@@ -163,7 +166,7 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
         return jnp.where(trained, logp, 0.0)
     options = transcript.choices(grammar, query)
     _, _, mask = transcript.parse(grammar, query, rollout.actions, options)
-    logit = head.choice_logits(params, hidden, options.tokens)
+    logit = head.choice_logits(head.choice_rows(params, options.tokens), hidden)
     # Untrained positions may allow anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(mask | ~trained[..., None], logit, -jnp.inf)
     is_action = (options.tokens[:, None, None] == rollout.actions[..., None]) & options.first[:, None, None]

@@ -80,15 +80,16 @@ def summed(mesh: Mesh, table: PyTree, function: Callable) -> Callable:
     The gradient, a tree like params, comes to lie where the parameters do.
     """
 
+    several = [axis for axis in QUERY_AXES if mesh.shape[axis] > 1]
+
     def add(params: PyTree, frozen: PyTree, *batch: PyTree):
         values, gradient = function(params, frozen, *batch)
-        values = jax.tree.map(lambda x: jax.lax.psum(x, QUERY_AXES), values)
 
         def over_others(p: Param, x: Array) -> Array:
-            scattered = "fsdp" in place(mesh, p.axes, p.shape)  # by the transpose of `whole`
-            return jax.lax.psum(x, ("data",) if scattered else QUERY_AXES)
+            added = {"fsdp"} & set(place(mesh, p.axes, p.shape))  # by the transpose of `whole`
+            return jax.lax.psum(x, [axis for axis in several if axis not in added])
 
-        return values, map_params(over_others, table, gradient)
+        return jax.lax.psum(values, several), map_params(over_others, table, gradient)
 
     return _mapped(mesh, table, add if mesh.size > 1 else function, lambda params_at: (PartitionSpec(), params_at))
 
@@ -141,7 +142,7 @@ def whole(table: PyTree, params: PyTree, dtype: Any) -> PyTree:
     def one(p: Param, x: Array) -> Array:
         beyond = len(p.shape) - x.ndim  # the axis of layers
         spec = place(mesh, p.axes[beyond:], p.shape[beyond:])
-        if "fsdp" not in spec:
+        if "fsdp" not in spec or mesh.shape["fsdp"] == 1:
             return x.astype(dtype)
         return _gather(tuple(spec), jnp.dtype(dtype), x)
 

@@ -281,7 +281,7 @@ def test_choice_logits_are_columns_of_the_full_logits(spec, params, shape):
     hidden = jnp.asarray(rng.normal(size=(*shape, spec.hidden_size)), jnp.float32)
     tokens_BM = rng.integers(0, spec.vocab_size, (B, 7))
     full = np.asarray(head.logits(params, hidden))
-    some = head.choice_logits(params, hidden, jnp.asarray(tokens_BM))
+    some = head.choice_logits(head.choice_rows(params, jnp.asarray(tokens_BM)), hidden)
     for b in range(B):
         np.testing.assert_allclose(some[b], full[b][..., tokens_BM[b]], atol=1e-5)
 

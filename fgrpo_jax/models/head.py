@@ -26,9 +26,13 @@ def logits(params: PyTree, hidden: Array) -> Array:
     return linear(hidden, rows_DV, dtype=jnp.float32)
 
 
-def choice_logits(params: PyTree, hidden_BGXD: Array, tokens_BM: Array) -> Array:
-    """Logits [B,G,...,M] of the choices alone: only their rows of the head are read."""
-    rows_BMD = rows(params)[jnp.maximum(tokens_BM, 0)].astype(hidden_BGXD.dtype)
+def choice_rows(params: PyTree, tokens_BM: Array) -> Array:
+    """The head's rows [B,M,D] of the choices; read once, where the vocabulary may lie on several devices."""
+    return rows(params)[jnp.maximum(tokens_BM, 0)]
+
+
+def choice_logits(rows_BMD: Array, hidden_BGXD: Array) -> Array:
+    """Logits [B,G,...,M] of the choices alone, in float32."""
     return jnp.einsum("bg...d,bmd->bg...m", hidden_BGXD, rows_BMD, preferred_element_type=jnp.float32)
 
 
