@@ -178,8 +178,8 @@ class Predictor:
             return of_shard(params, {}, query)[1]
 
         self._greedy = greedy
-        shards = sharding.query_shards(experiment.mesh)
-        self._size = -(-experiment.config.eval.batch_queries // shards) * shards
+        parts = sharding.query_shards(experiment.mesh)
+        self._size = -(-experiment.config.eval.batch_queries // parts) * parts
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
         """One Prediction per example; padding rows repeat the last example and are dropped."""

@@ -169,7 +169,9 @@ class Policy(NamedTuple):
         allow; raises DataError naming the query id.
     blank: a Query of numpy arrays [1,...]: what each array may be padded with, so that hosts
         that encode parts of a batch can make their shapes equal.
-    rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted.
+    rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted. As logprobs and
+        greedy it sees the queries of one shard (shards.by_query), and treats them one by one: it
+        asks for weights with shards.whole and for random numbers with shards.uniform.
     logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
     greedy: as rollout with G = 1 and the most probable action everywhere.
     """

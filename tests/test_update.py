@@ -69,6 +69,15 @@ def test_microbatches_change_nothing(table, batch):
         assert_close(metrics, other_metrics)
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_loss_that_is_logged_is_the_mean_by_weight(table, batch, microbatches):
+    """Also where the weights do not sum to one, as constant ones do not."""
+    _, expected = run(table, batch)
+    _, metrics = run(table, batch.replace(weight=batch.weight / 3), microbatches=microbatches)
+    assert metrics["loss"].value() == pytest.approx(expected["loss"].value(), rel=1e-4)
+    assert float(metrics["loss"].sum) == pytest.approx(float(expected["loss"].sum) / 3, rel=1e-4)
+
+
 def test_epochs_are_updates_one_after_the_other(table, batch):
     optimizer = optimizer_of()
     twice, metrics = run(table, batch, optimizer, epochs=2)
@@ -125,14 +134,15 @@ def test_groups_without_signal_move_nothing(table, batch):
 # --------------------------------------------------------------------- the optimizer
 
 
-def learning_rates(optimizer, steps):
+def learning_rates(optimizer, steps, params=None):
     """Under a constant gradient, the size of Adam's step is the learning rate."""
+    params = params or {"w": jnp.zeros(1)}
 
     def step(state, _):
-        updates, state = optimizer.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
-        return state, -updates["w"][0]
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return state, -jax.tree.leaves(updates)[0].ravel()[0]
 
-    return quick_jit(lambda: jax.lax.scan(step, optimizer.init({"w": jnp.zeros(1)}), length=steps)[1])()
+    return quick_jit(lambda: jax.lax.scan(step, optimizer.init(params), length=steps)[1])()
 
 
 @pytest.mark.parametrize(

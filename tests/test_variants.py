@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from one_step import build, numbers, two_steps
+from test_update import learning_rates
 from tiny import changed, quick_programs
 
+import train
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.experiment import KNOWN, initial_params
+from fgrpo_jax.experiment import KNOWN, initial_params, make_policy
 from fgrpo_jax.stage import check_training
 from fgrpo_jax.validation import validate
 
@@ -108,6 +110,17 @@ def test_other_algorithms_are_other_configurations(experiment, fgrpo, variant):
     else:
         np.testing.assert_allclose(batch.advantage[..., 0], batch.advantage[..., 1], atol=1e-6)
         assert seen[0]["reward/slate"] == fgrpo[2][0]["reward/slate"]  # the same rollouts
+
+
+def test_a_warm_up_is_as_long_whatever_the_epochs(experiment):
+    """Of 2 rollout batches: with one update each, or three."""
+    for epochs, expected in ((1, [0.5, 1.0, 1.0]), (3, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0])):
+        fields = {"rl.objective.epochs": epochs, "rl.optim.warmup_steps": 2, "rl.optim.learning_rate": 0.1}
+        config = changed(experiment.config, fields)
+        validate(config, KNOWN)
+        optimizer = train.make_step(experiment, make_policy(experiment, config.rl), config.rl)[2]
+        rates = learning_rates(optimizer, len(expected), initial_params(experiment))
+        np.testing.assert_allclose(rates, np.multiply(0.1, expected), rtol=1e-4)
 
 
 def test_batches_that_do_not_fit_the_mesh_are_refused_before_training(experiment):
