@@ -98,6 +98,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     settings = settings or config.eval
     settings = dataclasses.replace(settings, split=split or settings.split)
     data, mesh = data or _source(config), mesh or config.mesh
+    if settings.versus == "sft" and config.start_from and run_lib.lacking_start(run_dir, config):
+        settings = dataclasses.replace(settings, versus="rl")  # `_finished` says so
     used = _judged(config, data, settings, mesh)
     stages = _finished(run_dir, "", used, config)
     for prefix, other in _prefixed(others).items():
@@ -173,17 +175,30 @@ def _finished(run_dir: Path, prefix: str, used: Config, config: Config) -> dict[
     """Every finished stage of a run by its name in the table, and the one that `start_from` names.
 
     config: the run's own; used: with what belongs to the evaluation. The start is shown what this
-    run shows, for it is where this run's `rl` began.
+    run shows, for it is where this run's `rl` began; a run that was moved without it does without.
     """
+    from fgrpo_jax import run as run_lib
     from fgrpo_jax.datasets import builder_class
-    from fgrpo_jax.stage import is_done
 
-    places = {"sft": Path(config.start_from or run_dir).expanduser(), "rl": run_dir}
-    done = {name: place for name, place in places.items() if is_done(place, name)}
+    places = {"sft": run_dir, "rl": run_dir}
+    if config.start_from:
+        places["sft"] = run_lib.start_dir(run_dir, config)
+        if lacking := run_lib.lacking_start(run_dir, config):
+            del places["sft"]
+            versus = f"; differences are taken to {used.eval.versus}" if not prefix else ""
+            _note(f"no row {prefix}sft, the start of {prefix}rl: {lacking}{versus}")
+    done = {name: place for name, place in places.items() if run_lib.is_done(place, name)}
     if not done:
         raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
     instruction = config.prompt.instruction or builder_class(config.data.name).instruction
     return {prefix + name: Finished(used, run_dir, place, name, instruction) for name, place in done.items()}
+
+
+def _note(text: str) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"note: {text}")
 
 
 def _training_split(run_dir: Path, config: Config, dataset):
@@ -196,7 +211,7 @@ def _training_split(run_dir: Path, config: Config, dataset):
     try:
         return datasets.load(config.data).splits.get("train", ())
     except datasets.DataError as error:
-        print(f"note: baselines that count in the run's training data are left out: it cannot be read ({error})")
+        _note(f"baselines that count in the run's training data are left out: it cannot be read ({error})")
         return ()
 
 
@@ -207,8 +222,8 @@ def _predict(stages: dict[str, Finished], dataset, examples) -> dict[str, list]:
     """Greedy predictions with the best parameters of every stage, as indices into `examples`."""
     from fgrpo_jax import experiment as experiment_lib
     from fgrpo_jax.data import evaluation_examples
+    from fgrpo_jax.finished import best_params
     from fgrpo_jax.run import read_kind
-    from fgrpo_jax.stage import best_params
 
     found, built = {}, {}
     for method, stage in stages.items():

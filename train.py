@@ -143,7 +143,7 @@ def run(config) -> int:
     from fgrpo_jax.validation import validate
 
     validate(config, experiment_lib.KNOWN)
-    run_lib.check(config)
+    run_dir = run_lib.check(config)
     import jax
 
     from fgrpo_jax import datasets, report
@@ -155,14 +155,16 @@ def run(config) -> int:
     experiment_lib.prepare_process(config.compilation_cache)
     is_main = jax.process_index() == 0
     dataset = datasets.load(config.data)
-    experiment = experiment_lib.assemble(config, dataset, Path(config.run_dir).expanduser())
-    check_training(experiment)
+    experiment = experiment_lib.assemble(config, dataset, run_dir)
+    check_training(experiment, run_dir)
     plan = experiment_lib.plan(experiment)
-    run_dir = run_lib.enter(config, is_main)
+    run_lib.enter(config, is_main)
     run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
     if is_main:
         print(plan, flush=True)
         experiment_lib.save_description(experiment, run_dir)
+        if config.start_from:
+            run_lib.record_start(run_dir, config)
     log = run_lib.MetricsLog(run_dir, config.tensorboard, is_main)
     try:
         with preemption() as stop:
@@ -183,7 +185,8 @@ def run(config) -> int:
 
 
 def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
-    from fgrpo_jax.stage import best_params, is_done, source_of
+    from fgrpo_jax.finished import best_params, source_of
+    from fgrpo_jax.run import is_done
 
     if is_done(run_dir, name):
         return True

@@ -216,6 +216,12 @@ def _described(tree: PyTree) -> dict[str, str]:
     return {name: f"{x.dtype} {x.shape}" for name, x in ocp.tree.to_flat_dict(tree, sep=".").items()}
 
 
+def steps_in(directory: str | epath.Path) -> list[int]:
+    """The steps of complete checkpoints; none where there is no such directory."""
+    directory = epath.Path(directory).expanduser()
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
     """ShapeDtypeStructs, each with its sharding: what `restore` asks for."""
     return jax.tree.map(

@@ -226,7 +226,8 @@ class Config:
     run_dir: str = "runs/synthetic"
     """Everything the run writes; a run directory that is not empty is resumed."""
     start_from: str = ""
-    """Run directory whose best SFT checkpoint `rl` starts from, where sft.steps = 0."""
+    """Run directory whose best SFT checkpoint `rl` starts from, where sft.steps = 0. Where it lies from
+    `run_dir` is noted at the start, so the two can be moved together."""
     tokenizer: str = "catalogue"
     """`catalogue` (each candidate text is one token) or a Hugging Face tokenizer directory."""
     data: DataConfig = DataConfig()

@@ -26,6 +26,7 @@ from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
 from fgrpo_jax.rewards import REWARDS
+from fgrpo_jax.run import write_atomically
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import Lists, Policy, PyTree, Query, RankingExample
 from fgrpo_jax.validation import Registries
@@ -39,6 +40,9 @@ KNOWN = Registries(
     cut_metrics=frozenset(AT_CUTOFF),
     whole_metrics=frozenset(WHOLE),
 )
+
+
+_ORIGINAL = "hf_config.json"  # in a run directory: config.json of the checkpoint it started from
 
 
 class Experiment(NamedTuple):
@@ -65,7 +69,7 @@ def enable_compilation_cache(folder: str) -> None:
 
 
 def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) -> Experiment:
-    """Tokenizer (the run's own, once it has one), model sizes, mesh.
+    """Tokenizer and model sizes (the run's own, once it has them), mesh.
 
     dataset: may be None for a run that has its tokenizer, where no query is to be encoded.
 
@@ -76,7 +80,7 @@ def assemble(config: Config, dataset: datasets.Dataset | None, run_dir: Path) ->
         tokenizer = tokenizers.from_directory(str(saved))
     else:
         tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
-    spec = _spec(config.model, len(tokenizer))
+    spec = saved_spec(run_dir, config.model) or _spec(config.model, len(tokenizer))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     places = sharding.param_shardings(mesh, decoder.param_table(spec))
     return Experiment(config, dataset, tokenizer, spec, mesh, places)
@@ -87,9 +91,14 @@ def attention_of(model: ModelConfig) -> str:
     return model.attention if flash.runs_on(jax.devices()[0]) else "blocks"
 
 
-def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
+def _numerics(model: ModelConfig) -> dict[str, Any]:
+    """How the model is computed, here."""
     numerics = {"dtype": model.dtype, "param_dtype": model.param_dtype}
-    numerics |= {"remat": model.remat, "attention": attention_of(model), "logit_chunk": model.logit_chunk}
+    return numerics | {"remat": model.remat, "attention": attention_of(model), "logit_chunk": model.logit_chunk}
+
+
+def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
+    numerics = _numerics(model)
     if model.checkpoint:
         spec = hf.read_spec(model.checkpoint, **numerics)
         if vocab_size > spec.vocab_size:
@@ -112,6 +121,21 @@ def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:
         init_std=model.init_std,
         **numerics,
     )
+
+
+def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
+    """The sizes in a run's model.json; None for a run that has none yet.
+
+    A size that the file does not name, because it is of an earlier version, has its default.
+    Raises ConfigError for sizes unknown to this version.
+    """
+    path = run_dir / "model.json"
+    if not path.is_file():
+        return None
+    sizes = json.loads(path.read_text(encoding="utf-8"))
+    if unknown := sorted(set(sizes) - set(decoder.DecoderSpec._fields)):
+        raise ConfigError(f"{path} describes a model of another version of fgrpo_jax, with {', '.join(unknown)}")
+    return decoder.DecoderSpec(**(sizes | _numerics(model)))
 
 
 def make_policy(experiment: Experiment, stage: StageConfig | None) -> Policy:
@@ -155,12 +179,25 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
 
 
 def save_description(experiment: Experiment, run_dir: Path) -> None:
-    """The tokenizer and the model's sizes, for whoever opens the run later."""
+    """The tokenizer and the model's sizes: what whoever opens the run later, or elsewhere, needs."""
     if not (run_dir / "tokenizer").is_dir():
         partial = run_dir / ".tokenizer.partial"
         experiment.tokenizer.save_pretrained(str(partial))
         partial.rename(run_dir / "tokenizer")
-        (run_dir / "model.json").write_text(json.dumps(experiment.spec._asdict(), indent=1) + "\n")
+    source = experiment.config.model.checkpoint
+    if source and not (run_dir / _ORIGINAL).is_file() and Path(source).expanduser().is_dir():
+        write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")
+    if not (run_dir / "model.json").is_file():
+        write_atomically(run_dir / "model.json", json.dumps(experiment.spec._asdict(), indent=1) + "\n")
+
+
+def original_config(config: Config, run_dir: Path) -> dict[str, Any] | None:
+    """config.json of the Hugging Face checkpoint the model started from; None for random weights."""
+    if not config.model.checkpoint:
+        return None
+    if (run_dir / _ORIGINAL).is_file():
+        return json.loads((run_dir / _ORIGINAL).read_text(encoding="utf-8"))
+    return hf.read_config(config.model.checkpoint)  # a run of an earlier version
 
 
 class Predictor:

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from fgrpo_jax import experiment, run
+from fgrpo_jax.config import MeshConfig
+from fgrpo_jax.finished import best_params
 from fgrpo_jax.models import hf
-from fgrpo_jax.stage import best_params
 
 
 def export(
@@ -24,9 +26,9 @@ def export(
 ) -> None:
     """Export the best checkpoint of a finished stage, with the run's tokenizer."""
     config = run.read_config(run_dir)
-    built = experiment.assemble(config, None, run_dir)
-    source = Path(config.model.checkpoint, "config.json") if config.model.checkpoint else None
-    kept = json.loads(source.read_text(encoding="utf-8")) if source else None
+    everywhere = MeshConfig(data=1, fsdp=jax.device_count())  # which need not be the run's
+    built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), None, run_dir)
+    kept = experiment.original_config(config, run_dir)
     hf.save(out_dir, built.spec, best_params(built, run_dir, stage), kept, built.tokenizer)
     print(f"wrote {out_dir}")
 

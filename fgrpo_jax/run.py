@@ -4,6 +4,8 @@
     data.json         fingerprints of the data splits, and the catalogue's items
     tokenizer/        the tokenizer
     model.json        sizes of the decoder
+    hf_config.json    config.json of the Hugging Face checkpoint it started from, if any
+    start.json        the run that `start_from` named, and where it lies from here
     metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
     sft/, rl/         checkpoints/ and done.json (written when the stage is complete)
     curves.png        training curves of both phases
@@ -38,12 +40,16 @@ def check(config: Config) -> Path:
     """The run directory of a configuration, which may be entered; nothing is written.
 
     Raises ConfigError when it holds something that is no run, or belongs to another
-    configuration (every differing field is named; where the directory lies does not count).
+    configuration (every differing field is named; where the directory lies does not count, nor
+    where the run lies that it started from).
     """
     run_dir = Path(config.run_dir).expanduser()
     saved = run_dir / "config.json"
     if saved.is_file():
-        if differing := config_lib.differences(_placeless(read_config(run_dir)), _placeless(config)):
+        before = read_config(run_dir)
+        if before.start_from != config.start_from and _same_start(run_dir, config):
+            before = dataclasses.replace(before, start_from=config.start_from)
+        if differing := config_lib.differences(_placeless(before), _placeless(config)):
             raise ConfigError(
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
                 + "\n".join(f"  - {line}" for line in differing)
@@ -68,6 +74,12 @@ def enter(config: Config, is_main: bool = True) -> Path:
     return run_dir
 
 
+def _same_start(run_dir: Path, config: Config) -> bool:
+    """Whether `start_from` names the run that was recorded, wherever it lies now."""
+    record = _read_start(run_dir)
+    return record is not None and record["mark"] == _mark(Path(config.start_from).expanduser())
+
+
 def _placeless(config: Config) -> Config:
     return dataclasses.replace(config, run_dir="")
 
@@ -81,6 +93,69 @@ def read_config(run_dir: Path) -> Config:
         return config_lib.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
+
+
+# --------------------------------------------------------------------- finished stages
+
+
+def is_done(run_dir: Path, name: str) -> bool:
+    return (run_dir / name / "done.json").is_file()
+
+
+def read_done(run_dir: Path, name: str) -> dict[str, Any]:
+    """The record of a finished stage: its last step, the best one, and the metric that chose it."""
+    return json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------- the run it started from
+
+
+def start_dir(run_dir: Path, config: Config) -> Path:
+    """Where the run that `start_from` names lies: as recorded, from the run directory on, or as given.
+
+    Recorded, because then the working directory does not matter and two runs that are moved
+    together find each other; as given, where the recorded run lies there and no more here.
+    """
+    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    if record is None:
+        return given
+    recorded = (run_dir / record["run"]).resolve()
+    return given if _mark(given) == record["mark"] != _mark(recorded) else recorded
+
+
+def record_start(run_dir: Path, config: Config) -> None:
+    """Note which run this one starts from, and where it lies; nothing where it is gone or another."""
+    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    mark = _mark(given)
+    if mark and (record is None or record["mark"] == mark):
+        place = os.path.relpath(given.resolve(), run_dir.resolve())
+        write_atomically(run_dir / "start.json", json.dumps({"run": place, "mark": mark}, indent=1) + "\n")
+
+
+def lacking_start(run_dir: Path, config: Config) -> str:
+    """Why the run that this one started from cannot be had; empty where it can."""
+    start, record = start_dir(run_dir, config), _read_start(run_dir)
+    mark = _mark(start)
+    if mark is None:
+        return f"there is no run with a finished sft stage at {start}"
+    if record and record["mark"] != mark:
+        return f"{start} is not, or no more, the run that {run_dir} started from: its sft stage ended otherwise"
+    return ""
+
+
+def _read_start(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "start.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _mark(start: Path) -> dict[str, Any] | None:
+    """What tells a start from another: its seed, and how its sft stage ended; None where it did not."""
+    if not ((start / "config.json").is_file() and is_done(start, "sft")):
+        return None
+    return {"seed": read_config(start).seed, "sft": read_done(start, "sft")}
+
+
+# --------------------------------------------------------------------- data
 
 
 def check_data(

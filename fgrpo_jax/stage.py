@@ -15,21 +15,21 @@ import optax
 from jax.experimental import multihost_utils
 
 from fgrpo_jax import config as config_lib
-from fgrpo_jax import tokenizers
-from fgrpo_jax.checkpoint import Checkpoints, placed
-from fgrpo_jax.config import Config, ConfigError, StageConfig
+from fgrpo_jax.checkpoint import Checkpoints, placed, steps_in
+from fgrpo_jax.config import ConfigError, StageConfig
 from fgrpo_jax.data import evaluation_examples
 from fgrpo_jax.datasets import DataError
 from fgrpo_jax.evaluate import score
 from fgrpo_jax.experiment import Experiment, Predictor, attention_of, make_policy
+from fgrpo_jax.finished import check_start
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import warn_of_merges
-from fgrpo_jax.run import MetricsLog, Progress, read_config, write_atomically
+from fgrpo_jax.run import MetricsLog, Progress, is_done, write_atomically
 from fgrpo_jax.sharding import check_divisible
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainingError, TrainState
 
 
-def check_training(experiment: Experiment) -> None:
+def check_training(experiment: Experiment, run_dir: Path) -> None:
     """Refuse, before anything is written or compiled, what only training needs.
 
     Raises ConfigError for batches that do not fit the mesh, for a start that does not fit and for
@@ -49,12 +49,8 @@ def check_training(experiment: Experiment) -> None:
             raise DataError(f"{name}.patience needs a validation split, and {has} set {name}.patience=0")
     if config.eval.split not in dataset.splits:
         raise DataError(f"eval.split={config.eval.split!r}: the run ends on it, and {has} choose another")
-    if config.start_from:
-        start = Path(config.start_from).expanduser()
-        _check_fits(experiment, start, "sft")
-        theirs = tokenizers.from_directory(str(start / "tokenizer"))
-        if theirs.get_vocab() != experiment.tokenizer.get_vocab():
-            raise ConfigError(f"start_from={start} has another tokenizer, so its model cannot read these data")
+    if config.start_from and _reads_start(run_dir, "rl", config.rl):
+        check_start(experiment, run_dir)
     _check_longest(experiment)
     warn_of_merges(config, experiment.tokenizer, dataset.splits[config.eval.split][0])
 
@@ -74,6 +70,12 @@ def _check_longest(experiment: Experiment, how_many: int = 16) -> None:
 
 def _characters(example: RankingExample) -> int:
     return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+
+
+def _reads_start(run_dir: Path, name: str, stage: StageConfig) -> bool:
+    """Whether the parameters a stage starts from are read: at its start, and as the reference of its KL term."""
+    begun = bool(steps_in(run_dir / name / "checkpoints"))
+    return bool(stage.steps) and not is_done(run_dir, name) and (not begun or bool(stage.objective.kl_weight))
 
 
 class Stage:
@@ -281,45 +283,3 @@ def _validation(experiment: Experiment) -> list[RankingExample]:
     examples = evaluation_examples(experiment.dataset, experiment.config, "validation")
     limit = experiment.config.eval.train_queries
     return examples[:limit] if limit else examples
-
-
-# --------------------------------------------------------------------- finished stages
-
-
-def is_done(run_dir: Path, name: str) -> bool:
-    return (run_dir / name / "done.json").is_file()
-
-
-def source_of(config: Config, run_dir: Path, name: str) -> tuple[Path, str] | None:
-    """The finished stage whose best parameters stage `name` starts from; None: the initial ones."""
-    if name == "rl" and config.sft.steps:
-        return run_dir, "sft"
-    if name == "rl" and config.start_from:
-        return Path(config.start_from).expanduser(), "sft"
-    return None
-
-
-def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
-    """Parameters of a finished stage's best checkpoint on validation, in their places.
-
-    Raises ConfigError when the stage is not finished, or is of another model.
-    """
-    theirs = _check_fits(experiment, run_dir, name)
-    record = json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
-    wanted = placed(decoder.shapes(experiment.spec), experiment.param_shardings)
-    with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
-        return checkpoints.restore_part(record["best_step"], {"params": wanted})["params"]
-
-
-def _check_fits(experiment: Experiment, run_dir: Path, name: str) -> Config:
-    """The configuration of a run whose stage is finished and of this experiment's model."""
-    theirs = read_config(run_dir)
-    if not is_done(run_dir, name):
-        raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
-    described = json.loads((run_dir / "model.json").read_text(encoding="utf-8"))
-    ours = experiment.spec._asdict()
-    if differing := [
-        f"{name}: {described[name]} -> {ours[name]}" for name in decoder.SHAPING if described[name] != ours[name]
-    ]:
-        raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
-    return theirs

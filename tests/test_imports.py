@@ -16,7 +16,7 @@ LAYERS = (
     ("shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
-    ("experiment", "run", "stage", "bench", "bench_flops", "bench_run"),
+    ("experiment", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),
     ("train", "eval", "export", "seeds"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
