@@ -1,6 +1,10 @@
 """What several test files use."""
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 
@@ -28,3 +32,12 @@ def _known_options():
 def quick_jit(function, **options):
     """`jax.jit` that compiles quickly to slow code; only for the outermost function."""
     return jax.jit(function, compiler_options=_known_options(), **options)
+
+
+def run_on_8_devices(script):
+    """Words that a script prints in a process with 8 simulated devices."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    script = textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()

@@ -1,26 +1,12 @@
 """The mesh, the table and the split of queries; 8 simulated devices in a process of their own."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import numpy as np
 import pytest
+from helpers import run_on_8_devices
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.sharding import check_divisible, initialize_distributed, local_rows, make_mesh, shard_batch
-
-
-def run_on_8_devices(script):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    script = textwrap.dedent(script)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()
 
 
 def test_shardings_on_8_devices():
