@@ -98,6 +98,8 @@ def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) 
     if mesh.size == 1:
         return function
     params_at = map_params(lambda p: _manual(place(mesh, p.axes, p.shape)), table)
+    # An axis of one is ours too: kernels can only be where nothing is left for XLA to split.
+    ours = {*QUERY_AXES, *(axis for axis in AXES if mesh.shape[axis] == 1)}
 
     @functools.wraps(function)
     def mapped(params: PyTree, frozen: PyTree, *batch: PyTree):
@@ -107,7 +109,7 @@ def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) 
             mesh=mesh,
             in_specs=(params_at, {name: params_at for name in frozen}, *rows),
             out_specs=out_specs(params_at),
-            axis_names=set(QUERY_AXES),
+            axis_names=ours,
             check_vma=False,  # kernels do not tell over which axes their results vary
         )(params, frozen, *batch)
 

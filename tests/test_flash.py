@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_attention
-from helpers import quick_jit
+from helpers import quick_jit, run_on_8_devices
 from test_attention import (
     PROMPT,
     SHARED,
@@ -21,7 +21,6 @@ from test_attention import (
     random,
     with_gradients,
 )
-from test_sharding import run_on_8_devices
 
 from fgrpo_jax import experiment, stage
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
@@ -162,12 +161,12 @@ def test_where_it_runs(device, runs, monkeypatch):
         assert experiment.attention_of(ModelConfig(attention=kind)) == (kind if runs else "blocks")
 
 
-def test_training_with_it_on_a_cpu_is_refused():
+def test_training_with_it_on_a_cpu_is_refused(tmp_path):
     """Evaluation and export of what it trained are not: they attend in blocks."""
     config = Config(model=ModelConfig(attention="flash"))
     asked = experiment.Experiment(config, SimpleNamespace(name="none", splits={}), None, None, None, None)
     with pytest.raises(ConfigError, match="model.attention='flash' needs an NVIDIA GPU .* and this is a cpu"):
-        stage.check_training(asked)
+        stage.check_training(asked, tmp_path)
 
 
 def test_devices_share_queries_and_heads():
@@ -191,6 +190,27 @@ def test_devices_share_queries_and_heads():
             assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
             for x, y in zip(compiled({}, {}, *split), jax.jit(gradients)({}, {}, *args)):
                 np.testing.assert_allclose(x, y, atol=2e-5)
+        print("fine")
+    """)
+    assert out == ["fine"]
+
+
+def test_kernels_are_lowered_for_every_mesh():
+    """The devices are simulated; what is lowered is the program of TPUs."""
+    out = run_on_8_devices("""
+        import jax, jax.numpy as jnp
+        from fgrpo_jax.models import attention
+        from fgrpo_jax.sharding import make_mesh, query_sharding
+        from fgrpo_jax.shards import by_query
+
+        def gradients(params, frozen, q, k, v):
+            return jax.grad(lambda *x: attention.causal(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+        for sizes in ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)):
+            mesh = make_mesh(*sizes)
+            args = [jax.ShapeDtypeStruct((8, 300, n, 32), jnp.bfloat16, sharding=query_sharding(mesh)) for n in (4, 2, 2)]
+            traced = jax.jit(by_query(mesh, {}, gradients)).trace({}, {}, *args)
+            assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 3
         print("fine")
     """)
     assert out == ["fine"]
