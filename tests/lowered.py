@@ -1,0 +1,102 @@
+"""The lowered text of every program of every file in configs/, for a tiny model and world.
+
+    python lowered.py FOLDER OUT.json
+
+FOLDER: holds `data` (tiny.write_world) and `tokenizer`, a Hugging Face tokenizer directory.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+from tiny import ROOT, changed
+
+import train
+from fgrpo_jax import datasets, sharding
+from fgrpo_jax.checkpoint import placed
+from fgrpo_jax.config import DataConfig, load_file
+from fgrpo_jax.data import make_batches
+from fgrpo_jax.experiment import KNOWN, Predictor, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.rewards import REWARDS
+from fgrpo_jax.types import TrainState
+from fgrpo_jax.validation import validate
+
+SMALL = {
+    "model.checkpoint": "",
+    "model.hidden_size": 8,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 4,
+    "model.mlp_size": 8,
+    "mesh.fsdp": 2,
+    "eval.batch_queries": 8,
+    "eval.split": "validation",
+}
+STAGE = {"batch_queries": 8, "microbatches": 1, "subset": (0.0, 1.0), "patience": 0}
+EVERYTHING = {
+    "rl.credit.terms": tuple((phase, name, 0.5) for name in REWARDS for phase in ("slate", "rank")),
+    "rl.credit.normalise": "each",
+    "rl.objective.kl_weight": 0.1,
+    "rl.objective.epochs": 2,
+    "rl.microbatches": 2,
+    "reward.rules": (("slate_duplicate", -0.5), ("rank_too_short", -0.2)),
+}
+
+
+def configs(folder):
+    """Name of a file in configs/ -> its configuration on the tiny world; and one that uses every reward."""
+    found = {}
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        config = load_file(path)
+        data = DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared")
+        fields = SMALL | {"data": data, "run_dir": f"{folder}/run"}
+        fields |= {f"{stage}.{name}": value for stage in ("sft", "rl") for name, value in STAGE.items()}
+        if config.tokenizer != "catalogue":
+            fields["tokenizer"] = f"{folder}/tokenizer"
+        found[path.stem] = changed(config, fields)
+    return found | {"everything": changed(found["jsonl"], EVERYTHING)}
+
+
+def programs(config):
+    """Name -> text. Nothing is compiled but the initialisation of the parameters."""
+    validate(config, KNOWN)
+    experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
+    params = jax.eval_shape(lambda: initial_params(experiment))
+    params = placed(params, experiment.param_shardings)
+    texts = {}
+    for name, stage in (("sft", config.sft), ("rl", config.rl)):
+        if not stage.steps:
+            continue
+        policy = make_policy(experiment, stage)
+        collect, update, optimizer, places = train.make_step(experiment, policy, stage)
+        batches = make_batches(experiment.dataset, config, name, stage)
+        query = encode(experiment, policy, batches.batch_at(0))
+        frozen = {"reference": params}
+        lowered = collect.lower(params, frozen, query, random_key(config.seed, name, "rollout", 0))
+        texts[f"{name} collect"] = lowered.as_text()
+        state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)
+        batch = on_queries(experiment.mesh, lowered.out_info[0])
+        texts[f"{name} update"] = update.lower(placed(state, places), frozen, batch).as_text()
+    texts["greedy"] = Predictor(experiment)._greedy.lower(params, query).as_text()
+    return texts
+
+
+def on_queries(mesh, batch):
+    place = sharding.query_sharding(mesh)
+    return placed(batch, jax.tree.map(lambda x: place, batch))
+
+
+def main(folder, out):
+    sharding.initialize_distributed()
+    found = {name: programs(config) for name, config in configs(folder).items()}
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
