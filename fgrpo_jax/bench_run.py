@@ -22,7 +22,7 @@ from jax import jit
 
 from fgrpo_jax import sampling, transcript
 from fgrpo_jax.bench_flops import Shape
-from fgrpo_jax.models import decoder, head
+from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.models.layers import linear
 from fgrpo_jax.objectives import clipped_pg
 from fgrpo_jax.types import (
@@ -106,7 +106,7 @@ def fixed_rollout(
     def body(t: Array, carry):
         token, cache, actions, logp = carry
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, cache, token, t)
-        token, chosen = sampling.choose(head.logits(weights, hidden_BGD), jax.random.fold_in(key, t))
+        token, chosen = draw.choose_token(head.logits(weights, hidden_BGD), jax.random.fold_in(key, t))
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=2)
         return token, cache, put(actions, token), put(logp, chosen)
 

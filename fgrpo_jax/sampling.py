@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax import shards, transcript
-from fgrpo_jax.models import decoder, head
+from fgrpo_jax import transcript
+from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
-
-
-_BLOCK = 128  # choices of a block: draws among more are draws of a block, then within it
 
 
 class Sampler(NamedTuple):
@@ -102,53 +99,14 @@ def _next_token(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """The token of every rollout, its log-probability, and whether there was no other: [B,G] each."""
     if not sampler.constrained:
-        token, logp = choose(head.logits(weights, hidden_BGD), key)
+        token, logp = draw.choose_token(head.logits(weights, hidden_BGD), key)
         return token, logp, jnp.zeros(token.shape, bool)
     mask = transcript.allowed(sampler.grammar, query, options, state)
     logit = head.choice_logits(rows_BMD, hidden_BGD)
-    pick, logp = choose(jnp.where(mask, logit, -jnp.inf), key)
+    pick, logp = draw.choose(jnp.where(mask, logit, -jnp.inf), key)
     tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
     token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
     return token, logp, mask.sum(-1) == 1
-
-
-def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
-    """An index of the last axis and its log-probability; the argmax where `key` is None.
-
-    Drawn by inverting the distribution function, of up to _BLOCK choices by one uniform number,
-    of more by two, for the block and within it. Gumbel noise takes one for every logit, which
-    costs more than the logits. Probabilities are met to 2^-24, and what has none is never drawn.
-    """
-    peak = logit_BGX.max(-1, keepdims=True)
-    weight = jnp.exp(logit_BGX - peak)
-    size = logit_BGX.shape[-1]
-    if key is None:
-        pick = _first(logit_BGX == peak)
-    elif size <= _BLOCK:
-        pick = _draw(weight, shards.uniform(key, weight.shape[:-1], axis=0))
-    else:
-        u = shards.uniform(key, (2, *weight.shape[:-1]), axis=1)
-        blocks = jnp.pad(weight, [(0, 0), (0, 0), (0, -size % _BLOCK)]).reshape(*weight.shape[:-1], -1, _BLOCK)
-        block = _draw(blocks.sum(-1), u[0])
-        within = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
-        pick = jnp.minimum(block * _BLOCK + _draw(within, u[1]), size - 1)  # nan must not lead beyond
-    chosen = jnp.take_along_axis(logit_BGX - peak, pick[..., None], -1)[..., 0]
-    return pick, chosen - jnp.log(weight.sum(-1))
-
-
-def _draw(weight: Array, u: Array) -> Array:
-    """The index whose share of the weights [..., n] the number u in [0, 1) falls into."""
-    total = jnp.cumsum(weight, -1)
-    u = u + 2.0**-24  # amid the multiples of 2^-23 that are drawn: 0 would find any first weight
-    # Sums of a parallel scan are rounded differently, so ask for a positive weight too.
-    reached = (total > u[..., None] * total[..., -1:]) & (weight > 0)
-    return jnp.where(reached.any(-1), _first(reached), _first(weight == weight.max(-1, keepdims=True)))
-
-
-def _first(true: Array) -> Array:
-    """Index of the first True. jnp.argmax reduces two arrays at once: 6 times slower on CPU."""
-    last = true.shape[-1] - 1
-    return jnp.where(true, jnp.arange(last + 1), last).min(-1).astype(jnp.int32)
 
 
 def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -> Array:

@@ -110,7 +110,7 @@ def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) 
             in_specs=(params_at, {name: params_at for name in frozen}, *rows),
             out_specs=out_specs(params_at),
             axis_names=ours,
-            check_vma=False,  # kernels do not tell over which axes their results vary
+            check_vma=False,  # see over_tensor
         )(params, frozen, *batch)
 
     return mapped
@@ -178,7 +178,20 @@ def _beside_tensor(spec: tuple[str | None, ...], function: Callable, x: Array) -
     if jax.sharding.get_abstract_mesh().shape["tensor"] == 1:
         return function(x)
     parts = PartitionSpec(*(axis if axis == "tensor" else None for axis in spec))
-    return jax.shard_map(function, in_specs=parts, out_specs=parts, axis_names={"tensor"}, check_vma=False)(x)
+    return over_tensor(function, parts, parts)(x)
+
+
+def over_tensor(function: Callable, places: PyTree, results: PyTree) -> Callable:
+    """`function` of what each device of the tensor axis holds; where that is, as PartitionSpecs."""
+    # Kernels do not tell over which mesh axes their results vary, so that cannot be checked.
+    return jax.shard_map(function, in_specs=places, out_specs=results, axis_names={"tensor"}, check_vma=False)
+
+
+def tensor_parts(size: int) -> int:
+    """Into how many equal parts the tensor axis splits an axis of this size, inside a shard; 1: it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape["tensor"] if "tensor" in mesh.auto_axes else 1
+    return 1 if size % parts else parts
 
 
 def uniform(key: Array, shape: tuple[int, ...], axis: int) -> Array:

@@ -9,6 +9,7 @@ import pytest
 from helpers import quick_jit
 
 from fgrpo_jax import sampling, transcript
+from fgrpo_jax.models import draw
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Rollout
 
@@ -207,7 +208,7 @@ def test_choices_follow_their_probabilities(size):
     logit_X = rng.normal(size=size, scale=2).astype(np.float32)
     logit_X[[0, 2, -1]] = -np.inf
     draws = 40_000
-    choose = quick_jit(lambda logit, key: sampling.choose(jnp.broadcast_to(logit, (4, draws // 4, size)), key))
+    choose = quick_jit(lambda logit, key: draw.choose(jnp.broadcast_to(logit, (4, draws // 4, size)), key))
     pick, logp = jax.device_get(choose(logit_X, KEY))
     wanted = jax.nn.log_softmax(logit_X)
     np.testing.assert_allclose(logp, wanted[pick], atol=1e-5)
@@ -223,7 +224,7 @@ def test_choices_follow_their_probabilities(size):
 
 def test_the_greedy_choice_is_the_first_maximum():
     logit = jnp.array([[[0.0, 3.0, 3.0, -jnp.inf]], [[-jnp.inf, -jnp.inf, -jnp.inf, 5.0]]])
-    pick, logp = sampling.choose(logit, None)
+    pick, logp = draw.choose(logit, None)
     assert pick.tolist() == [[1], [3]]
     np.testing.assert_allclose(logp, jax.nn.log_softmax(logit)[[0, 1], [0, 0], [1, 3]][:, None], atol=1e-6)
 
@@ -237,15 +238,15 @@ def test_what_cannot_be_is_never_drawn(size):
     total = np.asarray(quick_jit(jnp.cumsum)(weight))
     borders = total[:, None] / total[-1] + np.arange(-3, 4) * 2.0**-24
     u = np.clip(np.floor(borders.reshape(-1) * 2**23) / 2**23, 0, 1 - 2**-23).astype(np.float32)
-    pick = quick_jit(lambda u: sampling._draw(jnp.broadcast_to(weight, (len(u), size)), u))(u)
+    pick = quick_jit(lambda u: draw._draw(jnp.broadcast_to(weight, (len(u), size)), u))(u)
     assert (weight[pick] > 0).all()
 
 
 def test_zero_is_not_a_way_to_the_impossible():
     """The smallest number drawn is as likely as any: it must not find what has probability 1e-30."""
-    assert sampling._draw(jnp.array([1e-30, 1.0]), jnp.float32(0)) == 1
+    assert draw._draw(jnp.array([1e-30, 1.0]), jnp.float32(0)) == 1
 
 
 def test_undefined_logits_stay_within_the_vocabulary():
-    pick, logp = sampling.choose(jnp.full((1, 2, 300), jnp.nan), KEY)
+    pick, logp = draw.choose(jnp.full((1, 2, 300), jnp.nan), KEY)
     assert (pick < 300).all() and jnp.isnan(logp).all()

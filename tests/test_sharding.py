@@ -85,23 +85,34 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh():
 
 
 def test_draws_do_not_depend_on_the_mesh():
-    """From a vocabulary that lies in parts on several devices; 1,000 has a block cut short."""
+    """From a vocabulary that lies in parts on several devices; 1,000 has a block cut short.
+
+    Parts that are no whole blocks too; and of one device no logits are sent to another.
+    """
     out = run_on_8_devices("""
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from fgrpo_jax.sampling import choose
+        from fgrpo_jax.models.draw import choose_token
         from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.shards import by_query
+
+        def sample(params, frozen, logit, key):
+            return choose_token(logit, key), choose_token(logit, None)
+
         key = jax.random.key(1)
-        choose = jax.jit(choose)
-        for size in (96, 1000, 2048):
+        for size in (96, 1000, 1192, 2048):
             logit = 3 * np.random.default_rng(0).normal(size=(8, 16, size)).astype(np.float32)
-            one = choose(logit, key)
+            one, best = jax.jit(sample)({}, {}, logit, key)
             assert len(np.unique(one[0])) > 20
             for sizes in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
-                place = NamedSharding(make_mesh(*sizes), P(("data", "fsdp"), None, "tensor"))
-                many = choose(jax.device_put(logit, place), key)
+                mesh = make_mesh(*sizes)
+                split = jax.device_put(logit, NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")))
+                many = jax.jit(by_query(mesh, {}, sample)).lower({}, {}, split, key).compile()
+                assert size == 96 or "all-gather" not in many.as_text()
+                many, many_best = many({}, {}, split, key)
                 np.testing.assert_array_equal(many[0], one[0])
                 np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), many_best, best)
         print("fine")
     """)
     assert out == ["fine"]

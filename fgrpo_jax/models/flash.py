@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
+from fgrpo_jax import shards
 from fgrpo_jax.types import Array
 
 _MASKED = -1e30  # finite: a row that sees nothing gives no nan, and weighs nothing among parts
@@ -108,11 +109,8 @@ def _split(function, target: Target, results: int, *args: Array) -> tuple[Array,
     function, mesh = functools.partial(function, target), jax.sharding.get_abstract_mesh()
     if "tensor" not in mesh.auto_axes or mesh.shape["tensor"] == 1:
         return function(*args)
-    place = PartitionSpec(None, None if args[0].shape[1] % mesh.shape["tensor"] else "tensor")
-    # Kernels do not tell over which mesh axes their results vary, so that cannot be checked.
-    return jax.shard_map(
-        function, in_specs=place, out_specs=(place,) * results, axis_names={"tensor"}, check_vma=False
-    )(*args)
+    place = PartitionSpec(None, "tensor" if shards.tensor_parts(args[0].shape[1]) > 1 else None)
+    return shards.over_tensor(function, place, (place,) * results)(*args)
 
 
 # --------------------------------------------------------------------- kernels
