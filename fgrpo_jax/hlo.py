@@ -205,13 +205,20 @@ def _group(one: _Instruction, devices: int) -> tuple[int, ...]:
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
         shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
         return tuple(np.arange(devices).reshape(dims).transpose(order).reshape(shape)[0].tolist())
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](, device_ids=\([^ ]*\))? \{([^}]*)\}", one.attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
-        places = np.arange(devices).reshape(list(sizes.values()))
-        axes = re.findall(r"'([^']+)'", found.group(2))
-        if found.group(2).replace(" ", "") == ",".join(f"'{axis}'" for axis in axes):
+        places = _device_order(found.group(2) or "", devices).reshape(list(sizes.values()))
+        axes = re.findall(r"'([^']+)'", found.group(3))
+        if found.group(3).replace(" ", "") == ",".join(f"'{axis}'" for axis in axes):
             return tuple(places[tuple(slice(None) if name in axes else 0 for name in sizes)].ravel().tolist())
     raise ValueError(f"{one.opcode} {one.name}: devices in a notation unknown here: {one.attributes[:200]}")
+
+
+def _device_order(text: str, devices: int) -> np.ndarray:
+    """Of `device_ids=([2,4]T(1,0))`: the devices, laid out so and transposed; in their order without it."""
+    shape, _, order = (re.findall(r"\d+", part) for part in text.partition("T"))
+    ids = np.arange(devices)
+    return ids.reshape([int(n) for n in shape]).transpose([int(n) for n in order] or None) if shape else ids
 
 
 # --------------------------------------------------------------------- trips of a loop

@@ -1,6 +1,7 @@
 """The kernels, interpreted, against the blocks and against one softmax written out."""
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 

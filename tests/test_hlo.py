@@ -160,6 +160,20 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {{'axis_1'}}, dimensions={{0}}, front
     assert (found.kind, found.bytes, found.group) == ("all-gather", 256, (0, 1, 2, 3))
 
 
+@pytest.mark.parametrize(
+    "devices, group",
+    [
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,2,2]T(2,1,0)) {'axis_0'}", (0, 1)),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0', 'axis_1'}", (0, 4, 1, 5, 2, 6, 3, 7)),
+    ],
+)
+def test_devices_named_by_axes(devices, group):
+    entry = ["%p = f32[16]{0} parameter(0)", f"%a = f32[16] all-reduce(%p), replica_groups={devices}, to_apply=%sum"]
+    (found,) = hlo.collectives(program(entry))
+    assert found.group == group
+
+
 def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.collectives("module @jit_f {}")

@@ -124,10 +124,11 @@ def test_a_warm_up_is_as_long_whatever_the_epochs(experiment):
 
 
 def test_batches_that_do_not_fit_the_mesh_are_refused_before_training(experiment):
-    check_training(experiment)
+    run_dir = Path(experiment.config.run_dir)
+    check_training(experiment, run_dir)
     three = types.SimpleNamespace(shape={"data": 3, "fsdp": 1, "tensor": 1})
     with pytest.raises(ConfigError, match="sft.batch_queries=8 does not split .*: set sft.batch_queries to 6 or 9"):
-        check_training(experiment._replace(mesh=three))
+        check_training(experiment._replace(mesh=three), run_dir)
 
 
 def test_sft(experiment, sft):
