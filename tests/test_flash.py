@@ -1,7 +1,6 @@
 """The kernels, interpreted, against the blocks and against one softmax written out."""
 
 import functools
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
