@@ -50,7 +50,7 @@ def make_step(experiment, policy, stage):
 
     config, loss = experiment.config, stage.objective
     credit = Credit(stage.credit.terms, stage.credit.normalise)
-    broken = rewards.broken_values(config.reward.broken, config.reward.rules)
+    broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
 
     mesh, table = experiment.mesh, param_table(experiment.spec)
     sample = shards.by_query(mesh, table, policy.rollout)
@@ -59,7 +59,7 @@ def make_step(experiment, policy, stage):
     @jax.jit
     def collect(params, frozen, query, key):
         rollout, lists = sample(params, frozen, query, key)
-        reward_BGR = rewards.term_rewards(credit, lists, query, config.reward.k, broken)
+        reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
         if loss.epochs > 1:  # the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
@@ -67,7 +67,8 @@ def make_step(experiment, policy, stage):
             batch = batch.replace(ref_logp=logprobs(frozen["reference"], frozen, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
         dead_BP = advantages.dead_groups(reward_BGR, credit)
-        return batch, describe(lists, batch, reward_BGP, dead_BP) if stage.source == "sampled" else {}
+        seen = describe(lists, batch, reward_BGP, dead_BP, policy.outcomes)
+        return batch, seen if stage.source == "sampled" else {}
 
     objective = OBJECTIVES[loss.name](
         ratio=loss.ratio, clip_low=loss.clip_low, clip_high=loss.clip_high, kl_weight=loss.kl_weight

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from fgrpo_jax.types import PHASES, RANK, SLATE, UNTRAINED, Array, Batch, Credit, Query, Rollout
+from fgrpo_jax.types import PHASES, TRAINED, UNTRAINED, Array, Batch, Credit, Query, Rollout
 
 NORMALISE = ("none", "each", "sum")
 
@@ -97,6 +97,14 @@ def group_advantage(reward_BGR: Array, credit: Credit) -> Array:
     return jnp.where(dead_groups(reward_BGR, credit)[:, None, :], 0.0, advantage_BGP)
 
 
+def per_action(advantage_BGP: Array, phase_BGT: Array) -> Array:
+    """The advantage of each action's own phase, `advantage_BGT`; 0 where untrained."""
+    spread_BGT = jnp.zeros(phase_BGT.shape, advantage_BGP.dtype)
+    for p, label in enumerate(TRAINED):
+        spread_BGT = jnp.where(phase_BGT == label, advantage_BGP[..., p : p + 1], spread_BGT)
+    return spread_BGT
+
+
 # --------------------------------------------------------------------- action weights
 
 
@@ -105,7 +113,7 @@ def _token_weights(phase_BGT: Array, trained_BGT: Array) -> Array:
 
 
 def _phase_weights(phase_BGT: Array, trained_BGT: Array) -> Array:
-    in_phase_BGTP = trained_BGT[..., None] & (phase_BGT[..., None] == jnp.asarray([SLATE, RANK]))
+    in_phase_BGTP = trained_BGT[..., None] & (phase_BGT[..., None] == jnp.asarray(TRAINED))
     size_BG1P = in_phase_BGTP.sum(2, keepdims=True)
     pairs = (size_BG1P > 0).sum()
     return (in_phase_BGTP / (jnp.maximum(size_BG1P, 1) * jnp.maximum(pairs, 1))).sum(-1)
@@ -153,7 +161,7 @@ def make_batch(
         query=query,
         rollout=rollout,
         reward=reward_BGR,
-        advantage=group_advantage(reward_BGR, credit),
+        advantage=per_action(group_advantage(reward_BGR, credit), rollout.phase),
         weight=action_weights(rollout.phase, weighting),
         old_logp=old_logp,
         ref_logp=ref_logp,

@@ -149,7 +149,7 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[st
     def logprobs(params, frozen, query, rollout):
         return sampling.logprobs(sampler, params, query, rollout)
 
-    policy = Policy(encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
+    policy = Policy(outcomes=(), encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
     optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
     update = make_update(policy, clipped_pg(), optimizer)
     query = make_query(spec, shape, prompts)
@@ -166,8 +166,8 @@ def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[st
     size = (shape.batch, shape.group, shape.length)
     actions = jnp.asarray(np.random.default_rng(1).integers(0, spec.vocab_size, size), jnp.int32)
     rollout = Rollout(actions, jnp.full(size, SLATE, jnp.int32), jnp.zeros(size))
-    advantage = jnp.asarray(np.random.default_rng(2).normal(size=(*size[:2], 2)), jnp.float32)
-    batch = Batch(query, rollout, advantage, advantage, jnp.full(size, 1 / np.prod(size)))
+    advantage = jnp.asarray(np.random.default_rng(2).normal(size=size), jnp.float32)
+    batch = Batch(query, rollout, advantage[..., :2], advantage, jnp.full(size, 1 / np.prod(size)))
     sample = functools.partial(fixed_rollout, spec, shape.group, shape.length)
     products = functools.partial(decode_products, spec, shape.group, shape.length)
     of_rollout = {"prefill": prefill, "products": products}

@@ -15,8 +15,7 @@ import numpy as np
 
 from fgrpo_jax import metrics
 from fgrpo_jax.baselines import BASELINES, NotApplicable
-from fgrpo_jax.transcript import FIRST_RANK_CODE, OUTCOMES
-from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types import OK, Outcome, RankingExample
 
 AT_CUTOFF = ("recall", "precision", "hit", "ndcg")  # of the ranking, at every cut-off
 WHOLE = ("mrr", "slate_recall")  # of the whole ranking, of the slate
@@ -25,14 +24,14 @@ DIGITS = 6  # decimals kept in everything written, so that files are the same by
 
 
 class Prediction(NamedTuple):
-    """Indices into `example.candidates`; `outcome` is a name of `transcript.OUTCOMES`.
+    """Indices into `example.candidates`.
 
     A list may hold the items completed before a rule was broken: see `counted`.
     """
 
     slate: tuple[int, ...]
     ranking: tuple[int, ...]
-    outcome: str = "ok"
+    outcome: Outcome = OK
 
 
 class Evaluation(NamedTuple):
@@ -63,16 +62,12 @@ def counted(prediction: Prediction) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     A broken rank part leaves the slate standing; a broken slate leaves nothing.
     """
-    if prediction.outcome == "ok":
+    if prediction.outcome.breaks is None:
         return prediction.slate, prediction.ranking
-    if OUTCOMES.index(prediction.outcome) >= FIRST_RANK_CODE:
-        return prediction.slate, ()
-    return (), ()
+    return (() if prediction.outcome.breaks == "slate" else prediction.slate), ()
 
 
 def _check(example: RankingExample, prediction: Prediction) -> None:
-    if prediction.outcome not in OUTCOMES:
-        raise ValueError(f"query {example.query_id}: outcome {prediction.outcome!r} is not one of {OUTCOMES}")
     for name, items in zip(("slate", "ranking"), counted(prediction)):
         if len(set(items)) < len(items) or any(not 0 <= i < len(example.candidates) for i in items):
             raise ValueError(
@@ -130,7 +125,7 @@ def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
     n = min(len(relevant), k)
     if n == 0:
         return "no_relevant"
-    if prediction.outcome != "ok":
+    if prediction.outcome.breaks:
         return "malformed"
     if len(relevant.intersection(prediction.slate)) < n:
         return "slate_miss"
@@ -221,7 +216,7 @@ def compare(
         method: {name: Counter(found)[name] for name in ERRORS} for method, found in errors.items()
     }
     summary["outcomes"] = {
-        method: dict(sorted(Counter(prediction.outcome for prediction in predicted).items()))
+        method: dict(sorted(Counter(prediction.outcome.name for prediction in predicted).items()))
         for method, predicted in predictions.items()
     }
     return Evaluation(examples, predictions, scores, errors, summary)

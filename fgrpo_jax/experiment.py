@@ -36,7 +36,7 @@ KNOWN = Registries(
     rewards=frozenset(REWARDS),
     objectives=frozenset(OBJECTIVES),
     baselines=frozenset(BASELINES),
-    outcomes=frozenset(OUTCOMES[1:]),
+    outcomes=frozenset(outcome.name for outcome in OUTCOMES if outcome.breaks),
     cut_metrics=frozenset(AT_CUTOFF),
     whole_metrics=frozenset(WHOLE),
 )
@@ -231,7 +231,7 @@ class Predictor:
                     Prediction(
                         slate=tuple(int(c) for c in lists.slate[i, 0] if c >= 0),
                         ranking=tuple(int(c) for c in lists.ranking[i, 0] if c >= 0),
-                        outcome=OUTCOMES[int(lists.outcome[i, 0])],
+                        outcome=self._policy.outcomes[int(lists.outcome[i, 0])],
                     )
                 )
         return found

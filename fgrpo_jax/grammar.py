@@ -13,17 +13,17 @@ from typing import NamedTuple, Sequence
 
 import jax.numpy as jnp
 
-from fgrpo_jax.types import Array, Query
+from fgrpo_jax.types import OK, Array, Outcome, Query
 
+_SLATE_RULES = "empty", "duplicate", "out_of_pool", "too_short", "too_long", "missing_tag", "truncated"
+_RANK_RULES = "empty", "duplicate", "out_of_pool", "not_in_slate", "too_short", "too_long", "missing_tag", "truncated"
 OUTCOMES = (
-    "ok",
-    "slate_empty", "slate_duplicate", "slate_out_of_pool", "slate_too_short",
-    "slate_too_long", "slate_missing_tag", "slate_truncated",
-    "rank_empty", "rank_duplicate", "rank_out_of_pool", "rank_not_in_slate", "rank_too_short",
-    "rank_too_long", "rank_missing_tag", "rank_truncated", "trailing_text",
-)  # fmt: skip
-CODE = {name: i for i, name in enumerate(OUTCOMES)}
-FIRST_RANK_CODE = CODE["rank_empty"]  # codes from here on broke after a complete slate
+    OK,
+    *(Outcome(f"slate_{rule}", "slate") for rule in _SLATE_RULES),
+    *(Outcome(f"rank_{rule}", "rank") for rule in _RANK_RULES),
+    Outcome("trailing_text", "rank"),
+)
+CODE = {outcome.name: i for i, outcome in enumerate(OUTCOMES)}
 
 
 class Grammar(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax.types import PHASES, RANK, SLATE, Array, Batch, Mean
+from fgrpo_jax.types import PHASES, TRAINED, Array, Batch, Mean
 
 Objective = Callable[[Array, Batch], tuple[Array, dict[str, Mean]]]
 
@@ -43,7 +43,7 @@ def _token_level(log_ratio_BGT: Array, phase_BGT: Array, trained_BGT: Array) -> 
 
 def _phase_level(log_ratio_BGT: Array, phase_BGT: Array, trained_BGT: Array) -> Array:
     level_BGT = jnp.zeros_like(log_ratio_BGT)
-    for label in (SLATE, RANK):
+    for label in TRAINED:
         in_phase_BGT = trained_BGT & (phase_BGT == label)
         level_BGT = jnp.where(in_phase_BGT, _mean_where(log_ratio_BGT, in_phase_BGT), level_BGT)
     return level_BGT
@@ -70,12 +70,6 @@ def _ratio(logp_BGT: Array, old_BGT: Array, phase_BGT: Array, trained_BGT: Array
 
 
 # --------------------------------------------------------------------- objectives
-
-
-def token_advantage(advantage_BGP: Array, phase_BGT: Array) -> Array:
-    """The advantage of each action's own phase, `advantage_BGT`; 0 where untrained."""
-    slate_BGT = jnp.where(phase_BGT == SLATE, advantage_BGP[..., 0:1], 0.0)
-    return jnp.where(phase_BGT == RANK, advantage_BGP[..., 1:2], slate_BGT)
 
 
 def _weighted_mean(x_BGT: Array, weight_BGT: Array) -> Mean:
@@ -114,7 +108,7 @@ def clipped_pg(
         logp_BGT = jnp.where(trained_BGT, logp_BGT, 0.0)
         old_BGT = logp_BGT if batch.old_logp is None else jnp.where(trained_BGT, batch.old_logp, 0.0)
         ratio_BGT = _ratio(logp_BGT, jax.lax.stop_gradient(old_BGT), phase_BGT, trained_BGT, ratio)
-        advantage_BGT = token_advantage(batch.advantage, phase_BGT)
+        advantage_BGT = batch.advantage
 
         # The min of PPO, spelled out: at a tie `jnp.minimum` would halve the gradient.
         high_BGT = (advantage_BGT > 0) & (ratio_BGT > 1 + clip_high)
@@ -126,7 +120,7 @@ def clipped_pg(
         # How far the sampler's log-probabilities are from the trainer's: 0 but for rounding.
         drift_BGT = jnp.abs(jax.lax.stop_gradient(old_BGT) - batch.rollout.logp)
         metrics = {"ratio": _count_mean(ratio_BGT, trained_BGT), "drift": _count_mean(drift_BGT, trained_BGT)}
-        for name, label in zip(PHASES, (SLATE, RANK), strict=True):
+        for name, label in zip(PHASES, TRAINED, strict=True):
             metrics[f"clip_fraction_{name}"] = _count_mean(clipped_BGT, trained_BGT & (phase_BGT == label))
         if batch.ref_logp is not None:
             d_BGT = jnp.where(trained_BGT, batch.ref_logp - logp_BGT, 0.0)

@@ -128,7 +128,7 @@ def _per_query(evaluation: Evaluation) -> list[dict[str, object]]:
             methods[method] = {
                 "slate": [ids[i] for i in prediction.slate],
                 "ranking": [ids[i] for i in prediction.ranking],
-                "outcome": prediction.outcome,
+                "outcome": prediction.outcome.name,
                 "error": evaluation.errors[method][q],
                 "metrics": {k: round(float(v[q]), DIGITS) for k, v in evaluation.scores[method].items()},
             }

@@ -1,8 +1,9 @@
-"""Rewards of rollouts, read off their lists: `(list_BGX, relevance_BC, k) -> [B,G]` float32.
+"""Rewards of rollouts: `(lists, query, frozen) -> [B,G]` float32.
 
 Coverage rewards read the whole slate as a set, utility rewards the top k of the ranking.
-Both are the very functions that evaluation reports (metrics.py). To add a reward, write the
-function and add one line to COVERAGE or UTILITY.
+Both are the very functions that evaluation reports (metrics.py). `frozen` is for rewards that
+are learned. To add a reward, write a function of k that returns it and add one line to COVERAGE
+or UTILITY.
 
 Sources: coverage trains generation and utility trains ranking as in F-GRPO (arXiv
 2605.12995). Its k and its format penalty are unspecified in the paper: both are arguments.
@@ -11,84 +12,87 @@ Sources: coverage trains generation and utility trains ranking as in F-GRPO (arX
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from fgrpo_jax import metrics
-from fgrpo_jax.transcript import FIRST_RANK_CODE, OUTCOMES
-from fgrpo_jax.types import PHASES, Array, Credit, Lists, Query
+from fgrpo_jax.types import PHASES, Array, Credit, Lists, Outcome, PyTree, Query
 
-Reward = Callable[[Array, Array, int], Array]
+Reward = Callable[[Lists, Query, PyTree], Array]
 
 
-def _coverage(metric: metrics.Metric) -> Reward:
+def _coverage(metric: metrics.Metric) -> Callable[[int], Reward]:
     """The metric of the whole slate as a set: cut at the slate's own length, k is not read."""
 
-    def reward(slate_BGN: Array, relevance_BC: Array, k: int) -> Array:
-        del k
-        pool_B1C = relevance_BC[:, None, :]
-        size_BG = (slate_BGN >= 0).sum(-1)
-        return metric(metrics.take_gains(pool_B1C, slate_BGN), pool_B1C, size_BG).astype(jnp.float32)
+    def reward(lists: Lists, query: Query, frozen: PyTree) -> Array:
+        pool_B1C = query.relevance[:, None, :]
+        size_BG = (lists.slate >= 0).sum(-1)
+        return metric(metrics.take_gains(pool_B1C, lists.slate), pool_B1C, size_BG).astype(jnp.float32)
 
-    return reward
+    return lambda k: reward
 
 
-def _utility(metric: metrics.Metric) -> Reward:
+def _utility(metric: metrics.Metric) -> Callable[[int], Reward]:
     """The metric of the ranking, cut at k."""
 
-    def reward(ranking_BGK: Array, relevance_BC: Array, k: int) -> Array:
-        pool_B1C = relevance_BC[:, None, :]
-        return metric(metrics.take_gains(pool_B1C, ranking_BGK), pool_B1C, k).astype(jnp.float32)
+    def build(k: int) -> Reward:
+        def reward(lists: Lists, query: Query, frozen: PyTree) -> Array:
+            pool_B1C = query.relevance[:, None, :]
+            return metric(metrics.take_gains(pool_B1C, lists.ranking), pool_B1C, k).astype(jnp.float32)
 
-    return reward
+        return reward
+
+    return build
 
 
-COVERAGE: dict[str, Reward] = {
+COVERAGE: dict[str, Callable[[int], Reward]] = {
     "recall": _coverage(metrics.recall),
     "precision": _coverage(metrics.precision),
     "f1": _coverage(metrics.f1),
 }
-UTILITY: dict[str, Reward] = {
+UTILITY: dict[str, Callable[[int], Reward]] = {
     "ndcg": _utility(metrics.ndcg),
     "mrr": _utility(metrics.mrr),
     "hit": _utility(metrics.hit),
 }
-REWARDS: dict[str, Reward] = {**COVERAGE, **UTILITY}
+REWARDS: dict[str, Callable[[int], Reward]] = {**COVERAGE, **UTILITY}
 
 
-def broken_values(default: float, rules: tuple[tuple[str, float], ...]) -> tuple[float, ...]:
-    """The reward of every outcome that broke a rule, by outcome code; entry 0 (ok) is unused.
+class Broken(NamedTuple):
+    """What rollouts are worth that broke a rule, by outcome code; hashable, static under jit."""
 
-    Raises ValueError when a rule names no outcome, or "ok".
+    value: tuple[float, ...]  # of every term of the phases that do not count
+    keeps_slate: tuple[bool, ...]  # whether coverage counts all the same
+
+
+def broken_values(default: float, rules: tuple[tuple[str, float], ...], outcomes: tuple[Outcome, ...]) -> Broken:
+    """`default` for every outcome of a policy that broke a rule, or what `rules` say of it.
+
+    Raises ValueError when a rule names no outcome, or one that is well-formed.
     """
-    own = dict(rules)
-    if unknown := sorted(set(own) - set(OUTCOMES[1:])):
-        raise ValueError(
-            f"no broken outcome is called {', '.join(unknown)}; there are {', '.join(OUTCOMES[1:])}"
-        )
-    return (0.0, *(float(own.get(name, default)) for name in OUTCOMES[1:]))
+    own, names = dict(rules), [outcome.name for outcome in outcomes if outcome.breaks]
+    if unknown := sorted(set(own) - set(names)):
+        raise ValueError(f"no broken outcome is called {', '.join(unknown)}; there are {', '.join(names)}")
+    value = tuple(float(own.get(outcome.name, default)) if outcome.breaks else 0.0 for outcome in outcomes)
+    return Broken(value, tuple(outcome.breaks != "slate" for outcome in outcomes))
 
 
-def term_rewards(credit: Credit, lists: Lists, query: Query, k: int, broken: tuple[float, ...]) -> Array:
+def term_rewards(credit: Credit, lists: Lists, query: Query, frozen: PyTree, k: int, broken: Broken) -> Array:
     """The reward of each credit term, `reward_BGR` in the order of `credit.terms`, unweighted.
 
-    A transcript that broke in the slate gets `broken[outcome]` in every term: it never
-    reached a ranking. One that broke in the rank phase keeps its coverage rewards and gets
-    `broken[outcome]` in the utility ones.
+    A rollout that broke in the slate gets its outcome's value in every term: it never reached a
+    ranking. One that broke in the rank phase keeps its coverage rewards and gets the value in the
+    utility ones.
 
     credit, k, broken: static under jit. broken: see `broken_values`.
-    Raises ValueError when `broken` has another length than OUTCOMES.
     """
-    if len(broken) != len(OUTCOMES):
-        raise ValueError(f"{len(broken)} broken values for {len(OUTCOMES)} outcomes: use broken_values()")
-    broken_BG = jnp.asarray(broken, jnp.float32)[lists.outcome]
+    value_BG = jnp.asarray(broken.value, jnp.float32)[lists.outcome]
+    keeps_slate_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
     distinct = {}
     for name in dict.fromkeys(name for _, name, _ in credit.terms):  # in their order: a set has another on every host
-        if name in COVERAGE:
-            list_BGX, ok_BG = lists.slate, (lists.outcome == 0) | (lists.outcome >= FIRST_RANK_CODE)
-        else:
-            list_BGX, ok_BG = lists.ranking, lists.outcome == 0
-        distinct[name] = jnp.where(ok_BG, REWARDS[name](list_BGX, query.relevance, k), broken_BG)
+        counts_BG = keeps_slate_BG if name in COVERAGE else ok_BG
+        distinct[name] = jnp.where(counts_BG, REWARDS[name](k)(lists, query, frozen), value_BG)
     columns = [distinct[name] for _, name, _ in credit.terms]
     return jnp.stack(columns, -1) if columns else jnp.zeros((*lists.outcome.shape, 0), jnp.float32)
 

@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrpo_jax.grammar import CODE, FIRST_RANK_CODE, OUTCOMES, Grammar, check_grammar, check_identifiers, render
+from fgrpo_jax.grammar import CODE, OUTCOMES, Grammar, check_grammar, check_identifiers, render
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, Query
 
 __all__ = [
-    "CODE", "FIRST_RANK_CODE", "OUTCOMES", "Grammar", "check_grammar", "check_identifiers", "render",
+    "CODE", "OUTCOMES", "Grammar", "check_grammar", "check_identifiers", "render",
     "FINISHED", "State", "start", "advance", "Choices", "choices", "allowed", "finish", "parse",
 ]  # fmt: skip
 

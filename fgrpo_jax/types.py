@@ -12,9 +12,9 @@ Array names end in their axes, one letter each:
 `advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
 axis: it is never flattened into the batch and recovered by reshape.
 
-Two numberings of phases meet in `Rollout.phase`: per-token labels are 0 untrained,
-1 slate, 2 rank (`SLATE`, `RANK`), while the P axis of advantages holds only the two
-trained phases, slate at 0 and rank at 1.
+Two numberings of phases meet in `Rollout.phase`: labels of actions are 0 untrained, 1 slate,
+2 rank, while the P axis holds only the two trained phases, slate at 0 and rank at 1: PHASES
+names them in order and TRAINED holds their labels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import flax.struct
 import jax
 
 UNTRAINED, SLATE, RANK = 0, 1, 2
-PHASES = ("slate", "rank")  # the P axis, in order
+PHASES, TRAINED = ("slate", "rank"), (SLATE, RANK)  # the P axis, in order: names, labels of actions
 
 Array = jax.Array
 PyTree = Any
@@ -107,7 +107,20 @@ class Lists:
 
     slate: Array  # [B,G,N] int32
     ranking: Array  # [B,G,K] int32
-    outcome: Array  # [B,G] int32, index into transcript.OUTCOMES
+    outcome: Array  # [B,G] int32, index into the policy's outcomes
+
+
+class Outcome(NamedTuple):
+    """How a rollout ended. `breaks` is the phase whose rule it broke; None: it is well-formed.
+
+    What broke in the slate leaves nothing that counts, what broke in the rank phase its slate.
+    """
+
+    name: str
+    breaks: str | None
+
+
+OK = Outcome("ok", None)
 
 
 @flax.struct.dataclass
@@ -117,7 +130,7 @@ class Batch:
     query: Query
     rollout: Rollout
     reward: Array  # [B,G,R] float32: one per credit term, unweighted
-    advantage: Array  # [B,G,P] float32
+    advantage: Array  # [B,G,T] float32
     weight: Array  # [B,G,T] float32, normalised over the global batch
     old_logp: Array | None = None  # [B,G,T]: several epochs per rollout batch
     ref_logp: Array | None = None  # [B,G,T]: KL to a frozen reference
@@ -165,6 +178,7 @@ class Policy(NamedTuple):
 
     `frozen` holds what is never updated (a reference policy); it is always passed explicitly.
 
+    outcomes: what Lists.outcome counts in; the first is OK.
     encode: (list of RankingExample) -> Query, as numpy arrays as small as these examples
         allow; raises DataError naming the query id.
     blank: a Query of numpy arrays [1,...]: what each array may be padded with, so that hosts
@@ -176,6 +190,7 @@ class Policy(NamedTuple):
     greedy: as rollout with G = 1 and the most probable action everywhere.
     """
 
+    outcomes: tuple[Outcome, ...]
     encode: Any
     blank: Query
     rollout: Any

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fgrpo_jax.transcript import OUTCOMES
-from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Policy, PyTree, TrainState
+from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Outcome, Policy, PyTree, TrainState
 
 
 def make_optimizer(
@@ -154,7 +153,9 @@ def make_update(
     return update
 
 
-def describe(lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array) -> dict[str, Mean]:
+def describe(
+    lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array, outcomes: Sequence[Outcome]
+) -> dict[str, Mean]:
     """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths.
 
     reward_BGP: coverage and utility by what they measure (rewards.phase_rewards), so that
@@ -168,8 +169,8 @@ def describe(lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array) -> d
     for p, phase in enumerate(PHASES):
         mean(f"reward/{phase}", reward_BGP[..., p])
         mean(f"dead_groups/{phase}", dead_BP[:, p])
-    for code, outcome in enumerate(OUTCOMES):
-        mean(f"outcome/{outcome}", lists.outcome == code)
+    for code, outcome in enumerate(outcomes):
+        mean(f"outcome/{outcome.name}", lists.outcome == code)
     mean("tokens_trained", (batch.rollout.phase != UNTRAINED).sum(-1))
     mean("slate_length", (lists.slate >= 0).sum(-1))
     mean("rank_length", (lists.ranking >= 0).sum(-1))

@@ -229,7 +229,7 @@ def test_hf_directory_in_one_fgrpo_step_out(torch_model, tokenizer, tmp_path):
     @quick_jit
     def step(state, query, key):
         rollout, lists = policy.rollout(state.params, {}, query, key)
-        reward = rewards.term_rewards(credit, lists, query, 2, rewards.broken_values(-0.1, ()))
+        reward = rewards.term_rewards(credit, lists, query, {}, 2, rewards.broken_values(-0.1, (), transcript.OUTCOMES))
         batch = make_batch(query, rollout, reward, credit, "token")
         return (*update(state, {}, batch), lists, batch)
 
@@ -300,5 +300,5 @@ def compare_greedy(torch, model, grammar, query, rollout, lists):
             pad_token_id=grammar.eos,
         )[0, length:].numpy()
         np.testing.assert_array_equal(ours[:ended], theirs)
-        compared.append((ended, transcript.OUTCOMES[int(lists.outcome[b, 0])]))
+        compared.append((ended, transcript.OUTCOMES[int(lists.outcome[b, 0])].name))
     return compared

@@ -17,6 +17,7 @@ from fgrpo_jax.config import Config, DataConfig, StageConfig, TranscriptConfig
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
+from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import Credit, TrainState
 from fgrpo_jax.update import make_optimizer, make_update
 
@@ -98,7 +99,7 @@ def start():
 
 
 def rl_batch(query, rollout, lists):
-    reward_BGR = rewards.term_rewards(CREDIT, lists, query, 5, rewards.broken_values(-0.1, ()))
+    reward_BGR = rewards.term_rewards(CREDIT, lists, query, {}, 5, rewards.broken_values(-0.1, (), OUTCOMES))
     return make_batch(query, rollout, reward_BGR, CREDIT, "token")
 
 

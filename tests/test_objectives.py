@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fgrpo_jax.advantages import WEIGHTINGS, action_weights, group_advantage, make_batch
-from fgrpo_jax.objectives import OBJECTIVES, RATIOS, clipped_pg, nll, token_advantage
+from fgrpo_jax.advantages import WEIGHTINGS, action_weights, group_advantage, make_batch, per_action
+from fgrpo_jax.objectives import OBJECTIVES, RATIOS, clipped_pg, nll
 from fgrpo_jax.types import PHASES, Batch, Credit, Rollout
 
 B, G, T = 4, 3, 8
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 0.5)))
+
+
+def spread(batch, advantage_BGP):
+    return per_action(advantage_BGP, batch.rollout.phase)
 
 
 def make(seed=0, weighting="token", credit=CREDIT, old=0.0, ref=0.0):
@@ -51,7 +55,7 @@ def loss_by_loop(batch, logp, level, low, high, kl_weight):
             "sequence": weight[b, g] > 0,
         }[level]
         ratio = np.exp((logp - old)[b, g, mine].mean())
-        a = float(batch.advantage[b, g, phase[b, g, t] - 1])
+        a = float(batch.advantage[b, g, t])
         gain = min(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
         d = ref[b, g, t] - logp[b, g, t]
         k3 = np.exp(d) - d - 1
@@ -80,7 +84,7 @@ def test_clipped_pg_equals_loop(level, weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_ratio_one_gives_the_reinforce_gradient(level, weighting):
     batch, logp = make(2, weighting)
-    reinforce = -np.asarray(batch.weight * token_advantage(batch.advantage, batch.rollout.phase))
+    reinforce = -np.asarray(batch.weight * batch.advantage)
     assert np.abs(reinforce).max() > 0
     for clip in (0.0, 0.2):  # a clip range of nothing changes nothing either
         objective = clipped_pg(level, clip, clip, 0.0)
@@ -96,7 +100,7 @@ def test_gradient_is_that_of_the_geometric_mean(level):
     credit = CREDIT if level == "phase" else Credit((("slate", "recall", 1.0), ("rank", "recall", 1.0)))
     batch, logp = make(3, credit=credit, old=0.3)
     if level == "sequence":
-        batch = batch.replace(advantage=jnp.broadcast_to(batch.advantage[..., :1], (B, G, 2)))
+        batch = batch.replace(advantage=jnp.repeat(group_advantage(batch.reward, credit)[..., :1], T, -1))
     trained = np.asarray(batch.weight) > 0
 
     def direct(logp):
@@ -104,7 +108,7 @@ def test_gradient_is_that_of_the_geometric_mean(level):
         for labels in ((1,), (2,)) if level == "phase" else ((1, 2),):
             mine = jnp.asarray(trained & np.isin(batch.rollout.phase, labels))
             mean = (mine * (logp - batch.old_logp)).sum(-1) / jnp.maximum(mine.sum(-1), 1)
-            a = batch.advantage[..., labels[0] - 1]
+            a = group_advantage(batch.reward, credit)[..., labels[0] - 1]
             gain = jnp.minimum(jnp.exp(mean) * a, jnp.clip(jnp.exp(mean), 0.9, 1.1) * a)
             loss -= ((mine * batch.weight).sum(-1) * gain).sum()
         return loss
@@ -152,7 +156,7 @@ def test_shared_credit_with_phase_blind_weights_is_grpo():
     batch, logp = make(6, old=0.2)
     reward = jnp.asarray(np.stack([recall, ndcg, recall, ndcg], -1))
     for normalise in ("none", "sum"):
-        shared = batch.replace(advantage=group_advantage(reward, Credit(terms, normalise)))
+        shared = batch.replace(advantage=spread(batch, group_advantage(reward, Credit(terms, normalise))))
         joint = recall + 0.5 * ndcg
         a = joint - joint.mean(1, keepdims=True)
         if normalise == "sum":
@@ -174,7 +178,8 @@ def test_shared_credit_with_phase_blind_weights_is_grpo():
 def test_each_token_follows_its_own_phase():
     """Changing the rank advantage moves no gradient of the slate, at any ratio level."""
     batch, logp = make(7, old=0.05)
-    other = batch.replace(advantage=batch.advantage.at[..., 1].multiply(-3.0))
+    group = group_advantage(batch.reward, CREDIT)
+    other = batch.replace(advantage=spread(batch, group.at[..., 1].multiply(-3.0)))
     slate = np.asarray(batch.rollout.phase) == 1
     for level in RATIOS:
         a, b = (gradient(clipped_pg(level, 0.9, 9.0), logp, x) for x in (batch, other))
@@ -185,7 +190,7 @@ def test_each_token_follows_its_own_phase():
 def test_dead_group_has_no_gradient():
     batch, logp = make(8, old=0.3)
     reward = batch.reward.at[1].set(0.1)
-    batch = batch.replace(advantage=group_advantage(reward, CREDIT))
+    batch = batch.replace(advantage=spread(batch, group_advantage(reward, CREDIT)))
     found = gradient(clipped_pg(), logp, batch)
     assert (found[1] == 0).all() and (found[0] != 0).any()
 

@@ -15,7 +15,7 @@ from fgrpo_jax.types import Credit, Lists, Query
 
 B, G, C, N, K = 3, 4, 8, 5, 3
 ALL_TERMS = tuple(("slate", name, 1.0) for name in COVERAGE) + tuple(("rank", name, 1.0) for name in UTILITY)
-BROKEN = broken_values(-0.1, (("slate_duplicate", -0.5), ("rank_truncated", -0.25)))
+BROKEN = broken_values(-0.1, (("slate_duplicate", -0.5), ("rank_truncated", -0.25)), OUTCOMES)
 
 
 def make_query(relevance_BC):
@@ -67,19 +67,20 @@ def by_loop(name, items, gains, k):
 def test_equals_loop(name):
     rng = np.random.default_rng(0)
     (slate, ranking), relevance = random_lists(rng), random_relevance(rng)
-    lists = slate if name in COVERAGE else ranking
-    expected = [[by_loop(name, lists[b, g], relevance[b], 2) for g in range(G)] for b in range(B)]
-    reward_BG = REWARDS[name](jnp.asarray(lists), jnp.asarray(relevance), 2)
+    read = slate if name in COVERAGE else ranking
+    expected = [[by_loop(name, read[b, g], relevance[b], 2) for g in range(G)] for b in range(B)]
+    lists = Lists(jnp.asarray(slate), jnp.asarray(ranking), jnp.zeros((B, G), jnp.int32))
+    reward_BG = REWARDS[name](2)(lists, make_query(relevance), {})
     assert reward_BG.dtype == jnp.float32
     np.testing.assert_allclose(reward_BG, expected, atol=1e-6)
 
 
-_terms = jax.jit(term_rewards, static_argnums=(0, 3, 4))
+_terms = jax.jit(term_rewards, static_argnums=(0, 4, 5))
 
 
 def rewards_of(slate, ranking, outcome, relevance, k=2):
     lists = Lists(jnp.asarray(slate), jnp.asarray(ranking), jnp.asarray(outcome))
-    return np.asarray(_terms(Credit(ALL_TERMS), lists, make_query(relevance), k, BROKEN))
+    return np.asarray(_terms(Credit(ALL_TERMS), lists, make_query(relevance), {}, k, BROKEN))
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
@@ -121,10 +122,10 @@ def test_broken_phase_gets_its_own_value(code):
     outcome = np.zeros((B, G), np.int32)
     outcome[1, 2] = code
     reward = rewards_of(slate, ranking, outcome, relevance)
-    value = {"slate_duplicate": -0.5, "rank_truncated": -0.25}.get(OUTCOMES[code], -0.1)
+    value = {"slate_duplicate": -0.5, "rank_truncated": -0.25}.get(OUTCOMES[code].name, -0.1)
     expected, n = fine.copy(), len(COVERAGE)
     expected[1, 2, n:] = value  # the ranking is lost in any case
-    if OUTCOMES[code].startswith("slate_"):
+    if OUTCOMES[code].breaks == "slate":
         expected[1, 2, :n] = value
     np.testing.assert_allclose(reward, expected, atol=1e-7)
 
@@ -142,9 +143,15 @@ def test_phase_rewards_count_each_reward_once():
 
 def test_bad_broken_values_are_refused():
     with pytest.raises(ValueError, match="slate_wrong"):
-        broken_values(0.0, (("slate_wrong", 1.0),))
-    lists = Lists(
-        jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-    )
-    with pytest.raises(ValueError, match="broken_values"):
-        term_rewards(Credit(ALL_TERMS), lists, make_query(np.ones((1, 1), np.float32)), 1, (0.0,))
+        broken_values(0.0, (("slate_wrong", 1.0),), OUTCOMES)
+    with pytest.raises(ValueError, match="called ok"):
+        broken_values(0.0, (("ok", 1.0),), OUTCOMES)
+
+
+def test_a_reward_may_read_what_is_frozen(monkeypatch):
+    """A learned one does."""
+    monkeypatch.setitem(REWARDS, "learned", lambda k: lambda lists, query, frozen: frozen["model"] * lists.slate.sum(-1))
+    lists = Lists(jnp.ones((1, 2, 3), jnp.int32), jnp.ones((1, 2, 1), jnp.int32), jnp.zeros((1, 2), jnp.int32))
+    credit = Credit((("rank", "learned", 1.0),))
+    reward = term_rewards(credit, lists, make_query(np.ones((1, 4), np.float32)), {"model": 0.5}, 1, BROKEN)
+    np.testing.assert_array_equal(reward, [[[1.5], [1.5]]])

@@ -165,7 +165,7 @@ def test_rollouts_are_labelled_as_they_read(sampler, sampled, query):
         assert (lists.outcome == 0).all()
         label = np.where(n_allowed == 1, UNTRAINED, label)
     else:
-        seen = {OUTCOMES[code] for code in np.unique(lists.outcome)}
+        seen = {OUTCOMES[code].name for code in np.unique(lists.outcome)}
         assert "slate_out_of_pool" in seen and len(seen) >= 3
         assert (rollout.actions[label == UNTRAINED] == sampler.grammar.eos).all()
     np.testing.assert_array_equal(rollout.phase, label)

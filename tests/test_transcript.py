@@ -64,7 +64,7 @@ def check(case, strings_BG):
             got = (
                 [c for c in lists.slate[b, g].tolist() if c >= 0],
                 [c for c in lists.ranking[b, g].tolist() if c >= 0],
-                OUTCOMES[lists.outcome[b, g]],
+                OUTCOMES[lists.outcome[b, g]].name,
                 labels[b, g].tolist(),
             )
             assert got == (slate, ranking, outcome, label), f"names {names}, tokens {actions[b, g].tolist()}"
@@ -159,8 +159,8 @@ def test_every_outcome_by_hand():
     query = make_query([fifth])
     exactly_two = case.grammar._replace(rank_min=2, rank_max=2)
     cut, of_two = ("slate_truncated", "rank_truncated"), ("rank_too_short", "rank_too_long")
-    rest = [name for name in OUTCOMES if name not in cut + of_two]
-    assert BY_HAND.keys() == set(OUTCOMES)
+    rest = [outcome.name for outcome in OUTCOMES if outcome.name not in cut + of_two]
+    assert BY_HAND.keys() == {outcome.name for outcome in OUTCOMES}
     for grammar, outcomes in ((case.grammar, cut), (exactly_two, of_two), (case.grammar, rest)):
         length = max(len(BY_HAND[outcome]) for outcome in outcomes)
         actions = np.full((1, len(outcomes), length), EOS, np.int32)
@@ -168,7 +168,7 @@ def test_every_outcome_by_hand():
             actions[0, g, : len(BY_HAND[outcome])] = BY_HAND[outcome]
         lists, _, _, _ = parse(grammar, query, actions)
         for g, outcome in enumerate(outcomes):
-            assert OUTCOMES[int(lists.outcome[0, g])] == outcome
+            assert OUTCOMES[int(lists.outcome[0, g])].name == outcome
             assert plain_parse(grammar, fifth, actions[0, g].tolist())[2] == outcome
 
 

@@ -9,7 +9,7 @@ from helpers import quick_jit
 from fgrpo_jax import advantages, rewards, sampling
 from fgrpo_jax.models import decoder
 from fgrpo_jax.objectives import clipped_pg
-from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.transcript import CODE, OUTCOMES
 from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState, map_params
 from fgrpo_jax.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 
@@ -27,7 +27,7 @@ def table_logprobs(params, frozen, query, rollout):
     return jnp.take_along_axis(logp_BV[:, None, None], rollout.actions[..., None], -1)[..., 0]
 
 
-TABLE = Policy(encode=None, blank=None, rollout=None, logprobs=table_logprobs, greedy=None)
+TABLE = Policy(outcomes=OUTCOMES, encode=None, blank=None, rollout=None, logprobs=table_logprobs, greedy=None)
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +203,11 @@ def test_describe(batch):
     lists = Lists(
         slate=jnp.full((B, G, 3), -1).at[:, :, :2].set(0),
         ranking=jnp.full((B, G, 2), -1).at[:, 0, 0].set(0),
-        outcome=jnp.zeros((B, G), jnp.int32).at[0].set(OUTCOMES.index("rank_empty")),
+        outcome=jnp.zeros((B, G), jnp.int32).at[0].set(CODE["rank_empty"]),
     )
     reward_BGP = rewards.phase_rewards(batch.reward, CREDIT)
     dead_BP = jnp.array([[True, False]] * 2 + [[False, False]] * 6)
-    values = {name: mean.value() for name, mean in describe(lists, batch, reward_BGP, dead_BP).items()}
+    values = {name: mean.value() for name, mean in describe(lists, batch, reward_BGP, dead_BP, OUTCOMES).items()}
     assert values["dead_groups/slate"] == 0.25 and values["dead_groups/rank"] == 0
     assert values["outcome/rank_empty"] == 1 / B and values["outcome/ok"] == 1 - 1 / B
     assert sum(v for name, v in values.items() if name.startswith("outcome/")) == 1
@@ -227,6 +227,7 @@ def test_golden_step(spec, grammar, params, query):
     """
     sampler = sampling.Sampler(spec, grammar, constrained=True)
     policy = Policy(
+        outcomes=OUTCOMES,
         encode=None,
         blank=None,
         rollout=lambda params, frozen, query, key: sampling.sample(sampler, params, query, key, 4),
@@ -239,8 +240,8 @@ def test_golden_step(spec, grammar, params, query):
     @quick_jit
     def step(params, query, key):
         rollout, lists = policy.rollout(params, {}, query, key)
-        broken = rewards.broken_values(-0.1, ())
-        reward_BGR = rewards.term_rewards(CREDIT, lists, query, 5, broken)
+        broken = rewards.broken_values(-0.1, (), OUTCOMES)
+        reward_BGR = rewards.term_rewards(CREDIT, lists, query, {}, 5, broken)
         batch = advantages.make_batch(query, rollout, reward_BGR, CREDIT, "token")
         state, metrics = update(TrainState(jnp.int32(0), params, optimizer.init(params)), {}, batch)
         sums = [

@@ -105,7 +105,7 @@ def make(
     encode = functools.partial(
         _encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, blank, {}
     )
-    return Policy(encode, blank, rollout, logprobs, greedy)
+    return Policy(transcript.OUTCOMES, encode, blank, rollout, logprobs, greedy)
 
 
 def _encode(
