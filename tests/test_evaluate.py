@@ -39,8 +39,8 @@ def fabricated(n=60, seed=0):
 
 def test_from_scores_cuts_and_keeps_ties_in_pool_order():
     assert evaluate.from_scores([0, 2, 1, 2], 3, 2) == Prediction((1, 3, 2), (1, 3), OK)
-    assert evaluate.from_scores(np.zeros(2), 10, 5) == Prediction((0, 1), (0, 1), "ok")
-    assert evaluate.from_scores(np.zeros(4), 1, 5) == Prediction((0,), (0,), "ok")
+    assert evaluate.from_scores(np.zeros(2), 10, 5) == Prediction((0, 1), (0, 1), OK)
+    assert evaluate.from_scores(np.zeros(4), 1, 5) == Prediction((0,), (0,), OK)
     with pytest.raises(ValueError, match="candidate 1 .* not finite"):
         evaluate.from_scores([0, np.nan], 1, 1)
 
