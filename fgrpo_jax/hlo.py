@@ -33,7 +33,7 @@ class Loop(NamedTuple):
 class Collective(NamedTuple):
     """One collective instruction, by what one device gives to it and gets from it.
 
-    kind: of KINDS. A reduce-scatter that was compiled to an all-reduce and a slice is an all-reduce.
+    kind: of KINDS. Where a reduce-scatter was compiled to an all-reduce and a slice apart, an all-reduce.
     bytes: the whole array at one device: what all-gather returns, what the others are given.
     group: the devices of the first of the groups it runs in, by their places in the mesh; for a
         collective-permute the two of the first pair.
@@ -100,6 +100,8 @@ def collectives(text: str, unknown_trips: int | None = None) -> list[Collective]
     found, chains = [], set()
     for site in _walk(program, _Site(program.entry, None, (), False), unknown_trips):
         kind = site.instruction.opcode.removesuffix("-start")
+        if kind == "all-reduce" and site.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPU fuses an all-reduce with the slice taken of it
         chain = site.instruction.attribute(r'(chain_id="\d+")')  # of the pieces of one: TPU's async fusions
         chain = chain and (chain, site.instruction.attribute(r"channel_id=(\d+)"))
         if kind in KINDS and chain not in chains:
