@@ -239,7 +239,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     args.workload = args.workload or workload
     spec, shape = WORKLOADS[args.workload]
     layers = args.layers or spec.num_layers
-    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()), num_layers=layers)
+    spec = spec._replace(
+        dtype=dtype,
+        attention=attention_of(ModelConfig()),
+        num_layers=layers,
+        rows_first=jax.default_backend() == "cpu",
+    )
     shape = Shape(*(getattr(args, name) or size for name, size in shape._asdict().items()))
     if args.scan and (shape.prompt < 4 or shape.group < 2):
         parser.error("--scan goes down to a quarter of the prompt and half of the group: they are too small")

@@ -93,8 +93,14 @@ def attention_of(model: ModelConfig) -> str:
 
 def _numerics(model: ModelConfig) -> dict[str, Any]:
     """How the model is computed, here."""
-    numerics = {"dtype": model.dtype, "param_dtype": model.param_dtype}
-    return numerics | {"remat": model.remat, "attention": attention_of(model), "logit_chunk": model.logit_chunk}
+    return {
+        "dtype": model.dtype,
+        "param_dtype": model.param_dtype,
+        "remat": model.remat,
+        "attention": attention_of(model),
+        "logit_chunk": model.logit_chunk,
+        "rows_first": jax.default_backend() == "cpu",
+    }
 
 
 def _spec(model: ModelConfig, vocab_size: int) -> decoder.DecoderSpec:

@@ -107,9 +107,9 @@ def test_sizes_of_a_workload_can_be_set():
     args, spec, shape = bench.parse(given)
     qwen, theirs = bench.WORKLOADS["qwen3-0.6b"]
     assert args.workload == "qwen3-0.6b" and shape == theirs._replace(batch=1, prompt=1024, length=32)
-    assert spec == qwen._replace(num_layers=6, attention="blocks", dtype="float32")
+    assert spec == qwen._replace(num_layers=6, attention="blocks", dtype="float32", rows_first=True)
     _, spec, shape = bench.parse(["--preset", "gpu"])
-    assert (spec._replace(attention="auto", dtype="float32"), shape) == (qwen, theirs) and spec.dtype == "bfloat16"
+    assert (spec._replace(attention="auto", dtype="float32", rows_first=False), shape) == (qwen, theirs) and spec.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

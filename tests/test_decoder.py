@@ -194,24 +194,25 @@ def test_cached_decode_equals_full_forward(spec, params, query, actions, layers)
 def test_decoding_with_weights_laid_out_rows_first(spec, params, query, actions, monkeypatch):
     """As a large model's are on a CPU; here every weight is large."""
     monkeypatch.setattr(layers, "_LARGE", 1)
+    leaves = jax.tree.leaves(decoder.unstack(spec, params, B * G), is_leaf=lambda x: isinstance(x, layers.RowsFirst))
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    spec = spec._replace(rows_first=True)
     laid_out = decoder.unstack(spec, params, B * G)
     assert all(isinstance(laid_out["layers"][0][name], layers.RowsFirst) for name in ("q", "v", "o", "up", "down"))
     assert isinstance(laid_out["head_DV"], layers.RowsFirst)
     full = quick_jit(decoder.completions, static_argnums=0)(spec, params, query.prompt, query.prompt_len, actions)
-    decoded = decoded_hidden(spec._replace(init_std=1.0), params, query, actions)  # another spec: traced anew
+    decoded = decoded_hidden(spec, params, query, actions)
     np.testing.assert_allclose(decoded, full, atol=5e-5)
     logits = [head.logits(weights, full) for weights in (params, laid_out)]
     np.testing.assert_allclose(*logits, atol=5e-5)
     many = decoder.unstack(spec, params, 1000)
     assert isinstance(many["head_DV"], layers.RowsFirst) and isinstance(many["layers"][0]["q"], jax.Array)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    leaves = jax.tree.leaves(decoder.unstack(spec, params, B * G), is_leaf=lambda x: isinstance(x, layers.RowsFirst))
-    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 @pytest.mark.parametrize("large", [1, 2**20])
 def test_logits_of_a_bfloat16_model_are_not_rounded(spec, params, large, monkeypatch):
     monkeypatch.setattr(layers, "_LARGE", large)
+    spec = spec._replace(rows_first=True)
     half = decoder.whole(spec._replace(dtype="bfloat16"), params)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(B, G, spec.hidden_size)), jnp.bfloat16)
     expected = hidden.astype(np.float32) @ head.rows(half).astype(np.float32).T

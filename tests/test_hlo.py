@@ -174,6 +174,21 @@ def test_devices_named_by_axes(devices, group):
     assert found.group == group
 
 
+def test_a_fused_reduce_scatter_is_one():
+    """An all-reduce and the slice of it, in one: TPU's way where devices of a group are neighbours."""
+    before = """
+%all-reduce-scatter.3 (a.1: f32[16]) -> f32[4] {
+  %a.1 = f32[16] parameter(0)
+  %ar = f32[16] all-reduce(%a.1), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  %zero = u32[] constant(0)
+  ROOT %mine = f32[4] dynamic-slice(%ar, %zero), dynamic_slice_sizes={4}
+}
+"""
+    entry = ["%p = f32[16]{0} parameter(0)", "%f = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3"]
+    (found,) = hlo.collectives(program(entry, before))
+    assert (found.kind, found.bytes, found.traffic) == ("reduce-scatter", 64, 48)
+
+
 def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.collectives("module @jit_f {}")

@@ -55,6 +55,7 @@ class DecoderSpec(NamedTuple):
     remat: bool = False
     attention: str = "auto"  # or "blocks", "flash": attention._implementation
     logit_chunk: int = 4096
+    rows_first: bool = False  # decode with large weights laid out as XLA CPU reads them best (unstack)
 
 
 # What parameters must agree in to be this model's; the rest is how it is computed.
@@ -280,11 +281,14 @@ def unstack(spec: DecoderSpec, params: PyTree, tokens: int) -> PyTree:
     """Weights as decoding `tokens` rollouts at a time reads them: a list of layers, so that no step copies a slice."""
 
     def laid_out(name: str, w: Array) -> Array | RowsFirst:
-        return w if name.endswith("norm") or tokens > _FEW else rows_first(w, axes_in=2 if name == "o" else 1)
+        if not spec.rows_first or name.endswith("norm") or tokens > _FEW:
+            return w
+        return rows_first(w, axes_in=2 if name == "o" else 1)
 
     stacked = params["layers"]
     layers = [{name: laid_out(name, w[i]) for name, w in stacked.items()} for i in range(spec.num_layers)]
-    return {**params, "layers": layers, "head_DV": rows_first(head.rows(params).T)}
+    head_DV = head.rows(params).T
+    return {**params, "layers": layers, "head_DV": rows_first(head_DV) if spec.rows_first else head_DV}
 
 
 def empty_cache(spec: DecoderSpec, batch: int, group: int, length: int) -> list[tuple[Array, Array]]:

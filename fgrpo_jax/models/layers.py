@@ -73,11 +73,11 @@ def rows_first(w: Array, axes_in: int = 1) -> Array | RowsFirst:
 
     XLA CPU multiplies a large weight [out, in] by 8 to 32 tokens [in, N] almost twice as fast as
     the tokens by [in, out]; from 256 tokens on it is slower. It turns such a product round again
-    where the result is transposed right after; as a batch of two halves it stays. Off the CPU,
-    and for small weights or an odd number of rows, `w` itself.
+    where the result is transposed right after; as a batch of two halves it stays. For small weights
+    or an odd number of rows, `w` itself.
     """
     size_in, shape_out = math.prod(w.shape[:axes_in]), w.shape[axes_in:]
-    if jax.default_backend() != "cpu" or w.size < _LARGE or math.prod(shape_out) % 2:
+    if w.size < _LARGE or math.prod(shape_out) % 2:
         return w
     return RowsFirst(w.reshape(size_in, -1).T.reshape(2, -1, size_in), shape_out)
 
