@@ -95,6 +95,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     from fgrpo_jax.data import evaluation_examples
 
     config = run_lib.read_config(run_dir)
+    for note in filter(None, map(run_lib.earlier_version, (run_dir, *_prefixed(others).values()))):
+        _note(note)
     settings = settings or config.eval
     settings = dataclasses.replace(settings, split=split or settings.split)
     data, mesh = data or _source(config), mesh or config.mesh

@@ -146,9 +146,11 @@ def run(config) -> int:
     validate(config, experiment_lib.KNOWN)
     run_dir = run_lib.check(config)
     import jax
+    from jax.experimental import multihost_utils
 
     from fgrpo_jax import datasets, report
     from fgrpo_jax.checkpoint import preemption
+    from fgrpo_jax.log import MetricsLog
     from fgrpo_jax.sharding import initialize_distributed
     from fgrpo_jax.stage import check_training
 
@@ -166,7 +168,9 @@ def run(config) -> int:
         experiment_lib.save_description(experiment, run_dir)
         if config.start_from:
             run_lib.record_start(run_dir, config)
-    log = run_lib.MetricsLog(run_dir, config.tensorboard, is_main)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("entered")  # before anyone looks at what is done
+    log = MetricsLog(run_dir, config.tensorboard, is_main)
     try:
         with preemption() as stop:
             for name, stage in (("sft", config.sft), ("rl", config.rl)):

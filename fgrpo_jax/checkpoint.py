@@ -222,6 +222,11 @@ def steps_in(directory: str | epath.Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
+def unpin(directory: str | epath.Path) -> None:
+    """Keep no checkpoint any longer only because it was pinned. Only while no `Checkpoints` is open there."""
+    (epath.Path(directory).expanduser() / _PINNED).unlink(missing_ok=True)
+
+
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
     """ShapeDtypeStructs, each with its sharding: what `restore` asks for."""
     return jax.tree.map(

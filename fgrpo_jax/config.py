@@ -276,52 +276,64 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ConfigError on what is not JSON, or has other fields."""
+    """Inverse of `to_json`. A field that the text lacks (see `absent`) has its default.
+
+    So a new field must come with the default under which earlier runs were made. Raises
+    ConfigError on what is not JSON, or has fields that do not exist.
+    """
+    return _read(text)[0]
+
+
+def absent(text: str) -> list[str]:
+    """The fields that `from_json` gives their defaults, as `rl.optim.eps`: of a file of an earlier version."""
+    return _read(text)[1]
+
+
+def _read(text: str) -> tuple[Config, list[str]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error}") from None
-    return _build(Config, value, "config")
-
-
-def _plain(default: Any) -> Any:
-    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-
-
-def _build(cls: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected an object, found {type(value).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(value) - set(fields)):
-        raise ConfigError(f"{where}: unknown field(s) {', '.join(unknown)}")
-    if missing := sorted(set(fields) - set(value)):
+    lacking: list[str] = []
+    unknown: list[str] = []
+    config = _build(Config(), value, "", lacking, unknown)
+    if unknown:
         raise ConfigError(
-            f"{where}: missing field(s) {', '.join(missing)}; a file of an older version gets along with the "
-            f"defaults: add {json.dumps({name: _plain(fields[name].default) for name in missing})}"
+            f"unknown field(s) {', '.join(unknown)}: take them out of it, or use the version that wrote it"
         )
+    return config, lacking
+
+
+def _build(default: Any, value: Any, where: str, lacking: list[str], unknown: list[str]) -> Any:
+    """`default` with the values of a JSON object; names of fields that only one of them has are noted."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where or 'config'}: expected an object, found {type(value).__name__}")
+    known = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    path = {name: f"{where}.{name}" if where else name for name in (*known, *value)}
+    unknown += [path[name] for name in value if name not in known]
+    lacking += [path[name] for name in known if name not in value]
     built = {}
-    for name, field in fields.items():
-        default = field.default
-        if dataclasses.is_dataclass(default):
-            built[name] = _build(type(default), value[name], f"{where}.{name}")
+    for name in (name for name in known if name in value):
+        if dataclasses.is_dataclass(known[name]):
+            built[name] = _build(known[name], value[name], path[name], lacking, unknown)
         else:
             built[name] = _tuples(value[name])
-    return cls(**built)
+    return dataclasses.replace(default, **built)
 
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The fields in which two configs differ, as `rl.steps: 100 -> 200`."""
+def differences(old: Any, new: Any, where: str = "") -> dict[str, str]:
+    """The fields in which two configs differ: `rl.steps` -> `rl.steps: 100 -> 200`."""
     if dataclasses.is_dataclass(old) and type(old) is type(new):
-        found = []
+        found = {}
         for field in dataclasses.fields(old):
             name = f"{where}.{field.name}" if where else field.name
-            found += differences(getattr(old, field.name), getattr(new, field.name), name)
+            found |= differences(getattr(old, field.name), getattr(new, field.name), name)
         return found
-    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+    return {} if old == new else {where: f"{where}: {old!r} -> {new!r}"}
 
 
 def fingerprint(value: Any) -> str:

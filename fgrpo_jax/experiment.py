@@ -21,12 +21,12 @@ from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
+from fgrpo_jax.files import write_atomically
 from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
 from fgrpo_jax.policies.logged import logged
 from fgrpo_jax.rewards import REWARDS
-from fgrpo_jax.run import write_atomically
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import Lists, Policy, PyTree, Query, RankingExample
 from fgrpo_jax.validation import Registries

@@ -26,6 +26,8 @@ def export(
 ) -> None:
     """Export the best checkpoint of a finished stage, with the run's tokenizer."""
     config = run.read_config(run_dir)
+    if note := run.earlier_version(run_dir):
+        print(f"note: {note}")
     everywhere = MeshConfig(data=1, fsdp=jax.device_count())  # which need not be the run's
     built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), None, run_dir)
     kept = experiment.original_config(config, run_dir)

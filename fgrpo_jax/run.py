@@ -1,6 +1,6 @@
 """A run directory: everything a run writes, and the rules by which it is entered again.
 
-    config.json       the configuration; another one in it is refused
+    config.json       the configuration; what may change in it says changes.py
     data.json         fingerprints of the data splits, and the catalogue's items
     tokenizer/        the tokenizer
     model.json        sizes of the decoder
@@ -17,50 +17,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from fgrpo_jax import changes
 from fgrpo_jax import config as config_lib
+from fgrpo_jax.checkpoint import steps_in, unpin
 from fgrpo_jax.config import Config, ConfigError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all, also when the process is killed."""
-    _partial(path).write_text(text, encoding="utf-8")
-    os.replace(_partial(path), path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+from fgrpo_jax.files import partial_of, write_atomically
+from fgrpo_jax.log import MetricsLog
 
 
 def check(config: Config) -> Path:
     """The run directory of a configuration, which may be entered; nothing is written.
 
     Raises ConfigError when it holds something that is no run, or belongs to another
-    configuration (every differing field is named; where the directory lies does not count, nor
-    where the run lies that it started from).
+    configuration (every differing field is named that may not change: see changes.py).
     """
     run_dir = Path(config.run_dir).expanduser()
     saved = run_dir / "config.json"
     if saved.is_file():
-        before = read_config(run_dir)
-        if before.start_from != config.start_from and _same_start(run_dir, config):
-            before = dataclasses.replace(before, start_from=config.start_from)
-        if differing := config_lib.differences(_placeless(before), _placeless(config)):
+        if lines := changes.refused(_before(run_dir, config), config, _reached(run_dir)):
             raise ConfigError(
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
-                + "\n".join(f"  - {line}" for line in differing)
+                + "\n".join(f"  - {line}" for line in lines)
             )
-    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {_partial(saved).name}:
+    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name}:
         raise ConfigError(f"{run_dir} is not empty, and no run: it holds no config.json; choose another run_dir")
     return run_dir
 
 
 def enter(config: Config, is_main: bool = True) -> Path:
-    """Create the run directory, or enter one of the same configuration.
+    """Create the run directory, or enter one: what changed in its configuration is said and written.
 
     Raises ConfigError when it cannot be written, and what `check` raises.
     """
@@ -68,20 +56,57 @@ def enter(config: Config, is_main: bool = True) -> Path:
     if is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            if (run_dir / "config.json").is_file():
+                _announce(run_dir, config)
+                _reopen(run_dir, config)
             write_atomically(run_dir / "config.json", config_lib.to_json(config))
         except OSError as error:
             raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another") from None
     return run_dir
 
 
-def _same_start(run_dir: Path, config: Config) -> bool:
-    """Whether `start_from` names the run that was recorded, wherever it lies now."""
-    record = _read_start(run_dir)
-    return record is not None and record["mark"] == _mark(Path(config.start_from).expanduser())
+def _before(run_dir: Path, config: Config) -> Config:
+    """The configuration in a run directory; a start that only lies elsewhere now is not another."""
+    before, record = read_config(run_dir), _read_start(run_dir)
+    if record and record["mark"] == _mark(Path(config.start_from).expanduser()):
+        before = dataclasses.replace(before, start_from=config.start_from)
+    return before
 
 
-def _placeless(config: Config) -> Config:
-    return dataclasses.replace(config, run_dir="")
+def _reached(run_dir: Path) -> dict[str, changes.Reached]:
+    return {
+        name: changes.Reached(
+            latest=max(steps_in(run_dir / name / "checkpoints"), default=None),
+            ended=read_done(run_dir, name)["step"] if is_done(run_dir, name) else None,
+        )
+        for name in changes.STAGES
+    }
+
+
+def _announce(run_dir: Path, config: Config) -> None:
+    if note := earlier_version(run_dir):
+        print(f"note: {note}")
+    before = dataclasses.replace(read_config(run_dir), run_dir=config.run_dir)
+    for line in config_lib.differences(before, config).values():
+        print(f"changed   {line}")
+
+
+def _reopen(run_dir: Path, config: Config) -> None:
+    """Undo what stages that are to go on did only because they had come to their end.
+
+    Done before the new configuration is written, and the same when it is done again: killed
+    in between, the run is still that of the old one, or of the new one once it is given again.
+    """
+    before, reached = read_config(run_dir), _reached(run_dir)
+    for name in changes.STAGES:
+        stage, here = getattr(before, name), reached[name]
+        if not changes.reopens(stage, getattr(config, name), here):
+            continue
+        (run_dir / name / "done.json").unlink(missing_ok=True)
+        unpin(run_dir / name / "checkpoints")
+        logged, evaluated = (here.latest % every != 0 for every in (before.log_every, stage.eval_every))
+        MetricsLog(run_dir, False, True).forget_last(name, here.latest, logged, evaluated)
+        print(f"{name}: goes on from step {here.latest}")
 
 
 def read_config(run_dir: Path) -> Config:
@@ -93,6 +118,14 @@ def read_config(run_dir: Path) -> Config:
         return config_lib.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
+
+
+def earlier_version(run_dir: Path) -> str:
+    """A line that names what a config.json of an earlier version lacks; empty where it lacks nothing."""
+    path = run_dir / "config.json"
+    if names := config_lib.absent(path.read_text(encoding="utf-8")):
+        return f"{path} is of an earlier version, and gets the defaults of {', '.join(names)}"
+    return ""
 
 
 # --------------------------------------------------------------------- finished stages
@@ -206,81 +239,3 @@ def _read_data(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{run_dir} holds no data.json: nothing was trained in it yet")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-class MetricsLog:
-    """metrics.jsonl, and TensorBoard where asked for. Only the main process writes."""
-
-    def __init__(self, run_dir: Path, tensorboard: bool, is_main: bool):
-        self.path, self._is_main, self._board = run_dir / "metrics.jsonl", is_main, None
-        if tensorboard and is_main:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "tensorboard=True needs the `log` extra: pip install -e '.[log]'"
-                ) from None
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def _lines(self) -> list[str]:
-        """Whole lines: a last one without its end was torn by a kill."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
-
-    def rows(self, stage: str) -> list[dict[str, Any]]:
-        return [row for line in self._lines() if (row := json.loads(line))["stage"] == stage]
-
-    def forget_after(self, stage: str, step: int) -> None:
-        """Drop what an interrupted run logged beyond the checkpoint it resumes from."""
-        if not (self._is_main and self.path.is_file()):
-            return
-        lines = [(line, json.loads(line)) for line in self._lines()]
-        kept = [line for line, row in lines if row["stage"] != stage or row["step"] <= step]
-        write_atomically(self.path, "".join(kept))
-
-    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        if not self._is_main:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(f"{stage}/{name}", value, step)
-
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
-
-
-class Progress:
-    """One line per log interval; `\\r` would be unreadable in a file, so lines only."""
-
-    def __init__(self, stage: str, start: int, steps: int, queries: int, is_main: bool):
-        self._stage, self._steps, self._queries, self._is_main = stage, steps, queries, is_main
-        self._last_step, self._last_time = start, time.monotonic()
-
-    def rate(self, step: int) -> float:
-        """Queries per second since the last call (or `skip`)."""
-        now = time.monotonic()
-        rate = (step - self._last_step) * self._queries / max(now - self._last_time, 1e-9)
-        self._last_step, self._last_time = step, now
-        return rate
-
-    def skip(self, step: int) -> None:
-        """Time spent evaluating is not throughput."""
-        self._last_step, self._last_time = step, time.monotonic()
-
-    def line(self, step: int, values: dict[str, float], rate: float) -> None:
-        if not self._is_main:
-            return
-        left = (self._steps - step) * self._queries / max(rate, 1e-9)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"{self._stage} {step}/{self._steps}  {shown}  {rate:.0f} queries/s  ETA {_clock(left)}")
-        sys.stdout.flush()
-
-
-def _clock(seconds: float) -> str:
-    seconds = int(min(seconds, 359_999))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -21,10 +21,12 @@ from fgrpo_jax.data import evaluation_examples
 from fgrpo_jax.datasets import DataError
 from fgrpo_jax.evaluate import score
 from fgrpo_jax.experiment import Experiment, Predictor, attention_of, make_policy
+from fgrpo_jax.files import write_atomically
 from fgrpo_jax.finished import check_start
+from fgrpo_jax.log import MetricsLog, Progress
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import warn_of_merges
-from fgrpo_jax.run import MetricsLog, Progress, is_done, write_atomically
+from fgrpo_jax.run import is_done
 from fgrpo_jax.sharding import check_divisible
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainingError, TrainState
 
@@ -119,7 +121,7 @@ class Stage:
             kept = -1 if latest is None else latest
             metric = f"eval/{self._config.eval.metric}"
             rows = [row for row in self._log.rows(self.name) if row["step"] <= kept and metric in row]
-            self._measured = [row[metric] for row in rows]  # read once: every host has to decide alike
+            self._measured = {row["step"]: row[metric] for row in rows}  # read once: every host has to decide alike
             self._log.forget_after(self.name, kept)
             self._progress = Progress(
                 self.name, self._step, self.stage.steps, self.stage.batch_queries, self._is_main
@@ -149,11 +151,6 @@ class Stage:
         if latest is None:
             return jax.jit(initial, out_shardings=self._places)(params), frozen
         meta = self._checkpoints.meta(latest)
-        if differing := config_lib.differences(
-            config_lib.from_json(json.dumps(meta["config"])).model, self._config.model
-        ):
-            where = self._dir / "checkpoints" / str(latest)
-            raise ConfigError(f"the checkpoint {where} is of another model: {'; '.join(differing)}")
         if self._is_main:
             print(f"{self.name}: resuming from step {latest}", flush=True)
         if unlogged := meta.get("unlogged"):
@@ -220,7 +217,8 @@ class Stage:
 
     def _log_since(self, step: int) -> None:
         values = {name: mean.value() for name, mean in self._total_since().items()}
-        self._since = []
+        if step % self._config.log_every == 0:  # or the row is there only because the step is the last
+            self._since = []
         rate = self._progress.rate(step)
         values["queries_per_s"] = round(rate, 1)
         self._log.write(self.name, step, values)
@@ -237,8 +235,9 @@ class Stage:
         values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
         metric = values[f"eval/{self._config.eval.metric}"]
         self._log.write(self.name, step, values)
-        self._measured.append(metric)
-        self._save(state, step, metric)
+        self._measured[step] = metric
+        # What is evaluated only because it is the last step is no more once the stage goes on from it.
+        self._save(state, step, metric if step % self.stage.eval_every == 0 else None)
         if self._is_main:
             k = max(self._config.eval.cutoffs)
             shown = f"{self._config.eval.metric} {metric:.4f}  recall@{k} {values[f'eval/recall@{k}']:.4f}"
@@ -260,16 +259,19 @@ class Stage:
             return True
         if not self.stage.patience or step % self.stage.eval_every:
             return False
-        return len(self._measured) - 1 - int(np.argmax(self._measured)) >= self.stage.patience
+        measured = list(self._measured.values())
+        return len(measured) - 1 - int(np.argmax(measured)) >= self.stage.patience
 
     def _finish(self, step: int) -> None:
         self._checkpoints.wait()
         best = self._checkpoints.best_step()
-        best = step if best is None else best
+        metric = None if best is None else self._checkpoints.metric(best)
+        last = self._measured.get(step)
+        if best is None or (last is not None and last > metric):
+            best, metric = step, last
         self._checkpoints.pin(best)
         if self._is_main:
-            record = {"step": step, "best_step": best, "metric": self._config.eval.metric}
-            record["best"] = self._checkpoints.metric(best)
+            record = {"step": step, "best_step": best, "metric": self._config.eval.metric, "best": metric}
             write_atomically(self._dir / "done.json", json.dumps(record, indent=1) + "\n")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"{self.name} done")  # before anyone looks for done.json

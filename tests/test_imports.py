@@ -12,11 +12,11 @@ from fgrpo_jax import config
 
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
-    ("launch", "types", "config", "validation"),
+    ("launch", "types", "config", "validation", "changes", "files"),
     ("hlo", "shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
-    ("experiment", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),
+    ("experiment", "log", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),
     ("train", "eval", "export", "seeds"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -181,10 +181,13 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(whole, states, tmp_pa
 
 def test_another_configuration_or_other_data_are_refused(whole, capsys):
     before = contents(whole.directory)
-    assert run_training(changed(whole.config, {"rl.steps": 7, "rl.credit.normalise": "sum"})) == 2
+    assert run_training(changed(whole.config, {"sft.steps": 7, "rl.steps": 7, "rl.credit.normalise": "sum"})) == 2
     err = capsys.readouterr().err
     assert "belongs to another configuration" in err
-    assert "  - rl.steps: 6 -> 7\n  - rl.credit.normalise: 'none' -> 'sum'\n" in err
+    assert err.endswith(
+        "  - sft.steps: 6 -> 7 (rl started from its result: choose another run_dir, or remove what rl/ holds there)\n"
+        "  - rl.credit.normalise: 'none' -> 'sum'\n"
+    )
     data = Path(whole.config.data.manual_dir)
     kept = (data / "train.jsonl").read_bytes()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import changed, run_training, tiny_config
 
+from fgrpo_jax import log as log_lib
 from fgrpo_jax import run
 from fgrpo_jax.config import ConfigError, to_json
 
@@ -31,13 +32,13 @@ def test_a_new_directory_is_made_and_entered_again(config, tmp_path):
 
 def test_another_configuration_is_refused_naming_the_fields(config):
     run.enter(config)
-    other = changed(config, {"seed": 1, "sft.optim.learning_rate": 0.5})
+    other = changed(config, {"seed": 1, "reward.k": 3})
     for entrance in (run.check, run.enter):
         with pytest.raises(ConfigError) as error:
             entrance(other)
         message, *differing = str(error.value).splitlines()
         assert message.endswith("belongs to another configuration; choose another run_dir, or restore:")
-        assert differing == ["  - seed: 0 -> 1", "  - sft.optim.learning_rate: 0.03 -> 0.5"]
+        assert differing == ["  - seed: 0 -> 1", "  - reward.k: 2 -> 3"]
     assert run.read_config(run.check(config)) == config
 
 
@@ -115,14 +116,14 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
 
 
 def test_a_log_forgets_what_came_after_a_checkpoint(tmp_path):
-    log = run.MetricsLog(tmp_path, tensorboard=False, is_main=True)
+    log = log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=True)
     log.forget_after("rl", -1)  # there is none yet
     for stage, step in (("sft", 0), ("sft", 2), ("sft", 4), ("rl", 0), ("rl", 2), ("rl", 4)):
         log.write(stage, step, {"loss": step / 4})
     with log.path.open("a") as file:
         file.write('{"stage": "rl", "st')  # killed while writing
     assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
-    run.MetricsLog(tmp_path, tensorboard=False, is_main=False).forget_after("rl", 2)  # another host
+    log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=False).forget_after("rl", 2)  # another host
     assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
     log.forget_after("rl", 2)
     log.write("rl", 4, {"loss": 5.0})
@@ -145,7 +146,7 @@ def test_tensorboard_is_written_where_asked_for(tmp_path, monkeypatch):
     fake = types.ModuleType("tensorboardX")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    log = run.MetricsLog(tmp_path, tensorboard=True, is_main=True)
+    log = log_lib.MetricsLog(tmp_path, tensorboard=True, is_main=True)
     log.write("sft", 1, {"loss": 2.0})
     log.close()
     board = log._board
@@ -153,13 +154,13 @@ def test_tensorboard_is_written_where_asked_for(tmp_path, monkeypatch):
     assert board.scalars == [("sft/loss", 2.0, 1)] and board.closed
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match="needs the `log` extra: pip install"):
-        run.MetricsLog(tmp_path, tensorboard=True, is_main=True)
+        log_lib.MetricsLog(tmp_path, tensorboard=True, is_main=True)
 
 
 def test_progress_is_one_line_for_people_and_for_files(capsys, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 11.0])
-    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
-    progress = run.Progress("rl", 0, 100, 8, is_main=True)
+    monkeypatch.setattr(log_lib.time, "monotonic", lambda: next(clock))
+    progress = log_lib.Progress("rl", 0, 100, 8, is_main=True)
     rate = progress.rate(10)
     assert rate == 40
     progress.line(10, {"loss": 0.5, "reward/slate": 0.25}, rate)

@@ -1,0 +1,82 @@
+"""What may change between two starts of one run: only what keeps the meaning of what was done.
+
+    where things lie, what is logged, shown and kept, how it is computed    at any time (ALWAYS)
+    steps of a stage     more than are done, where the learning rate does not depend on them
+    patience of a stage  more of it: up to where it ended nothing would have been otherwise
+    all of a stage       that has not begun, nor has a later one
+
+A stage that ended and has more steps (or patience) now is reopened: it goes on from its last
+checkpoint, and becomes the run that had them from the start, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fgrpo_jax.config import Config, StageConfig, differences
+
+STAGES = ("sft", "rl")
+ALWAYS = {
+    "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "log_every", "tensorboard",
+    "model.attention", "model.remat", "model.logit_chunk", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "eval.split", "eval.cutoffs", "eval.batch_queries", "eval.baselines", "eval.bootstrap", "eval.versus",
+    "checkpoint.every", "checkpoint.keep",
+    *(f"{stage}.{field}" for stage in STAGES for field in ("eval_every", "microbatches")),
+}  # fmt: skip
+
+
+class Reached(NamedTuple):
+    """How far a stage is: the steps of its latest checkpoint (None: not begun) and of its end (None: on its way)."""
+
+    latest: int | None
+    ended: int | None
+
+
+def refused(old: Config, new: Config, reached: Mapping[str, Reached]) -> list[str]:
+    """Every difference that is not allowed, as `rl.steps: 100 -> 200`, with the reason where there is one of its own."""
+    lines = []
+    for name, line in differences(old, new).items():
+        reason = _reason(name, old, new, reached)
+        if reason is not None:
+            lines.append(f"{line} ({reason})" if reason else line)
+    return lines
+
+
+def _reason(name: str, old: Config, new: Config, reached: Mapping[str, Reached]) -> str | None:
+    """Why a field may not change, perhaps empty; None where it may."""
+    stage, _, field = name.partition(".")
+    if name in ALWAYS:
+        return None
+    if stage not in STAGES:
+        return ""
+    later = [other for other in STAGES[STAGES.index(stage) + 1 :] if reached[other].latest is not None]
+    if reached[stage].latest is None and not later:
+        return None
+    before, after, here = getattr(old, stage), getattr(new, stage), reached[stage]
+    if field not in ("steps", "patience") or here.latest is None:
+        return ""
+    if field == "steps" and before.optim.decay != "constant":
+        return f"the learning rate of every step depends on it, as {stage}.optim.decay={before.optim.decay!r}"
+    if field == "steps" and after.steps <= here.latest:
+        return f"{here.latest} are done: choose more"
+    if field == "patience" and not _more_patient(before, after):
+        return ""
+    if not reopens(before, after, here):
+        return None
+    if here.ended is not None and here.latest != here.ended:
+        return f"its last checkpoint, of step {here.ended}, is gone"
+    if later:
+        return f"{later[0]} started from its result: choose another run_dir, or remove what {later[0]}/ holds there"
+    return None
+
+
+def _more_patient(before: StageConfig, after: StageConfig) -> bool:
+    return bool(before.patience) and (not after.patience or after.patience > before.patience)
+
+
+def reopens(before: StageConfig, after: StageConfig, here: Reached) -> bool:
+    """Whether a stage that came to its end is to go on."""
+    if here.ended is not None and here.ended < before.steps:  # by its patience
+        return _more_patient(before, after)
+    return before.steps in here and before.steps < after.steps

@@ -1,0 +1,172 @@
+"""What may change in a configuration between two starts of a run, and what a stage that goes on becomes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny import changed, contents, quick_programs, rows, run_training, tiny_config, write_world
+
+from fgrpo_jax import changes, report, run
+from fgrpo_jax.changes import Reached
+from fgrpo_jax.checkpoint import Checkpoints
+from fgrpo_jax.config import Config, to_json
+from fgrpo_jax.stage import Stage
+
+NEW, BEGUN = Reached(None, None), Reached(300, None)
+
+
+def refused(fields, sft=NEW, rl=NEW, **before):
+    old = changed(Config(), {"sft.steps": 600, "rl.steps": 500} | before)
+    return changes.refused(old, changed(old, fields), {"sft": sft, "rl": rl})
+
+
+def test_what_keeps_the_meaning_may_change():
+    """Always: where things lie, what is shown and kept, how it is computed."""
+    fields = {name: "other" for name in changes.ALWAYS}
+    assert refused(fields, sft=Reached(600, 600), rl=Reached(500, 500)) == []
+    assert refused(fields | {"seed": 1, "eval.metric": "mrr", "data.history_max": 3}, sft=BEGUN) == [
+        "seed: 0 -> 1", "data.history_max: 10 -> 3", "eval.metric: 'ndcg@5' -> 'mrr'"
+    ]  # fmt: skip
+
+
+def test_a_stage_that_has_not_begun_may_change():
+    ended = Reached(600, 600)
+    assert refused({"rl.steps": 50, "rl.optim.learning_rate": 1.0, "rl.group_size": 4}, sft=ended) == []
+    assert refused({"rl.optim.learning_rate": 1.0}, sft=ended, rl=BEGUN) == ["rl.optim.learning_rate: 0.003 -> 1.0"]
+    assert refused({"sft.steps": 0}, rl=BEGUN) == ["sft.steps: 600 -> 0"]  # what it began from
+
+
+@pytest.mark.parametrize(
+    "fields, sft, reason",
+    [
+        ({"sft.steps": 1000}, BEGUN, None),
+        ({"sft.steps": 1000}, Reached(600, 600), None),
+        ({"sft.steps": 1000}, Reached(400, 400), None),
+        ({"sft.steps": 301}, BEGUN, None),
+        ({"sft.steps": 300}, BEGUN, " (300 are done: choose more)"),
+        ({"sft.steps": 1000}, Reached(500, 600), " (its last checkpoint, of step 600, is gone)"),
+        ({"sft.patience": 3}, Reached(400, 400), None),
+        ({"sft.patience": 0}, Reached(400, 400), None),
+        ({"sft.patience": 3}, Reached(300, 400), " (its last checkpoint, of step 400, is gone)"),
+        ({"sft.patience": 1}, BEGUN, ""),
+    ],
+)
+def test_more_of_a_stage(fields, sft, reason):
+    (name, value), before = *fields.items(), {"sft.steps": 600, "sft.patience": 2}
+    expected = [] if reason is None else [f"{name}: {before[name]} -> {value}{reason}"]
+    assert refused(fields, sft, **before) == expected
+
+
+def test_steps_are_not_more_where_the_schedule_ends_with_them():
+    (line,) = refused({"sft.steps": 1000}, BEGUN, **{"sft.optim.decay": "cosine"})
+    assert line.endswith("(the learning rate of every step depends on it, as sft.optim.decay='cosine')")
+
+
+# --------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with pytest.MonkeyPatch.context() as patch, quick_programs():
+        patch.setattr(report, "curves", lambda *paths: None)
+        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+        yield
+
+
+@pytest.fixture(scope="module")
+def states():
+    """(stage, step) -> the train state after it, of whatever is trained in this process."""
+    found, on_step = {}, Stage.on_step
+
+    def record(self, state, metrics, examples, stopping):
+        found[self.name, self._step + 1] = jax.device_get(state)
+        return on_step(self, state, metrics, examples, stopping)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "on_step", record)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "data").mkdir()
+    write_world(folder / "data")
+    return tiny_config(folder / "data", folder / "prepared", "", sft_steps=4)
+
+
+CASES = {
+    # 7 is a multiple of neither log_every 3 nor eval_every 4: its rows are there only because it is the last step.
+    "sft": ({"sft.steps": 7}, {"sft.steps": 14}, 7),
+    "rl": ({"sft.steps": 2, "rl.steps": 4, "eval.versus": "sft"}, {"rl.steps": 9, "log_every": 3}, 4),
+    "patience": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.patience": 0}, 4),
+    # Stays where it stopped: a run of more steps would have stopped there too.
+    "stopped": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.steps": 20}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, case):
+    first, more, goes_on_from = CASES[case]
+    config = changed(base, first)
+    for name, fields in (("long", more), ("extended", {})):
+        states.clear()
+        assert run_training(changed(config, {**fields, "run_dir": str(tmp_path / name)})) == 0
+        long = states.copy() if name == "long" else long
+    states.clear()
+    capsys.readouterr()
+    config = changed(config, {**more, "run_dir": str(tmp_path / "extended")})
+    assert run_training(config) == 0
+    said = capsys.readouterr().out
+    stage = "rl" if case == "rl" else "sft"
+    for line in (f"{name}: " for name in more if name != "log_every"):
+        assert f"changed   {line}" in said
+    if goes_on_from is None:
+        assert not states and "goes on" not in said
+    else:
+        assert f"{stage}: goes on from step {goes_on_from}\n" in said and (stage, goes_on_from + 1) in states
+        assert (stage, goes_on_from) not in states
+    for key, state in states.items():
+        jax.tree.map(np.testing.assert_array_equal, state, long[key])
+    assert run.read_config(tmp_path / "extended") == config
+    assert rows(tmp_path / "extended") == rows(tmp_path / "long")
+    for part in ("eval", "sft/done.json", *(["rl/done.json"] if case == "rl" else [])):
+        one, other = tmp_path / "extended" / part, tmp_path / "long" / part
+        assert contents(one) == contents(other) if one.is_dir() else one.read_bytes() == other.read_bytes()
+    kept = []
+    for name in ("long", "extended"):
+        with Checkpoints(tmp_path / name / stage / "checkpoints", 2, read_only=True) as checkpoints:
+            kept.append((checkpoints.steps(), checkpoints.pinned(), checkpoints.best_step()))
+    assert kept[0] == kept[1]
+
+
+def test_a_killed_extension_is_what_it_was(base, tmp_path, monkeypatch, capsys):
+    """Between the first thing undone and the new configuration: the old command still ends it."""
+    config = changed(base, {"run_dir": str(tmp_path / "run")})
+    assert run_training(config) == 0
+    before = contents(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.MetricsLog, "forget_last", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_training(changed(config, {"sft.steps": 8}))
+    assert not run.is_done(tmp_path / "run", "sft")
+    assert run_training(config) == 0
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(base, tmp_path, capsys):
+    config = changed(base, {"run_dir": str(tmp_path / "run")})
+    assert run_training(config) == 0
+    saved = tmp_path / "run" / "config.json"
+    old = json.loads(to_json(config))
+    del old["sft"]["optim"]["eps"], old["tensorboard"]
+    saved.write_text(json.dumps(old))
+    shutil.rmtree(tmp_path / "run" / "eval")
+    capsys.readouterr()
+    assert run_training(changed(config, {"log_every": 5})) == 0
+    said = capsys.readouterr().out
+    note = f"note: {saved} is of an earlier version, and gets the defaults of tensorboard, sft.optim.eps\n"
+    assert said.startswith(note + "changed   log_every: 3 -> 5\n") and "validation ndcg" not in said
+    assert run.read_config(tmp_path / "run").log_every == 5
