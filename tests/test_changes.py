@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import changed, contents, quick_programs, rows, run_training, tiny_config, write_world
 
-from fgrpo_jax import changes, report, run
+from fgrpo_jax import changes, report, run, stage
 from fgrpo_jax.changes import Reached
 from fgrpo_jax.checkpoint import Checkpoints
 from fgrpo_jax.config import Config, to_json
@@ -100,34 +100,55 @@ def base(tmp_path_factory):
 CASES = {
     # 7 is a multiple of neither log_every 3 nor eval_every 4: its rows are there only because it is the last step.
     "sft": ({"sft.steps": 7}, {"sft.steps": 14}, 7),
-    "rl": ({"sft.steps": 2, "rl.steps": 4, "eval.versus": "sft"}, {"rl.steps": 9, "log_every": 3}, 4),
+    "rl": ({"sft.steps": 2, "rl.steps": 4, "eval.versus": "sft"}, {"rl.steps": 9}, 4),
     "patience": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.patience": 0}, 4),
     # Stays where it stopped: a run of more steps would have stopped there too.
     "stopped": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.steps": 20}, None),
 }
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Step 7 is the best one, as long as it is one that is evaluated; then step 4."""
+    told = {0: 0.1, 4: 0.5, 7: 0.9, 8: 0.3, 12: 0.4, 14: 0.2}
+    evaluate, score, steps = Stage._evaluate_and_save, stage.score, []
+
+    def scored(*arguments):
+        return score(*arguments) | {"ndcg@2": np.full(12, told[steps[-1]])}
+
+    def noted(self, state, step):
+        steps.append(step)
+        evaluate(self, state, step)
+
+    def use():
+        monkeypatch.setattr(stage, "score", scored)
+        monkeypatch.setattr(Stage, "_evaluate_and_save", noted)
+
+    return use
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, case):
+def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, measured, case):
     first, more, goes_on_from = CASES[case]
     config = changed(base, first)
-    for name, fields in (("long", more), ("extended", {})):
-        states.clear()
-        assert run_training(changed(config, {**fields, "run_dir": str(tmp_path / name)})) == 0
-        long = states.copy() if name == "long" else long
+    if case == "sft":
+        measured()
+    assert run_training(changed(config, {"run_dir": str(tmp_path / "extended")})) == 0
+    states.clear()
+    assert run_training(changed(config, {**more, "run_dir": str(tmp_path / "long")})) == 0
+    long = states.copy()
     states.clear()
     capsys.readouterr()
     config = changed(config, {**more, "run_dir": str(tmp_path / "extended")})
     assert run_training(config) == 0
     said = capsys.readouterr().out
-    stage = "rl" if case == "rl" else "sft"
-    for line in (f"{name}: " for name in more if name != "log_every"):
-        assert f"changed   {line}" in said
+    name = "rl" if case == "rl" else "sft"
+    assert all(f"changed   {field}: " in said for field in more)
     if goes_on_from is None:
         assert not states and "goes on" not in said
     else:
-        assert f"{stage}: goes on from step {goes_on_from}\n" in said and (stage, goes_on_from + 1) in states
-        assert (stage, goes_on_from) not in states
+        assert f"{name}: goes on from step {goes_on_from}\n" in said and (name, goes_on_from + 1) in states
+        assert (name, goes_on_from) not in states
     for key, state in states.items():
         jax.tree.map(np.testing.assert_array_equal, state, long[key])
     assert run.read_config(tmp_path / "extended") == config
@@ -136,8 +157,8 @@ def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, c
         one, other = tmp_path / "extended" / part, tmp_path / "long" / part
         assert contents(one) == contents(other) if one.is_dir() else one.read_bytes() == other.read_bytes()
     kept = []
-    for name in ("long", "extended"):
-        with Checkpoints(tmp_path / name / stage / "checkpoints", 2, read_only=True) as checkpoints:
+    for folder in ("long", "extended"):
+        with Checkpoints(tmp_path / folder / name / "checkpoints", 2, read_only=True) as checkpoints:
             kept.append((checkpoints.steps(), checkpoints.pinned(), checkpoints.best_step()))
     assert kept[0] == kept[1]
 
