@@ -34,7 +34,7 @@ class Reached(NamedTuple):
 
 
 def refused(old: Config, new: Config, reached: Mapping[str, Reached]) -> list[str]:
-    """Every difference that is not allowed, as `rl.steps: 100 -> 200`, with the reason where there is one of its own."""
+    """Every difference that is not allowed, as `rl.steps: 100 -> 200`, with its reason where it has one."""
     lines = []
     for name, line in differences(old, new).items():
         reason = _reason(name, old, new, reached)

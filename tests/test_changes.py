@@ -134,6 +134,7 @@ def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, m
     if case == "sft":
         measured()
     assert run_training(changed(config, {"run_dir": str(tmp_path / "extended")})) == 0
+    assert case != "sft" or run.read_done(tmp_path / "extended", "sft")["best_step"] == 7
     states.clear()
     assert run_training(changed(config, {**more, "run_dir": str(tmp_path / "long")})) == 0
     long = states.copy()
