@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax import transcript
+from fgrpo_jax import masks, transcript
 from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
 
@@ -49,15 +49,15 @@ def sample(
     batch, n_candidates, width = query.identifiers.shape
     weights = decoder.unstack(spec, params, batch * group)
     length = grammar.length(n_candidates, width)
-    options = transcript.choices(grammar, query)
-    rows_BMD = head.choice_rows(params, options.tokens) if sampler.constrained else None
+    options = masks.choices(grammar, query)
+    rows_BUD = head.choice_rows(params, options.tokens) if sampler.constrained else None
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
 
     def body(loop: _Loop) -> _Loop:
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, loop.cache, loop.token, loop.t)
         step_key = None if key is None else jax.random.fold_in(key, loop.t)
         token, logp, forced = _next_token(
-            sampler, weights, query, options, rows_BMD, loop.state, hidden_BGD, step_key
+            sampler, weights, query, options, rows_BUD, loop.state, hidden_BGD, step_key
         )
         token = jnp.where(loop.state.at == transcript.FINISHED, grammar.eos, token)
         state, label = transcript.advance(grammar, query, loop.state, token)
@@ -94,17 +94,17 @@ def sample(
 
 
 def _next_token(
-    sampler: Sampler, weights: PyTree, query: Query, options: transcript.Choices, rows_BMD: Array | None,
+    sampler: Sampler, weights: PyTree, query: Query, options: masks.Choices, rows_BUD: Array | None,
     state: transcript.State, hidden_BGD: Array, key: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """The token of every rollout, its log-probability, and whether there was no other: [B,G] each."""
     if not sampler.constrained:
         token, logp = draw.choose_token(head.logits(weights, hidden_BGD), key)
         return token, logp, jnp.zeros(token.shape, bool)
-    mask = transcript.allowed(sampler.grammar, query, options, state)
-    logit = head.choice_logits(rows_BMD, hidden_BGD)
+    mask = masks.allowed(sampler.grammar, query, options, state)
+    logit = masks.due(query, state.pos, head.choice_logits(rows_BUD, hidden_BGD))
     pick, logp = draw.choose(jnp.where(mask, logit, -jnp.inf), key)
-    tokens_BGM = jnp.broadcast_to(options.tokens[:, None], mask.shape)
+    tokens_BGM = masks.due_tokens(sampler.grammar, query, state)
     token = jnp.take_along_axis(tokens_BGM, pick[..., None], -1)[..., 0]
     return token, logp, mask.sum(-1) == 1
 
@@ -122,11 +122,12 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     if not constrained:
         logp = head.action_logprobs(spec, params, hidden, rollout.actions)
         return jnp.where(trained, logp, 0.0)
-    options = transcript.choices(grammar, query)
-    _, _, mask = transcript.parse(grammar, query, rollout.actions, options)
+    options = masks.choices(grammar, query)
+    _, _, decided = masks.parse(grammar, query, options, rollout.actions)
     logit = head.choice_logits(head.choice_rows(params, options.tokens), hidden)
+    logit = masks.due(query, decided.pos, logit)
     # Untrained positions may allow anything: keep them finite, so their gradient is 0, not nan.
-    logit = jnp.where(mask | ~trained[..., None], logit, -jnp.inf)
-    is_action = (options.tokens[:, None, None] == rollout.actions[..., None]) & options.first[:, None, None]
+    logit = jnp.where(decided.allowed | ~trained[..., None], logit, -jnp.inf)
+    is_action = jnp.arange(logit.shape[-1]) == decided.taken[..., None]
     chosen = jnp.where(is_action, logit, 0.0).sum(-1)
     return jnp.where(trained, chosen - jax.nn.logsumexp(logit, -1), 0.0)

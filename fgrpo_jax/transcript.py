@@ -4,7 +4,7 @@
 
 The prompt ends with the opening tag, so a transcript starts inside the slate. `advance`
 reads one token of every rollout; from the state it keeps follow the parse (`Lists`), the
-phase of every token, and (`allowed`) the tokens that may come next. Nothing is repaired:
+phase of every token, and (masks.py) the tokens that may come next. Nothing is repaired:
 the first violation is recorded as the outcome and ends the transcript.
 
 Conventions. A token is labelled with the phase it was written in, so separators and
@@ -15,13 +15,11 @@ are told apart by matching against the whole pool, also the items already used.
 
 Limits are per query: `slate_min` and `slate_max` clamp to the pool, `rank_min` and
 `rank_max` to the slate written.
-
-Allowed tokens are a mask over *choices* (axis M), never over the vocabulary: the tokens of
-the pool's identifiers, the literals and eos. A token that occurs in several choices is
-represented by the first of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -29,23 +27,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrpo_jax.grammar import CODE, OUTCOMES, Grammar, check_grammar, check_identifiers, render
-from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, Query
+from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Query
 
 __all__ = [
     "CODE", "OUTCOMES", "Grammar", "check_grammar", "check_identifiers", "render",
-    "FINISHED", "State", "start", "advance", "Choices", "choices", "allowed", "finish", "parse",
+    "IDENTIFIER", "LITERAL", "END", "FINISHED", "State", "start", "advance", "finish", "parse",
+    "lengths", "identifier_token", "limits",
 ]  # fmt: skip
 
 _RUNNING = -1
 
-_IDENTIFIER, _LITERAL, _END, FINISHED = range(4)  # what the next token belongs to
+IDENTIFIER, LITERAL, END, FINISHED = range(4)  # what the next token belongs to
 
 
 @flax.struct.dataclass
 class State:
     """Where every rollout stands. `alive` are candidates the identifier so far still fits."""
 
-    at: Array  # [B,G] _IDENTIFIER, _LITERAL, _END (eos expected) or FINISHED
+    at: Array  # [B,G] IDENTIFIER, LITERAL, END (eos expected) or FINISHED
     phase: Array  # [B,G] SLATE or RANK
     pos: Array  # [B,G] tokens of the current identifier or literal read so far
     alive: Array  # [B,G,C]
@@ -66,7 +65,7 @@ def start(grammar: Grammar, query: Query, group: int) -> State:
     zeros, false = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     none_BGC = jnp.zeros((*shape, n_candidates), bool)
     return State(
-        at=zeros + _IDENTIFIER,
+        at=zeros + IDENTIFIER,
         phase=zeros + SLATE,
         pos=zeros,
         alive=jnp.broadcast_to(_present(query)[:, None], none_BGC.shape),
@@ -84,13 +83,13 @@ def start(grammar: Grammar, query: Query, group: int) -> State:
 def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tuple[State, Array]:
     """Read one token of every rollout: the next state and the token's phase label [B,G]."""
     label_BG = jnp.where(state.at == FINISHED, UNTRAINED, state.phase)
-    at_identifier = state.at == _IDENTIFIER
-    fits_BGC = state.alive & (_identifier_token(query, state.pos) == token_BG[..., None])
+    at_identifier = state.at == IDENTIFIER
+    fits_BGC = state.alive & (identifier_token(query, state.pos) == token_BG[..., None])
     fits_any = at_identifier & fits_BGC.any(-1)
     # A candidate that ends here while another continues: only the next token could tell.
-    ended_BGC = state.alive & (_lengths(query)[:, None] == state.pos[..., None]) & (state.pos > 0)[..., None]
+    ended_BGC = state.alive & (lengths(query)[:, None] == state.pos[..., None]) & (state.pos > 0)[..., None]
     decided_late = at_identifier & ~fits_any & ended_BGC.any(-1)
-    ends_now_BGC = fits_BGC & (_lengths(query)[:, None] == state.pos[..., None] + 1)
+    ends_now_BGC = fits_BGC & (lengths(query)[:, None] == state.pos[..., None] + 1)
     decided_now = fits_any & ends_now_BGC.any(-1) & (fits_BGC.sum(-1) == 1)
 
     item_BG = jnp.argmax(jnp.where(decided_late[..., None], ended_BGC, ends_now_BGC), -1)
@@ -106,7 +105,7 @@ def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tu
 
     # Between two identifiers stands a literal, or nothing when the separator is empty.
     next_item = decided_now & ~broken
-    after_item = _IDENTIFIER if not grammar.separator else _LITERAL
+    after_item = IDENTIFIER if not grammar.separator else LITERAL
     continues = fits_any & ~decided_now
     after = after.replace(
         at=jnp.where(next_item, after_item, after.at),
@@ -120,7 +119,7 @@ def advance(grammar: Grammar, query: Query, state: State, token_BG: Array) -> tu
         is_close=after.is_close | next_item,
     )
     after = _fail(after, unfit & ~opens_close, _unfit_code(grammar, state, token_BG))
-    at_end = state.at == _END
+    at_end = state.at == END
     after = _fail(after, at_end & (token_BG != grammar.eos), CODE["trailing_text"])
     after = _fail(after, at_end & (token_BG == grammar.eos), CODE["ok"])
     return after, label_BG
@@ -152,7 +151,7 @@ def _append(grammar: Grammar, state: State, item_BG: Array, when: Array) -> Stat
 
 def _read_literal(grammar: Grammar, query: Query, state: State, token_BG: Array, starts: Array) -> State:
     """One token of a separator or closing tag; `starts`: a literal begins where none was due yet."""
-    when = (state.at == _LITERAL) | starts
+    when = (state.at == LITERAL) | starts
     pos = jnp.where(starts, 0, state.pos)
     in_slate_phase = state.phase == SLATE
     close = jnp.where(
@@ -165,7 +164,7 @@ def _read_literal(grammar: Grammar, query: Query, state: State, token_BG: Array,
     closed = closes & (pos + 1 == close_len)
 
     state = _fail(state, when & ~separates & ~closes, _phased(state, "missing_tag"))
-    low, _ = _limits(grammar, query, state)
+    low, _ = limits(grammar, query, state)
     state = _fail(state, closed & (state.count < low), _phased(state, "too_short"))
     slate_done = closed & in_slate_phase & (state.outcome == _RUNNING)
     rank_done = closed & ~in_slate_phase & (state.outcome == _RUNNING)
@@ -174,7 +173,7 @@ def _read_literal(grammar: Grammar, query: Query, state: State, token_BG: Array,
         at=jnp.where(
             state.at == FINISHED,
             FINISHED,
-            jnp.where(to_identifier, _IDENTIFIER, jnp.where(rank_done, _END, jnp.where(when, _LITERAL, state.at))),
+            jnp.where(to_identifier, IDENTIFIER, jnp.where(rank_done, END, jnp.where(when, LITERAL, state.at))),
         ),
         pos=jnp.where(to_identifier | rank_done, 0, jnp.where(when, pos + 1, state.pos)),
         alive=jnp.where(to_identifier[..., None], _present(query)[:, None], state.alive),
@@ -210,72 +209,6 @@ def _fail(state: State, when: Array, code: Array | int) -> State:
     )
 
 
-# --------------------------------------------------------------------- what may come next
-
-
-@flax.struct.dataclass
-class Choices:
-    """The tokens a query's grammar can ever allow. `same` maps choices to their first twin."""
-
-    tokens: Array  # [B,M] int32, -1 where a slot holds no token
-    first: Array  # [B,M] bool: no earlier choice is the same token
-    same: Array  # [B,M,M] float32: [m, n] is 1 when n is the first twin of m
-
-
-def choices(grammar: Grammar, query: Query) -> Choices:
-    """M = C*W identifier tokens, then separator, both closing tags, and eos."""
-    batch = query.identifiers.shape[0]
-    literals = (*grammar.separator, *grammar.slate_close, *grammar.rank_close, grammar.eos)
-    tokens_BM = jnp.concatenate(
-        [
-            query.identifiers.reshape(batch, -1),
-            jnp.broadcast_to(jnp.array(literals, jnp.int32), (batch, len(literals))),
-        ],
-        axis=1,
-    )
-    twins_BMM = (tokens_BM[:, :, None] == tokens_BM[:, None, :]) & (tokens_BM >= 0)[:, :, None]
-    first_BM = (jnp.argmax(twins_BMM, -1) == jnp.arange(tokens_BM.shape[1])) & (tokens_BM >= 0)
-    return Choices(tokens_BM, first_BM, (twins_BMM & first_BM[:, None, :]).astype(jnp.float32))
-
-
-def allowed(grammar: Grammar, query: Query, options: Choices, state: State) -> Array:
-    """[B,G,M] mask of the choices that keep the transcript well-formed; never empty.
-
-    True only at first twins, so the mask is a set of distinct tokens.
-    """
-    low, high = _limits(grammar, query, state)
-    eligible_BGC = ~state.used & (state.in_slate | (state.phase == SLATE)[..., None])
-    lengths = _lengths(query)[:, None]
-    at_identifier = state.at == _IDENTIFIER
-    open_BGC = state.alive & eligible_BGC & (at_identifier & (state.count < high))[..., None]
-    width = jnp.arange(query.identifiers.shape[2])
-    item_BGCW = open_BGC[..., None] & (width == state.pos[..., None, None])
-    ended = (open_BGC & (lengths == state.pos[..., None]) & (state.pos > 0)[..., None]).any(-1)
-
-    at_literal = state.at == _LITERAL
-    may_separate = jnp.where(ended, state.count + 1 < high, at_literal & state.is_separator & (state.count < high))
-    may_close = jnp.where(ended, state.count + 1 >= low, at_literal & state.is_close & (state.count >= low))
-    if not grammar.separator:
-        may_close |= at_identifier & (state.pos == 0) & (state.count > 0) & (state.count >= low)
-    pos = jnp.where(ended, 0, state.pos)[..., None]
-
-    def literal(tokens: tuple[int, ...], may: Array) -> Array:
-        return may[..., None] & (jnp.arange(len(tokens)) == pos)
-
-    at_eos = (state.at == _END) | (state.at == FINISHED)
-    raw_BGM = jnp.concatenate(
-        [
-            item_BGCW.reshape(*item_BGCW.shape[:2], -1),
-            literal(grammar.separator, may_separate),
-            literal(grammar.slate_close, may_close & (state.phase == SLATE)),
-            literal(grammar.rank_close, may_close & (state.phase == RANK)),
-            at_eos[..., None],
-        ],
-        axis=-1,
-    )
-    return jnp.einsum("bgm,bmn->bgn", raw_BGM.astype(jnp.float32), options.same) > 0
-
-
 # --------------------------------------------------------------------- whole transcripts
 
 
@@ -286,19 +219,22 @@ def finish(state: State) -> Lists:
 
 
 def parse(
-    grammar: Grammar, query: Query, actions_BGT: Array, options: Choices | None = None
-) -> tuple[Lists, Array, Array | None]:
-    """Read whole transcripts: lists, phase labels [B,G,T] and, given choices, masks [B,G,T,M]."""
+    grammar: Grammar, query: Query, actions_BGT: Array, watch: Callable[[State, Array], PyTree] | None = None
+) -> tuple[Lists, Array, PyTree]:
+    """Read whole transcripts: lists, phase labels [B,G,T], and what `watch` saw.
+
+    watch: (state, token_BG) before every token -> arrays [B,G,...], returned as [B,G,T,...].
+    """
 
     def step(state: State, token_BG: Array):
-        mask_BGM = None if options is None else allowed(grammar, query, options, state)
+        seen = watch(state, token_BG) if watch else None
         state, label_BG = advance(grammar, query, state, token_BG)
-        return state, (label_BG, mask_BGM)
+        return state, (label_BG, seen)
 
     state = start(grammar, query, actions_BGT.shape[1])
-    state, (label_TBG, mask_TBGM) = jax.lax.scan(step, state, jnp.moveaxis(actions_BGT, -1, 0))
-    mask_BGTM = None if options is None else jnp.moveaxis(mask_TBGM, 0, 2)
-    return finish(state), jnp.moveaxis(label_TBG, 0, -1), mask_BGTM
+    state, steps = jax.lax.scan(step, state, jnp.moveaxis(actions_BGT, -1, 0))
+    label_BGT, seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), steps)
+    return finish(state), label_BGT, seen
 
 
 # --------------------------------------------------------------------- small readers
@@ -308,11 +244,11 @@ def _present(query: Query) -> Array:
     return jnp.arange(query.identifiers.shape[1]) < query.n_candidates[:, None]  # [B,C]
 
 
-def _lengths(query: Query) -> Array:
+def lengths(query: Query) -> Array:
     return (query.identifiers >= 0).sum(-1)  # [B,C]
 
 
-def _identifier_token(query: Query, pos_BG: Array) -> Array:
+def identifier_token(query: Query, pos_BG: Array) -> Array:
     """[B,G,C]: each candidate's token at a position; -1 beyond its end."""
     width = query.identifiers.shape[2]
     here = jnp.arange(width) == pos_BG[..., None]
@@ -329,7 +265,7 @@ def _at(mask_BGC: Array, item_BG: Array) -> Array:
     return jnp.take_along_axis(mask_BGC, item_BG[..., None], -1)[..., 0]
 
 
-def _limits(grammar: Grammar, query: Query, state: State) -> tuple[Array, Array]:
+def limits(grammar: Grammar, query: Query, state: State) -> tuple[Array, Array]:
     """Least and most items of the current list, [B,G], clamped to the pool or the slate."""
     available = jnp.where(state.phase == SLATE, query.n_candidates[:, None], state.in_slate.sum(-1))
     low = jnp.where(state.phase == SLATE, grammar.slate_min, grammar.rank_min)

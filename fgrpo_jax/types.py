@@ -5,9 +5,9 @@ Array names end in their axes, one letter each:
     B query (of the global batch)      S prompt token      L layer
     G rollout of a query's group       C candidate         D model width
     T action (token of a transcript)   W identifier token  V vocabulary
-    P phase (0 slate, 1 rank)          N slate slot        M choice (allowed-token slot)
-    R credit term                      K rank slot         H head, J key/value head
-                                       E head width
+    P phase (0 slate, 1 rank)          N slate slot        M choice of the next token
+    R credit term                      K rank slot         U token that can be a choice
+                                       E head width        H head, J key/value head
 
 `advantage_BGP` is an advantage for each query, rollout and phase. The group stays an
 axis: it is never flattened into the batch and recovered by reshape.

@@ -13,7 +13,7 @@ from fgrpo_jax import config
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
     ("launch", "types", "config", "validation", "changes", "files"),
-    ("hlo", "shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "models"),
+    ("hlo", "shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "masks", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "sharding"),
     ("experiment", "log", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax import sampling, transcript
+from fgrpo_jax import masks, sampling, transcript
 from fgrpo_jax.models import draw
 from fgrpo_jax.transcript import OUTCOMES
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Rollout
@@ -44,9 +44,9 @@ def read(sampler, query, actions):
     """Lists, labels and, when constrained, the number of allowed tokens [B,G,T]."""
 
     def parse(query, actions):
-        options = transcript.choices(sampler.grammar, query)
-        lists, label, mask = transcript.parse(sampler.grammar, query, actions, options)
-        return lists, label, mask.sum(-1)
+        options = masks.choices(sampler.grammar, query)
+        lists, label, decided = masks.parse(sampler.grammar, query, options, actions)
+        return lists, label, decided.allowed.sum(-1)
 
     return jax.device_get(quick_jit(parse)(query, actions))
 

@@ -1,12 +1,9 @@
 """The state machine against a plain parser that reads one transcript at a time."""
 
-import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +21,7 @@ from transcript_cases import (
     each_case,
     length_of,
     make_query,
+    written,
 )
 
 from fgrpo_jax import transcript
@@ -31,22 +29,7 @@ from fgrpo_jax.transcript import OUTCOMES
 
 
 render = quick_jit(transcript.render, static_argnums=0)
-
-
-@functools.partial(quick_jit, static_argnums=0)
-def parse(grammar, query, actions_BGT):
-    options = transcript.choices(grammar, query)
-    lists, label_BGT, mask_BGTM = transcript.parse(grammar, query, actions_BGT, options)
-    return lists, label_BGT, mask_BGTM, options.tokens
-
-
-def written(grammar, names, slate, ranking):
-    """A transcript from its pieces; nothing is checked."""
-
-    def between(items):
-        return [t for i, c in enumerate(items) for t in (*(grammar.separator if i else ()), *names[c])]
-
-    return [*between(slate), *grammar.slate_close, *between(ranking), *grammar.rank_close, grammar.eos]
+parse = quick_jit(transcript.parse, static_argnums=0)
 
 
 def check(case, strings_BG):
@@ -56,7 +39,7 @@ def check(case, strings_BG):
     for b, strings in enumerate(strings_BG):
         for g, tokens in enumerate(strings):
             actions[b, g, : len(tokens)] = tokens[:length]
-    lists, labels, _, _ = jax.device_get(parse(case.grammar, make_query(case.pools), actions))
+    lists, labels, _ = jax.device_get(parse(case.grammar, make_query(case.pools), actions))
     seen = []
     for b, names in enumerate(case.pools):
         for g in range(G):
@@ -166,7 +149,7 @@ def test_every_outcome_by_hand():
         actions = np.full((1, len(outcomes), length), EOS, np.int32)
         for g, outcome in enumerate(outcomes):
             actions[0, g, : len(BY_HAND[outcome])] = BY_HAND[outcome]
-        lists, _, _, _ = parse(grammar, query, actions)
+        lists, _, _ = parse(grammar, query, actions)
         for g, outcome in enumerate(outcomes):
             assert OUTCOMES[int(lists.outcome[0, g])].name == outcome
             assert plain_parse(grammar, fifth, actions[0, g].tolist())[2] == outcome
@@ -177,80 +160,11 @@ def test_labels_and_lists_of_a_broken_ranking():
     case = CASES["characters"]
     tokens = SLATE + N[A] + SEP + N[A] + END + [EOS]
     query = make_query([case.names])
-    lists, labels, _, _ = parse(case.grammar, query, np.array([[tokens]], np.int32))
+    lists, labels, _ = parse(case.grammar, query, np.array([[tokens]], np.int32))
     assert lists.slate[0, 0].tolist() == [A, BB, -1, -1]
     assert lists.ranking[0, 0].tolist() == [A, -1, -1]
     # [1] may go on as [12] until its last token, so the second [1] is complete at "]"
     assert labels[0, 0].tolist() == [1] * len(SLATE) + [2] * (2 * len(N[A]) + len(SEP)) + [0] * (len(END) + 1)
-
-
-# --------------------------------------------------------------------- masks
-
-
-def everything(grammar, names):
-    """All transcripts the grammar allows over one pool."""
-    low, high = min(grammar.slate_min, len(names)), min(grammar.slate_max, len(names))
-    for n in range(low, high + 1):
-        for slate in itertools.permutations(range(len(names)), n):
-            for k in range(min(grammar.rank_min, n), min(grammar.rank_max, n) + 1):
-                for ranking in itertools.permutations(slate, k):
-                    yield tuple(written(grammar, names, slate, ranking))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_mask_allows_exactly_what_can_be_completed(name):
-    case = CASES[name]
-    grammar = case.grammar._replace(slate_min=1, slate_max=3, rank_min=1, rank_max=2)
-    if name == "fixed":
-        grammar = case.grammar
-    names = case.names[:3] if name != "unseparated" else (*case.names[:2], case.names[4])
-    valid = sorted(everything(grammar, names))
-    length = grammar.length(len(names), max(map(len, names)))
-    assert max(map(len, valid)) <= length
-    actions = np.full((1, len(valid), length), EOS, np.int32)
-    for g, tokens in enumerate(valid):
-        actions[0, g, : len(tokens)] = tokens
-    lists, _, mask, options = jax.device_get(parse(grammar, make_query([names]), actions))
-    assert (lists.outcome == 0).all()
-    follows = {}
-    for tokens in valid:
-        for t in range(len(tokens)):
-            follows.setdefault(tokens[:t], set()).add(tokens[t])
-    for g, tokens in enumerate(valid):
-        for t in range(length):
-            allowed = options[0][mask[0, g, t]].tolist()
-            assert len(allowed) == len(set(allowed))
-            assert set(allowed) == (follows[tokens[:t]] if t < len(tokens) else {EOS}), (tokens, t)
-
-
-@functools.partial(quick_jit, static_argnums=(0, 2, 3))
-def walk(grammar, query, group, length, key):
-    """Uniform choices under the mask: actions and the least number of choices met."""
-    options = transcript.choices(grammar, query)
-
-    def step(state, key):
-        mask = transcript.allowed(grammar, query, options, state)
-        pick = jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
-        token = jnp.take_along_axis(jnp.broadcast_to(options.tokens[:, None], mask.shape), pick[..., None], -1)[..., 0]
-        state, _ = transcript.advance(grammar, query, state, token)
-        return state, (token, mask.sum(-1))
-
-    state, (tokens, n_allowed) = jax.lax.scan(
-        step, transcript.start(grammar, query, group), jax.random.split(key, length)
-    )
-    return jnp.moveaxis(tokens, 0, -1), transcript.finish(state), n_allowed.min()
-
-
-@each_case
-def test_random_walks_under_the_mask_end_well(case):
-    query = make_query(case.pools)
-    length = case.grammar.length(*query.identifiers.shape[1:])
-    tokens, lists, least = jax.device_get(walk(case.grammar, query, G, length, jax.random.key(0)))
-    assert least >= 1
-    assert (lists.outcome == 0).all()
-    for b, names in enumerate(case.pools):
-        for g in range(G):
-            assert plain_parse(case.grammar, names, tokens[b, g])[2] == "ok"
 
 
 # --------------------------------------------------------------------- writing
@@ -271,7 +185,7 @@ def test_what_is_written_reads_back(case):
     actions, named = jax.device_get(render(g, query, slate, ranking))
     assert actions.shape[-1] == g.length(*query.identifiers.shape[1:])
     padded = np.pad(actions, ((0, 0), (0, 0), (0, length_of(case) - actions.shape[-1])), constant_values=EOS)
-    lists, _, _, _ = jax.device_get(parse(g, query, padded))
+    lists, _, _ = jax.device_get(parse(g, query, padded))
     assert (lists.outcome == 0).all()
     np.testing.assert_array_equal(lists.slate, slate)
     np.testing.assert_array_equal(lists.ranking, ranking)

@@ -71,3 +71,12 @@ def make_query(pools):
 def length_of(case):
     """T of the tests: room for a transcript of the greatest length and some text after it."""
     return case.grammar.length(len(case.names), max(map(len, case.names))) + 4
+
+
+def written(grammar, names, slate, ranking):
+    """A transcript from its pieces; nothing is checked."""
+
+    def between(items):
+        return [t for i, c in enumerate(items) for t in (*(grammar.separator if i else ()), *names[c])]
+
+    return [*between(slate), *grammar.slate_close, *between(ranking), *grammar.rank_close, grammar.eos]

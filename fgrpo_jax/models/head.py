@@ -26,14 +26,14 @@ def logits(params: PyTree, hidden: Array) -> Array:
     return linear(hidden, rows_DV, dtype=jnp.float32)
 
 
-def choice_rows(params: PyTree, tokens_BM: Array) -> Array:
-    """The head's rows [B,M,D] of the choices; read once, where the vocabulary may lie on several devices."""
-    return rows(params)[jnp.maximum(tokens_BM, 0)]
+def choice_rows(params: PyTree, tokens_BU: Array) -> Array:
+    """The head's rows [B,U,D] of the choices; read once, where the vocabulary may lie on several devices."""
+    return rows(params)[jnp.maximum(tokens_BU, 0)]
 
 
-def choice_logits(rows_BMD: Array, hidden_BGXD: Array) -> Array:
-    """Logits [B,G,...,M] of the choices alone, in float32."""
-    return jnp.einsum("bg...d,bmd->bg...m", hidden_BGXD, rows_BMD, preferred_element_type=jnp.float32)
+def choice_logits(rows_BUD: Array, hidden_BGXD: Array) -> Array:
+    """Logits [B,G,...,U] of the choices alone, in float32."""
+    return jnp.einsum("bg...d,bud->bg...u", hidden_BGXD, rows_BUD, preferred_element_type=jnp.float32)
 
 
 def action_logprobs(spec: Any, params: PyTree, hidden_BGTD: Array, actions_BGT: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax import shards, transcript
+from fgrpo_jax import masks, shards, transcript
 from fgrpo_jax.types import UNTRAINED, Array, Lists, Policy, Query, Rollout
 
 
@@ -57,10 +57,11 @@ def logged(
     def rollout(params, frozen, query: Query, key) -> tuple[Rollout, Lists]:
         slate, ranking = target_lists(grammar, query, key, fill)
         actions, named = transcript.render(grammar, query, slate, ranking)
-        options = transcript.choices(grammar, query) if constrained else None
-        lists, phase, mask = transcript.parse(grammar, query, actions, options)
         if constrained:
-            phase = jnp.where(mask.sum(-1) == 1, UNTRAINED, phase)
+            lists, phase, decided = masks.parse(grammar, query, masks.choices(grammar, query), actions)
+            phase = jnp.where(decided.allowed.sum(-1) == 1, UNTRAINED, phase)
+        else:
+            lists, phase, _ = transcript.parse(grammar, query, actions)
         if not train_fill:
             gain = jnp.take_along_axis(query.relevance[:, None], jnp.maximum(named, 0), -1)
             phase = jnp.where((named >= 0) & (gain == 0), UNTRAINED, phase)
