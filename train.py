@@ -124,12 +124,16 @@ def main(argv: list[str]) -> int:
         return _refuse(error)
     from fgrpo_jax.datasets import DataError
     from fgrpo_jax.models.hf_config import ModelFilesError
+    from fgrpo_jax.processes import end_together
     from fgrpo_jax.types import TrainingError
 
-    try:
-        return run(config)
-    except (ConfigError, DataError, ModelFilesError, TrainingError) as error:
-        return _refuse(error)
+    def attempt() -> int:
+        try:
+            return run(config)
+        except (ConfigError, DataError, ModelFilesError, TrainingError) as error:
+            return _refuse(error)
+
+    return end_together(attempt)
 
 
 def _refuse(error: Exception) -> int:
@@ -151,7 +155,7 @@ def run(config) -> int:
     from fgrpo_jax import datasets, report
     from fgrpo_jax.checkpoint import preemption
     from fgrpo_jax.log import MetricsLog
-    from fgrpo_jax.sharding import initialize_distributed
+    from fgrpo_jax.processes import initialize_distributed
     from fgrpo_jax.stage import check_training
 
     initialize_distributed()

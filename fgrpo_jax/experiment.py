@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fgrpo_jax import datasets, sharding, shards, tokenizers
+from fgrpo_jax import datasets, processes, sharding, shards, tokenizers
 from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
@@ -180,7 +180,7 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
     Raises DataError, in every process, for a query that the policy cannot encode.
     """
     rows = sharding.local_rows(experiment.mesh, len(examples))
-    mine = sharding.alike(lambda: policy.encode([examples[i] for i in rows]), policy.blank)
+    mine = processes.alike(lambda: policy.encode([examples[i] for i in rows]), policy.blank)
     return sharding.shard_batch(experiment.mesh, mine, len(examples))
 
 

@@ -1,4 +1,4 @@
-"""Processes, the device mesh, and what lies where on it. What happens inside a program: shards.py.
+"""The device mesh, and what lies where on it. What happens inside a program: shards.py.
 
 Queries are split over data x fsdp and groups are never split, so group statistics need no
 collective. The same calls serve one CPU and a pod of many processes.
@@ -6,58 +6,16 @@ collective. The same calls serve one CPU and a pod of many processes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.datasets import DataError
 from fgrpo_jax.shards import AXES, QUERY_AXES, place
 from fgrpo_jax.types import Array, PyTree, map_params
-
-_COORDINATOR, _PROCESSES, _PROCESS = "FGRPO_COORDINATOR", "FGRPO_NUM_PROCESSES", "FGRPO_PROCESS_ID"
-_DETECT = "FGRPO_DISTRIBUTED"
-
-
-# --------------------------------------------------------------------- processes
-
-
-def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
-    """Join the other processes of a run, where the environment says that there are some.
-
-    FGRPO_COORDINATOR=host:port, FGRPO_NUM_PROCESSES and FGRPO_PROCESS_ID, all three: join
-    explicitly. FGRPO_DISTRIBUTED=auto: let JAX find the cluster (TPU pods, SLURM, MPI).
-    None of them: one process, nothing happens and False is returned.
-
-    Must come before the first use of a device. Raises ConfigError when the variables
-    contradict each other or some are missing.
-    """
-    given = {name: environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if name in environ}
-    detect = environ.get(_DETECT, "")
-    if detect not in ("", "auto"):
-        raise ConfigError(f"{_DETECT}={detect!r}: the only value is 'auto'; leave it unset for one process")
-    if detect and given:
-        raise ConfigError(f"{_DETECT}=auto finds the cluster itself: unset {', '.join(given)}, or unset it")
-    if detect:
-        jax.distributed.initialize()
-        return True
-    if not given:
-        return False
-    if missing := [name for name in (_COORDINATOR, _PROCESSES, _PROCESS) if name not in given]:
-        raise ConfigError(f"{', '.join(given)} without {', '.join(missing)}: set all three or none")
-    try:
-        processes, process = int(given[_PROCESSES]), int(given[_PROCESS])
-    except ValueError:
-        raise ConfigError(f"{_PROCESSES} and {_PROCESS} must be whole numbers, not {given}") from None
-    if not 0 <= process < processes:
-        raise ConfigError(f"{_PROCESS}={process} must be from 0 to {_PROCESSES} - 1 = {processes - 1}")
-    jax.distributed.initialize(given[_COORDINATOR], processes, process)
-    return True
 
 
 # --------------------------------------------------------------------- the mesh
@@ -125,36 +83,6 @@ def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     """
     slices = query_sharding(mesh).addressable_devices_indices_map((global_batch,)).values()
     return np.unique(np.concatenate([np.arange(global_batch)[s] for s in slices]))
-
-
-def alike(encode: Callable[[], PyTree], blank: PyTree) -> PyTree:
-    """What `encode` makes of this process's rows, in the shapes of the whole batch.
-
-    encode: () -> a pytree of numpy arrays `[B of this process, ...]`. blank: the same tree, of
-    arrays `[1, ...]` of what each is padded with. The other dimensions become the largest of
-    any process's, by one exchange of a few numbers, which waits for the devices: encode first.
-    Raises DataError in all processes, instead of leaving some waiting, when one of them does.
-    """
-    if jax.process_count() == 1:
-        return encode()
-    try:
-        mine, error = encode(), None
-    except DataError as raised:
-        mine, error = blank, raised
-    sizes = [size for x in jax.tree.leaves(mine) for size in x.shape[1:]]
-    told = multihost_utils.process_allgather(np.array([error is not None, *sizes], np.int32))
-    if error:
-        raise error
-    if len(refusing := np.flatnonzero(told[:, 0])):
-        raise DataError(f"process {refusing[0]} cannot encode its queries of this batch, and says there why")
-    largest = iter(told[:, 1:].max(0).tolist())
-    return jax.tree.map(lambda x, fill: _padded(x, fill, [next(largest) for _ in x.shape[1:]]), mine, blank)
-
-
-def _padded(x: np.ndarray, fill: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    made = np.full((x.shape[0], *sizes), fill, x.dtype)
-    made[tuple(slice(size) for size in x.shape)] = x
-    return made
 
 
 def shard_batch(mesh: Mesh, host: PyTree, global_batch: int) -> PyTree:

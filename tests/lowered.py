@@ -17,7 +17,7 @@ import jax
 from tiny import ROOT, changed
 
 import train
-from fgrpo_jax import datasets, sharding
+from fgrpo_jax import datasets, processes, sharding
 from fgrpo_jax.checkpoint import placed
 from fgrpo_jax.config import DataConfig, load_file
 from fgrpo_jax.data import make_batches
@@ -93,7 +93,7 @@ def on_queries(mesh, batch):
 
 
 def main(folder, out):
-    sharding.initialize_distributed()
+    processes.initialize_distributed()
     found = {name: programs(config) for name, config in configs(folder).items()}
     Path(out).write_text(json.dumps(found))
 

@@ -148,7 +148,8 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
         import time
         import jax, jax.numpy as jnp, numpy as np
         from fgrpo_jax.checkpoint import Checkpoints, preemption
-        from fgrpo_jax.sharding import initialize_distributed, local_rows, make_mesh, replicated, shard_batch
+        from fgrpo_jax.processes import initialize_distributed
+        from fgrpo_jax.sharding import local_rows, make_mesh, shard_batch
         assert initialize_distributed()
         mesh = make_mesh(2, 2, 1)
         x = shard_batch(mesh, np.arange(8.0, dtype=np.float32)[local_rows(mesh, 8)], 8)

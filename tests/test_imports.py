@@ -15,7 +15,7 @@ LAYERS = (
     ("launch", "types", "config", "validation", "changes", "files"),
     ("hlo", "shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "masks", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
-    ("update", "checkpoint", "evaluate", "report", "sharding"),
+    ("update", "checkpoint", "evaluate", "report", "processes", "sharding"),
     ("experiment", "log", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),
     ("train", "eval", "export", "seeds"),
 )

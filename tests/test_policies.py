@@ -12,7 +12,7 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_jit
 
-from fgrpo_jax import prompts, sharding, tokenizers, transcript
+from fgrpo_jax import processes, prompts, tokenizers, transcript
 from fgrpo_jax.advantages import make_batch
 from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
 from fgrpo_jax.datasets import DataError, Dataset, in_memory
@@ -93,7 +93,8 @@ def test_numbers_as_identifiers(make, bpe):
 
 
 def long_names(query_id, *names):
-    return RankingExample(query_id, "", tuple((f"id{i}", n) for i, n in enumerate(names)), (1,) + (0,) * (len(names) - 1))
+    pool = tuple((f"id{i}", n) for i, n in enumerate(names))
+    return RankingExample(query_id, "", pool, (1,) + (0,) * (len(names) - 1))
 
 
 @pytest.mark.parametrize(
@@ -138,12 +139,12 @@ def in_parts(monkeypatch):
     def process(policy, index, part):
         mine.index = index
         try:
-            return sharding.alike(lambda: policy.encode(part), policy.blank)
+            return processes.alike(lambda: policy.encode(part), policy.blank)
         except DataError as error:
             return error
 
-    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", exchange)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", exchange)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield lambda policy, parts: list(pool.map(process, [policy] * 2, range(2), parts))
 

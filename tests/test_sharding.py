@@ -6,7 +6,7 @@ import pytest
 from helpers import run_on_8_devices
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.sharding import check_divisible, initialize_distributed, local_rows, make_mesh, shard_batch
+from fgrpo_jax.sharding import check_divisible, local_rows, make_mesh, shard_batch
 
 
 def test_shardings_on_8_devices():
@@ -167,25 +167,3 @@ def test_indivisible_batches_are_refused():
         check_divisible(Fake, 60, 2, "rl")
     with pytest.raises(ConfigError, match="set sft.batch_queries to 16,"):
         check_divisible(Fake, 8, 2, "sft")
-
-
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({"FGRPO_COORDINATOR": "a:1"}, "without FGRPO_NUM_PROCESSES, FGRPO_PROCESS_ID"),
-        ({"FGRPO_DISTRIBUTED": "yes"}, "only value is 'auto'"),
-        ({"FGRPO_DISTRIBUTED": "auto", "FGRPO_PROCESS_ID": "0"}, "unset FGRPO_PROCESS_ID"),
-        ({"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "2", "FGRPO_PROCESS_ID": "2"}, "from 0 to"),
-        (
-            {"FGRPO_COORDINATOR": "a:1", "FGRPO_NUM_PROCESSES": "two", "FGRPO_PROCESS_ID": "1"},
-            "whole numbers",
-        ),
-    ],
-)
-def test_half_set_environments_are_refused(environ, message):
-    with pytest.raises(ConfigError, match=message):
-        initialize_distributed(environ)
-
-
-def test_alone_without_variables():
-    assert initialize_distributed({}) is False
