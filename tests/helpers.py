@@ -1,7 +1,9 @@
 """What several test files use."""
 
+import contextlib
 import functools
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -32,6 +34,35 @@ def _known_options():
 def quick_jit(function, **options):
     """`jax.jit` that compiles quickly to slow code; only for the outermost function."""
     return jax.jit(function, compiler_options=_known_options(), **options)
+
+
+@contextlib.contextmanager
+def processes_of_a_run(command, devices=1, count=2, **environ):
+    """Children that run the same command as the processes of one run; none outlives the block.
+
+    devices: simulated, in each. environ: for all, or a tuple with a value for each.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "FGRPO_COORDINATOR": f"localhost:{port}",
+        "FGRPO_NUM_PROCESSES": str(count),
+        "FGRPO_PROCESS_ID": tuple(map(str, range(count))),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = []
+    try:
+        for i in range(count):
+            own = {name: value[i] if isinstance(value, tuple) else value for name, value in environ.items()}
+            children.append(subprocess.Popen(command, env=os.environ | own, **pipes))
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 def run_on_8_devices(script):

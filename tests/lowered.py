@@ -1,8 +1,9 @@
 """The lowered text of every program of every file in configs/, for a tiny model and world.
 
-    python lowered.py FOLDER OUT.json
+    python lowered.py FOLDER
 
-FOLDER: holds `data` (tiny.write_world) and `tokenizer`, a Hugging Face tokenizer directory.
+FOLDER: holds `data` (tiny.write_world) and `tokenizer`, a Hugging Face tokenizer directory. Gets
+PROCESS.json, of the same in every process of a run.
 """
 
 import json
@@ -92,10 +93,10 @@ def on_queries(mesh, batch):
     return placed(batch, jax.tree.map(lambda x: place, batch))
 
 
-def main(folder, out):
+def main(folder):
     processes.initialize_distributed()
     found = {name: programs(config) for name, config in configs(folder).items()}
-    Path(out).write_text(json.dumps(found))
+    (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import processes_of_a_run
 
 from fgrpo_jax.checkpoint import Checkpoints, placed, preemption
 from fgrpo_jax.types import TrainState
@@ -141,9 +141,6 @@ def test_sigterm_in_one_process():
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     """Two processes of two devices train, one is told to go, both save; one device restores."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     script = f"""
         import time
         import jax, jax.numpy as jnp, numpy as np
@@ -170,21 +167,12 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
                 time.sleep(0.02)
         print("stopped", step, flush=True)
     """
-    common = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "FGRPO_COORDINATOR": f"localhost:{port}",
-        "FGRPO_NUM_PROCESSES": "2",
-    }
-    both = [start(script, **common, FGRPO_PROCESS_ID=str(i)) for i in range(2)]
-    try:
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with processes_of_a_run(command, devices=2) as both:
         said = iter(both[1].stdout.readline, "")
         assert "ready\n" in said, both[1].communicate()[1][-3000:]
         both[1].send_signal(signal.SIGTERM)
         done = [child.communicate(timeout=120) for child in both]
-    finally:
-        for child in both:
-            child.kill()
-            child.communicate()
     assert [child.returncode for child in both] == [0, 0], done[0][1][-3000:] + done[1][1][-3000:]
     step = int(done[0][0].split()[-1])
     assert done[0][0].endswith(f"stopped {step}\n") and done[1][0] == f"stopped {step}\n"

@@ -1,6 +1,11 @@
 """Several processes: how they begin, and how all end when one is gone."""
 
+import signal
+import sys
+import textwrap
+
 import pytest
+from helpers import processes_of_a_run
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.processes import initialize_distributed
@@ -26,3 +31,56 @@ def test_half_set_environments_are_refused(environ, message):
 
 def test_alone_without_variables():
     assert initialize_distributed({}) is False
+
+
+TOGETHER = """
+    import sys
+    from jax.experimental import multihost_utils
+    from fgrpo_jax import processes
+    processes._SILENCE, processes._PATIENCE = 8, 2
+
+    def run():
+        processes.initialize_distributed()
+        for step in range(10**9):
+            multihost_utils.sync_global_devices(f"step {step}")
+            if step == 3:
+                print("ready", flush=True)
+            if step == 6 and __import__("jax").process_index() in FAIL:
+                OUTCOME
+    sys.exit(processes.end_together(run))
+"""
+
+
+def together(failing=(), outcome="pass"):
+    script = textwrap.dedent(TOGETHER).replace("FAIL", repr(failing)).replace("OUTCOME", outcome)
+    return processes_of_a_run([sys.executable, "-c", script])
+
+
+def endings(both):
+    errors = [child.communicate(timeout=60)[1] for child in both]
+    return [child.returncode for child in both], errors
+
+
+def test_what_fails_everywhere_has_its_own_exit_code():
+    with together((0, 1), "return 2") as both:
+        assert endings(both)[0] == [2, 2]
+
+
+def test_one_that_fails_alone_ends_the_other():
+    with together((1,), "raise OSError('disk full')") as both:
+        codes, errors = endings(both)
+    assert codes[0] not in (0, None) and codes[1] == 1
+    assert "OSError: disk full" in errors[1] and "error: process 1 of 2 failed (above)" in errors[1]
+
+
+@pytest.mark.parametrize("gone, how", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_one_that_is_gone_ends_the_other(gone, how):
+    """By JAX's words, where it is the coordinator."""
+    with together() as both:
+        for child in both:
+            said = iter(child.stdout.readline, "")
+            assert "ready\n" in said, child.communicate()[1][-3000:]
+        both[gone].send_signal(how)
+        error = both[1 - gone].communicate(timeout=60)[1]
+    assert both[1 - gone].returncode not in (0, None)
+    assert ("run the same command on all hosts: it resumes" if gone else "Terminating process because the JAX") in error, error

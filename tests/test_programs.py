@@ -2,13 +2,11 @@
 
 import difflib
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
 from bpe import train_bpe
+from helpers import processes_of_a_run
 from tiny import ITEMS, ROOT, write_world
 
 from fgrpo_jax import datasets
@@ -23,27 +21,10 @@ def lowered(tmp_path_factory):
     write_world(folder / "data")
     train_bpe([*ITEMS, "[1] > [2] > [3]"], 320).save_pretrained(folder / "tokenizer")
     datasets.load(DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "tests" / "lowered.py"), str(folder)]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "FGRPO_COORDINATOR": f"localhost:{port}",
-        "FGRPO_NUM_PROCESSES": "2",
-    }
-    both = []
-    for i, seed in (("0", "0"), ("1", "2")):  # under which the set of "recall" and "ndcg" has two orders
-        own = {"FGRPO_PROCESS_ID": i, "PYTHONHASHSEED": seed}
-        both.append(subprocess.Popen([*command, f"{folder}/{i}.json"], env=env | own, stderr=subprocess.PIPE, text=True))
-    try:
+    seeds = ("0", "2")  # under which the set of "recall" and "ndcg" has two orders
+    with processes_of_a_run(command, devices=2, PYTHONPATH=str(ROOT), PYTHONHASHSEED=seeds) as both:
         errors = [child.communicate(timeout=300)[1] for child in both]
-    finally:
-        for child in both:
-            child.kill()
-            child.communicate()
     assert [child.returncode for child in both] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     return [json.loads((folder / f"{i}.json").read_text()) for i in "01"]
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import processes_of_a_run
 from tiny import (
     ROOT,
     changed,
@@ -271,28 +271,11 @@ def test_two_processes_of_two_devices_train_what_one_does(whole, tmp_path):
     Each encodes its own half of every batch: of 8 queries, also where the validation is decoded.
     """
     config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 2})
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     names = {"root": str(ROOT), "config": config_file(config, tmp_path / "config.py")}
     command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names)]
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "FGRPO_COORDINATOR": f"localhost:{port}",
-        "FGRPO_NUM_PROCESSES": "2",
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env=env | {"FGRPO_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
-    try:
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    with processes_of_a_run(command, devices=2, **quick) as both:
         said = [child.communicate(timeout=600) for child in both]
-    finally:
-        for child in both:
-            child.kill()
-            child.communicate()
     assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
     assert "4 x cpu (2 process(es)), mesh data 2 x fsdp 2 x tensor 1" in said[0][0]
     assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
