@@ -4,6 +4,7 @@
                               [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
                               [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
                               [--profile DIR]
+    python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (bench_plan.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
 prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax import bench_flops, bench_run
+from fgrpo_jax import bench_flops, bench_plan, bench_run
 from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.bench_run import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
@@ -205,29 +206,12 @@ def draw(rows: list[dict], path: str) -> None:
 # --------------------------------------------------------------------- command line
 
 
-_SIZES = {
-    "layers": "layers of the model",
-    "batch": "queries",
-    "prompt": "tokens of a prompt",
-    "group": "rollouts of a query",
-    "length": "tokens of a rollout",
-}
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Shape]:
     parser = argparse.ArgumentParser(prog="python -m fgrpo_jax.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="default workload and number type")
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
-    for name, meaning in _SIZES.items():
-        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{meaning}; default: the workload's")
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs after the warm-up")
+    bench_run.add_sizes(parser)
+    parser.add_argument("--repeats", type=bench_run.positive, default=5, metavar="N", help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
     scan_help = "also scan prompt length and group size, with one query (w1 on two cores: 15 minutes)"
     parser.add_argument("--scan", action="store_true", help=scan_help)
@@ -237,21 +221,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     args = parser.parse_args(argv)
     workload, dtype = PRESETS[args.preset]
     args.workload = args.workload or workload
-    spec, shape = WORKLOADS[args.workload]
-    layers = args.layers or spec.num_layers
-    spec = spec._replace(
-        dtype=dtype,
-        attention=attention_of(ModelConfig()),
-        num_layers=layers,
-        rows_first=jax.default_backend() == "cpu",
-    )
-    shape = Shape(*(getattr(args, name) or size for name, size in shape._asdict().items()))
+    spec, shape = bench_run.sized(args)
+    rows_first = jax.default_backend() == "cpu"
+    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()), rows_first=rows_first)
     if args.scan and (shape.prompt < 4 or shape.group < 2):
         parser.error("--scan goes down to a quarter of the prompt and half of the group: they are too small")
     return args, spec, shape
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["plan"]:
+        return bench_plan.main(argv[1:])
     args, spec, shape = parse(argv)
     found = report(args.workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
     print(table(found), flush=True)

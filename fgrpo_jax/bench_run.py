@@ -8,6 +8,7 @@ is reported apart.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import resource
 import statistics
@@ -18,13 +19,16 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import jit
+from jax.sharding import Mesh
 
-from fgrpo_jax import sampling, transcript
+from fgrpo_jax import sampling, shards, transcript
 from fgrpo_jax.bench_flops import Shape
 from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.models.layers import linear
 from fgrpo_jax.objectives import clipped_pg
+from fgrpo_jax.sharding import make_mesh
 from fgrpo_jax.types import (
     SLATE,
     Array,
@@ -60,8 +64,37 @@ WORKLOADS = {
 }
 PRESETS = {"cpu": ("w1", "float32"), "gpu": ("qwen3-0.6b", "bfloat16")}
 PARTS = ("prefill", "products")  # of a rollout, timed on their own
+SIZES = {
+    "layers": "layers of the model",
+    "batch": "queries",
+    "prompt": "tokens of a prompt",
+    "group": "rollouts of a query",
+    "length": "tokens of a rollout",
+}
 _WARM_UP = 2
 _GRAMMAR = transcript.Grammar((), (2,), (3,), 1, 1, 1, 1, 1)  # unconstrained sampling never reads it
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """A flag for each of SIZES, read by `sized`."""
+    for name, meaning in SIZES.items():
+        default = defaults.get(name)
+        told = f"{meaning}; default: {default or 'that of the workload'}"
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=told)
+
+
+def sized(args: argparse.Namespace) -> tuple[decoder.DecoderSpec, Shape]:
+    """The workload args.workload with the sizes given."""
+    spec, shape = WORKLOADS[args.workload]
+    shape = Shape(*(getattr(args, name) or size for name, size in shape._asdict().items()))
+    return spec._replace(num_layers=args.layers or spec.num_layers), shape
 
 
 class Programs(NamedTuple):
@@ -142,38 +175,66 @@ def decode_products(spec: decoder.DecoderSpec, group: int, steps: int, params: P
     return jax.lax.fori_loop(0, steps, body, first)
 
 
-def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[str, ...] = PARTS) -> Programs:
-    """Compile rollout, its `parts`, and update of a workload; the state has been through none."""
-    sampler = sampling.Sampler(spec, _GRAMMAR, constrained=False)
+class Functions(NamedTuple):
+    """Of a step, to be jitted: `start(key) -> state`, `rollout(params, query, key)`, `update(state, batch)`."""
+
+    optimizer: optax.GradientTransformation
+    start: Callable
+    rollout: Callable
+    update: Callable
+
+
+def functions(spec: decoder.DecoderSpec, shape: Shape, mesh: Mesh, microbatches: int = 1) -> Functions:
+    """A workload's on a mesh, as train.py puts them together."""
+    sampler, table = sampling.Sampler(spec, _GRAMMAR, constrained=False), decoder.param_table(spec)
 
     def logprobs(params, frozen, query, rollout):
         return sampling.logprobs(sampler, params, query, rollout)
 
+    def one_rollout(params, frozen, query, key):
+        return fixed_rollout(spec, shape.group, shape.length, params, query, key)
+
     policy = Policy(outcomes=(), encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
     optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
-    update = make_update(policy, clipped_pg(), optimizer)
-    query = make_query(spec, shape, prompts)
+    over_shards = functools.partial(shards.summed, mesh, table)
+    update = make_update(policy, clipped_pg(), optimizer, microbatches, over_shards=over_shards)
+    sample = shards.by_query(mesh, table, one_rollout)
 
-    @jit
     def start(key: Array) -> TrainState:
         params = decoder.init(spec, key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    def prefill(params, query):
-        return decoder.prefill(spec, decoder.whole(spec, params), query.prompt, query.prompt_len)
+    return Functions(
+        optimizer,
+        start,
+        lambda params, query, key: sample(params, {}, query, key),
+        lambda state, batch: update(state, {}, batch),
+    )
 
-    state = start(jax.random.key(0))
+
+def make_batch(spec: decoder.DecoderSpec, shape: Shape, query: Query) -> Batch:
+    """Random actions and advantages for the queries."""
     size = (shape.batch, shape.group, shape.length)
     actions = jnp.asarray(np.random.default_rng(1).integers(0, spec.vocab_size, size), jnp.int32)
     rollout = Rollout(actions, jnp.full(size, SLATE, jnp.int32), jnp.zeros(size))
     advantage = jnp.asarray(np.random.default_rng(2).normal(size=size), jnp.float32)
-    batch = Batch(query, rollout, advantage[..., :2], advantage, jnp.full(size, 1 / np.prod(size)))
-    sample = functools.partial(fixed_rollout, spec, shape.group, shape.length)
+    return Batch(query, rollout, advantage[..., :2], advantage, jnp.full(size, 1 / np.prod(size)))
+
+
+def build(spec: decoder.DecoderSpec, shape: Shape, prompts: int, parts: tuple[str, ...] = PARTS) -> Programs:
+    """Compile rollout, its `parts`, and update of a workload, for one device; the state has been through none."""
+    step = functions(spec, shape, make_mesh(1, 1, 1, jax.local_devices()[:1]))
+    query = make_query(spec, shape, prompts)
+
+    def prefill(params, query):
+        return decoder.prefill(spec, decoder.whole(spec, params), query.prompt, query.prompt_len)
+
+    state, batch = jit(step.start)(jax.random.key(0)), make_batch(spec, shape, query)
     products = functools.partial(decode_products, spec, shape.group, shape.length)
     of_rollout = {"prefill": prefill, "products": products}
     jobs = {name: (of_rollout[name], (state.params, query), ()) for name in parts} | {
-        "rollout": (sample, (state.params, query, jax.random.key(1)), ()),
-        "update": (lambda state, batch: update(state, {}, batch), (state, batch), (0,)),
+        "rollout": (step.rollout, (state.params, query, jax.random.key(1)), ()),
+        "update": (step.update, (state, batch), (0,)),
     }
     compiled, compile_s = {}, {}
     for name, (fn, args, donated) in jobs.items():

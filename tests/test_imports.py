@@ -16,7 +16,8 @@ LAYERS = (
     ("hlo", "shards", "metrics", "rewards", "advantages", "objectives", "grammar", "transcript", "masks", "models"),
     ("sampling", "data", "datasets", "prompts", "tokenizers", "policies", "baselines"),
     ("update", "checkpoint", "evaluate", "report", "processes", "sharding"),
-    ("experiment", "log", "run", "finished", "stage", "bench", "bench_flops", "bench_run"),
+    ("experiment", "log", "run", "finished", "stage", "bench", "bench_flops", "bench_run")
+    + ("bench_bounds", "bench_compile", "bench_plan"),
     ("train", "eval", "export", "seeds"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
