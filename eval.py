@@ -93,6 +93,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     from fgrpo_jax import datasets, evaluate, report
     from fgrpo_jax import run as run_lib
     from fgrpo_jax.data import evaluation_examples
+    from fgrpo_jax.files import check_writable
+    from fgrpo_jax.processes import on_first
 
     config = run_lib.read_config(run_dir)
     for note in filter(None, map(run_lib.earlier_version, (run_dir, *_prefixed(others).values()))):
@@ -122,6 +124,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     if settings.versus not in (methods := [*predictions, *stages]):
         known = ", ".join(methods)
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {known}")
+    on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
     predictions |= _predict(stages, dataset, examples)
     if jax.process_index():
         return ""
@@ -265,7 +268,7 @@ def main(argv: list[str]) -> int:
         check_evaluation(_judged(config, a.data, a.eval, a.mesh), KNOWN)
         prepare_process(config.compilation_cache)
         print(evaluate_run(run_dir, a.data, a.eval, a.split, a.compare, a.mesh))
-    except (ConfigError, DataError, ModelFilesError) as error:
+    except (ConfigError, DataError, ModelFilesError, OSError) as error:
         return _refuse(error)
     return 0
 

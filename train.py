@@ -10,6 +10,7 @@ and exits 0; the same command resumes, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
     def attempt() -> int:
         try:
             return run(config)
-        except (ConfigError, DataError, ModelFilesError, TrainingError) as error:
+        except (ConfigError, DataError, ModelFilesError, TrainingError, OSError) as error:
             return _refuse(error)
 
     return end_together(attempt)
@@ -149,41 +150,49 @@ def run(config) -> int:
 
     validate(config, experiment_lib.KNOWN)
     run_dir = run_lib.check(config)
-    import jax
-    from jax.experimental import multihost_utils
-
-    from fgrpo_jax import datasets, report
-    from fgrpo_jax.checkpoint import preemption
-    from fgrpo_jax.log import MetricsLog
-    from fgrpo_jax.processes import initialize_distributed
+    from fgrpo_jax import datasets
+    from fgrpo_jax.processes import initialize_distributed, on_first
     from fgrpo_jax.stage import check_training
 
     initialize_distributed()
     experiment_lib.prepare_process(config.compilation_cache)
-    is_main = jax.process_index() == 0
     dataset = datasets.load(config.data)
     experiment = experiment_lib.assemble(config, dataset, run_dir)
     check_training(experiment, run_dir)
     plan = experiment_lib.plan(experiment)
-    run_lib.enter(config, is_main)
-    run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
-    if is_main:
-        print(plan, flush=True)
-        experiment_lib.save_description(experiment, run_dir)
-        if config.start_from:
-            run_lib.record_start(run_dir, config)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("entered")  # before anyone looks at what is done
+    data = run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue
+    run_lib.check_data(*data, write=False)  # before anything is
+    with contextlib.ExitStack() as held:
+
+        def enter():
+            held.enter_context(run_lib.locked(run_dir))
+            run_lib.enter(config)
+            run_lib.check_data(*data)
+            print(plan, flush=True)
+            experiment_lib.save_description(experiment, run_dir)
+            if config.start_from:
+                run_lib.record_start(run_dir, config)
+
+        on_first(enter)
+        run_lib.check_data(*data, write=False)  # on every host
+        return _train_and_evaluate(experiment, run_dir)
+
+
+def _train_and_evaluate(experiment, run_dir: Path) -> int:
+    import jax
+
+    from fgrpo_jax import report
+    from fgrpo_jax.checkpoint import preemption
+    from fgrpo_jax.log import MetricsLog
+
+    config, is_main = experiment.config, jax.process_index() == 0
     log = MetricsLog(run_dir, config.tensorboard, is_main)
-    try:
-        with preemption() as stop:
-            for name, stage in (("sft", config.sft), ("rl", config.rl)):
-                finished = not stage.steps or _run_stage(experiment, name, stage, run_dir, log, stop)
-                if not finished or stop():
-                    print(f"stopped in {name}: saved; the same command resumes", flush=True)
-                    return 0
-    finally:
-        log.close()
+    with contextlib.closing(log), preemption() as stop:
+        for name, stage in (("sft", config.sft), ("rl", config.rl)):
+            finished = not stage.steps or _run_stage(experiment, name, stage, run_dir, log, stop)
+            if not finished or stop():
+                print(f"stopped in {name}: saved; the same command resumes", flush=True)
+                return 0
     if is_main and log.path.is_file():
         report.curves(log.path, run_dir / "curves.png")
     import eval as evaluation

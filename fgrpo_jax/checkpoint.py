@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from fgrpo_jax.files import storing
 from fgrpo_jax.types import PyTree
 
 _PINNED = "pinned.json"
@@ -73,7 +74,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
+        with storing(self._directory):
+            self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
         self._metrics = {step: self._read(step)["metric"] for step in self._manager.all_steps()}
 
     # ------------------------------------------------------------------ writing
@@ -83,7 +85,7 @@ class Checkpoints:
 
         metric: validation quality, larger is better; None where it was not measured.
         False, and nothing is written, where `step` was saved before. An error of the save
-        before this one (disk full) is raised here, by `wait` or by `close`.
+        before this one (disk full) is raised here, by `wait` or by `close`, as StorageError.
         Raises ValueError when the metric is not finite, or the step older than the latest.
         """
         if metric is not None and not math.isfinite(metric):
@@ -99,7 +101,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"meta": meta, "metric": metric})
         )
-        return self._manager.save(step, args=items, force=True)
+        with storing(self._directory, Exception):  # Orbax and TensorStore raise ValueErrors
+            return self._manager.save(step, args=items, force=True)
 
     def pin(self, step: int) -> None:
         """Keep this checkpoint whatever comes later, in this and in every later process."""
@@ -108,18 +111,21 @@ class Checkpoints:
         pinned = sorted({*self.pinned(), step})
         if jax.process_index() == 0:
             partial = self._directory / f"{_PINNED}.partial"
-            partial.write_text(json.dumps(pinned))
-            partial.replace(self._directory / _PINNED)
+            with storing(self._directory / _PINNED):
+                partial.write_text(json.dumps(pinned))
+                partial.replace(self._directory / _PINNED)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"pin {step}")
 
     def wait(self) -> None:
-        """Until the save under way is complete on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Until the save under way is complete on disk. Raises StorageError where it went wrong."""
+        with storing(self._directory, Exception):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and stop the background threads."""
-        self._manager.close()
+        """Wait, and stop the background threads. Raises as `wait`."""
+        with storing(self._directory, Exception):
+            self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
@@ -21,7 +22,7 @@ from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
-from fgrpo_jax.files import write_atomically
+from fgrpo_jax.files import storing, write_atomically
 from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
@@ -56,7 +57,9 @@ class Experiment(NamedTuple):
 
 def prepare_process(compilation_cache: str) -> None:
     """Once, at the start of a program: keep compiled programs on disk, silence what Orbax only notes."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns of every directory that it only reads
+    # It warns of every directory that it only reads; and what it raises it logs too, once from every task.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     enable_compilation_cache(compilation_cache)
 
 
@@ -188,8 +191,9 @@ def save_description(experiment: Experiment, run_dir: Path) -> None:
     """The tokenizer and the model's sizes: what whoever opens the run later, or elsewhere, needs."""
     if not (run_dir / "tokenizer").is_dir():
         partial = run_dir / ".tokenizer.partial"
-        experiment.tokenizer.save_pretrained(str(partial))
-        partial.rename(run_dir / "tokenizer")
+        with storing(run_dir / "tokenizer", Exception):  # the library raises plain Exceptions
+            experiment.tokenizer.save_pretrained(str(partial))
+            partial.rename(run_dir / "tokenizer")
     source = experiment.config.model.checkpoint
     if source and not (run_dir / _ORIGINAL).is_file() and Path(source).expanduser().is_dir():
         write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")

@@ -28,6 +28,7 @@ def export(
     config = run.read_config(run_dir)
     if note := run.earlier_version(run_dir):
         print(f"note: {note}")
+    experiment.prepare_process(config.compilation_cache)
     everywhere = MeshConfig(data=1, fsdp=jax.device_count())  # which need not be the run's
     built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), None, run_dir)
     kept = experiment.original_config(config, run_dir)
@@ -38,6 +39,6 @@ def export(
 if __name__ == "__main__":
     try:
         tyro.cli(export, description=__doc__)
-    except ValueError as error:  # ConfigError and DataError
+    except (ValueError, OSError) as error:  # ConfigError and DataError
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

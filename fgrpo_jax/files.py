@@ -1,15 +1,72 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and one line for what the file system refuses."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+_NUMBERS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+)  # fmt: skip
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all, also when the process is killed."""
-    partial_of(path).write_text(text, encoding="utf-8")
-    os.replace(partial_of(path), path)
+
+class StorageError(OSError):
+    """Something could not be written; the message says what, why, and what to do."""
+
+
+@contextlib.contextmanager
+def storing(what: Path | str, *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, what the file system refuses is raised as a StorageError that names `what`.
+
+    kinds: besides OSError, of libraries that raise their own with the system's words in the text;
+    without them an error is something else, and stays what it is.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, *kinds) as error:
+        if not (isinstance(error, OSError) or _words(error)):
+            raise
+        raise StorageError(
+            f"{what} could not be written ({reason(error)}): what was complete before is whole; mend it, and "
+            "give the same command again"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """In the system's words where they are known, otherwise the first line of the error."""
+    return _words(error) or str(error).split("\n")[0] or type(error).__name__
+
+
+def _words(error: Exception) -> str:
+    return next((words for words in map(os.strerror, _NUMBERS) if words in str(error)), "")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, unless it is there, and try whether files can be. Raises StorageError."""
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file is there whole or not at all, also when the process is killed. Raises StorageError."""
+    partial = partial_of(path)
+    with storing(path):
+        try:
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def partial_of(path: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.files import write_atomically
+from fgrpo_jax.files import storing, write_atomically
 
 
 class MetricsLog:
@@ -53,7 +53,7 @@ class MetricsLog:
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         if not self._is_main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         if self._board:
             for name, value in values.items():

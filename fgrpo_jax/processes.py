@@ -75,6 +75,26 @@ def _explicit(given: Mapping[str, str]) -> dict[str, str | int]:
 # --------------------------------------------------------------------- what all have to agree on
 
 
+def on_first(action: Callable[[], None]) -> None:
+    """Do something on the first process; every process goes on when it is done.
+
+    Raises there what `action` raises, and ConfigError on the others, so that none waits for it.
+    """
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    failed = failure is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.bool_(failed)))
+    if failure:
+        raise failure
+    if failed:
+        raise ConfigError("the first process of this run could not start: see what it says")
+
+
 def alike(encode: Callable[[], PyTree], blank: PyTree) -> PyTree:
     """What `encode` makes of this process's rows, in the shapes of the whole batch.
 

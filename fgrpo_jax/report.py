@@ -13,6 +13,7 @@ The same inputs give the same bytes: no times, no host names, sorted keys, round
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import numpy as np
 
 import fgrpo_jax
 from fgrpo_jax.evaluate import AT_CUTOFF, DIGITS, ERRORS, WHOLE, Evaluation, counted
+from fgrpo_jax.files import storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
@@ -76,12 +78,20 @@ def write_evaluation(
 ) -> str:
     """Write the folder, replacing an older one whole, and return the text of table.txt.
 
-    `left_out` maps baselines that make no sense here to the reason. Raises OSError when the folder
-    cannot be written; an older evaluation is then still there.
+    `left_out` maps baselines that make no sense here to the reason. Raises StorageError when the
+    folder cannot be written; an older evaluation is then still there.
     """
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     text = table(evaluation, left_out)
+    with storing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _write_all(directory, evaluation, manifest, left_out, text)
+    return text
+
+
+def _write_all(
+    directory: Path, evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], text: str
+) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
@@ -95,7 +105,6 @@ def write_evaluation(
         for method in evaluation.predictions:
             _write(new / f"{method}.run.trec", run(evaluation, method))
         _swap(new, directory, Path(scratch, "old"))
-    return text
 
 
 def _swap(new: Path, directory: Path, old: Path) -> None:
@@ -272,7 +281,9 @@ def curves(metrics_path: str | Path, png_path: str | Path) -> None:
         _draw(line[1], f"{stage}: loss", own, ("loss",))
         _draw(line[2], f"{stage}: validation", own, _shown(own))
     # Without "Software": None the file would carry the version of matplotlib.
-    figure.savefig(png_path, format="png", dpi=100, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    write_atomically(Path(png_path), picture.getvalue())
 
 
 def _shown(rows: Sequence[dict]) -> list[str]:

@@ -14,9 +14,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,10 @@ from fgrpo_jax import changes
 from fgrpo_jax import config as config_lib
 from fgrpo_jax.checkpoint import steps_in, unpin
 from fgrpo_jax.config import Config, ConfigError
-from fgrpo_jax.files import partial_of, write_atomically
+from fgrpo_jax.files import check_writable, partial_of, storing, write_atomically
 from fgrpo_jax.log import MetricsLog
+
+_LOCK = ".lock"
 
 
 def check(config: Config) -> Path:
@@ -42,27 +48,54 @@ def check(config: Config) -> Path:
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
                 + "\n".join(f"  - {line}" for line in lines)
             )
-    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name}:
+    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name, _LOCK}:
         raise ConfigError(f"{run_dir} is not empty, and no run: it holds no config.json; choose another run_dir")
     return run_dir
 
 
-def enter(config: Config, is_main: bool = True) -> Path:
-    """Create the run directory, or enter one: what changed in its configuration is said and written.
+def enter(config: Config) -> Path:
+    """Enter a run directory that is locked: what changed in its configuration is said and written.
 
-    Raises ConfigError when it cannot be written, and what `check` raises.
+    Raises what `check` raises, and StorageError.
     """
     run_dir = check(config)
-    if is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if (run_dir / "config.json").is_file():
-                _announce(run_dir, config)
-                _reopen(run_dir, config)
-            write_atomically(run_dir / "config.json", config_lib.to_json(config))
-        except OSError as error:
-            raise ConfigError(f"run_dir {run_dir} cannot be written ({error}): choose another") from None
+    if (run_dir / "config.json").is_file():
+        _announce(run_dir, config)
+        _reopen(run_dir, config)
+    write_atomically(run_dir / "config.json", config_lib.to_json(config))
     return run_dir
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make the run directory, and hold it alone: another program that trains in it is refused.
+
+    The lock (flock) belongs to the open file, so the system lets go of it however a process
+    ends. Of the processes of one run the first one holds it. A file system may not know locks,
+    or only within one machine (some network file systems): the first is said, the second cannot
+    be told. Raises StorageError when the directory cannot be written, ConfigError when it is held.
+    """
+    check_writable(run_dir)
+    path = run_dir / _LOCK
+    with storing(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another program"
+            raise ConfigError(
+                f"{run_dir} is in use by {holder}: wait until it ends, stop it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            print(f"note: {run_dir} cannot be locked ({error.strerror}): let no other program train in it")
+        else:
+            with storing(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+        yield
 
 
 def _before(run_dir: Path, config: Config) -> Config:
@@ -192,7 +225,7 @@ def _mark(start: Path) -> dict[str, Any] | None:
 
 
 def check_data(
-    run_dir: Path, kind: str, fingerprints: dict[str, str], catalogue: Any, is_main: bool = True
+    run_dir: Path, kind: str, fingerprints: dict[str, str], catalogue: Any, write: bool = True
 ) -> None:
     """Record what the run was trained on; refuse to go on with other data under the same name.
 
@@ -216,7 +249,7 @@ def check_data(
         "fingerprints": known["fingerprints"] | fingerprints,
         "catalogue": [list(item) for item in catalogue],
     }
-    if is_main and merged != known:
+    if write and merged != known:
         write_atomically(path, json.dumps(merged, ensure_ascii=False, sort_keys=True) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,40 @@ def test_unknown_names_and_unwritable_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="set data.prepared_dir"):
         datasets.load(DataConfig(prepared_dir=str(tmp_path / "file")))
+
+
+def damage_rows(home):
+    for path in home.rglob("*test*record*"):
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def empty_meta(home):
+    (home / "meta.json").write_text("")
+
+
+def lose_features(home):
+    next(home.rglob("features.json")).unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_rows, empty_meta, lose_features])
+def test_prepared_data_that_are_damaged_are_named(world, tmp_path, harm):
+    shutil.copytree(world[1], tmp_path / "prepared")
+    (home,) = (tmp_path / "prepared" / "synthetic").iterdir()
+    harm(home)
+    message = f"prepared data in {home} are damaged or gone .*: remove what is left of that folder, and give the same"
+    with pytest.raises(DataError, match=message) as error:
+        list(datasets.load(DataConfig(prepared_dir=str(tmp_path / "prepared"))).splits["test"])
+    assert "\n" not in str(error.value)
+
+
+def test_prepared_data_for_which_there_is_no_room(tmp_path, monkeypatch):
+    def refuse(self, **options):
+        raise RuntimeError("write() failed: No space left on device; writing /somewhere")  # as array_record does
+
+    monkeypatch.setattr(synthetic.Synthetic, "download_and_prepare", refuse)
+    with pytest.raises(DataError, match="cannot write to .*synthetic .No space left on device.: set data.prepared_dir"):
+        datasets.load(DataConfig(prepared_dir=str(tmp_path)))
+    assert not list((tmp_path / "synthetic").iterdir())
 
 
 # ---------------------------------------------------------------------- musique

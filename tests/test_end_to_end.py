@@ -81,7 +81,8 @@ def test_each_stage_compiles_its_step_once(run):
 def test_the_run_directory(run):
     found = {str(path.relative_to(run.directory)) for path in run.directory.iterdir()}
     assert found == {
-        "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "curves.png", "sft", "rl", "eval"
+        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "curves.png", "sft", "rl",
+        "eval",
     }  # fmt: skip
     assert (run.directory / "curves.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((run.directory / "data.json").read_text())

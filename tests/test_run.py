@@ -12,6 +12,7 @@ from tiny import changed, run_training, tiny_config
 from fgrpo_jax import log as log_lib
 from fgrpo_jax import run
 from fgrpo_jax.config import ConfigError, to_json
+from fgrpo_jax.files import StorageError
 
 
 @pytest.fixture
@@ -21,16 +22,18 @@ def config(tmp_path):
 
 def test_a_new_directory_is_made_and_entered_again(config, tmp_path):
     assert run.check(config) == tmp_path / "run" and not (tmp_path / "run").exists()
-    assert run.enter(config) == tmp_path / "run"
+    with run.locked(tmp_path / "run"):
+        assert run.enter(config) == tmp_path / "run"
     assert run.read_config(tmp_path / "run") == config
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     run.enter(config)
     (tmp_path / "run").rename(tmp_path / "moved")
     run.enter(changed(config, {"run_dir": str(tmp_path / "moved")}))  # where it lies does not count
-    assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == ["config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == [".lock", "config.json", "metrics.jsonl"]
 
 
-def test_another_configuration_is_refused_naming_the_fields(config):
+def test_another_configuration_is_refused_naming_the_fields(config, tmp_path):
+    (tmp_path / "run").mkdir()
     run.enter(config)
     other = changed(config, {"seed": 1, "reward.k": 3})
     for entrance in (run.check, run.enter):
@@ -44,7 +47,8 @@ def test_another_configuration_is_refused_naming_the_fields(config):
 
 def test_a_directory_with_other_contents_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.partial").write_text("{")  # of a run killed at once
+    for name in (".config.json.partial", ".lock"):
+        (tmp_path / "run" / name).write_text("{")  # of a run killed at once
     run.enter(config)
     (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "thesis.tex")
     with pytest.raises(ConfigError, match="not empty, and no run: it holds no config.json; choose another"):
@@ -61,8 +65,9 @@ def test_a_place_that_cannot_be_written_is_refused(config, tmp_path, place):
     os.chmod(tmp_path / "closed", 0o500)
     if place.startswith("closed") and os.access(tmp_path / "closed", os.W_OK):
         pytest.skip("this user may write anywhere")
-    with pytest.raises(ConfigError, match=f"run_dir .*{place} cannot be written .*: choose another"):
-        run.enter(changed(config, {"run_dir": str(tmp_path / place)}))
+    with pytest.raises(StorageError, match=f"{place} could not be written .*: what was complete before is whole"):
+        with run.locked(tmp_path / place):
+            pass
 
 
 def test_what_is_no_run_cannot_be_read(tmp_path):

@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 
 from fgrpo_jax.config import DataConfig, fingerprint
 from fgrpo_jax.datasets import DataError, Dataset, Item, Split
+from fgrpo_jax.files import reason
 from fgrpo_jax.types import RankingExample
 
 
@@ -162,7 +163,8 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
     home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
     if not home.is_dir():
         _prepare(builder, files, used, folder, home)
-    dataset = _open(name, builder, home)
+    with _reading(home):
+        dataset = _open(name, builder, home)
     if given is not None and builder.takes_catalogue and dataset.catalogue != given:
         raise DataError(
             f"{files['catalogue']} is not the catalogue this run was trained with ({len(dataset.catalogue)} "
@@ -172,12 +174,9 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
 
 
 def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
+    temporary = home.parent / f".{home.name}-{uuid.uuid4().hex}"
     try:
-        temporary = home.parent / f".{home.name}-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {home.parent} ({error}): set data.prepared_dir") from error
-    try:
         made = builder(files, given, data_dir=str(temporary))
         manual = str(folder) if folder and builder.MANUAL_DOWNLOAD_INSTRUCTIONS else None
         tfds.disable_progress_bar()
@@ -192,6 +191,8 @@ def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
         except OSError:
             if not home.is_dir():  # otherwise another process was first, with the same result
                 raise
+    except (OSError, RuntimeError) as error:  # the second is what array_record raises
+        raise DataError(f"cannot write to {home.parent} ({reason(error)}): set data.prepared_dir") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -204,7 +205,7 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     splits = {}
     for split, record in meta["splits"].items():
         source = reader.as_data_source(split=split)
-        splits[split] = Split(_reader(source), record["query_ids"], record["trainable"], keep)
+        splits[split] = Split(_reader(source, home), record["query_ids"], record["trainable"], keep)
     return Dataset(
         name=name,
         kind=meta["kind"],
@@ -216,8 +217,23 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     )
 
 
-def _reader(source: Any) -> Callable[[list[int]], list[RankingExample]]:
-    return lambda indices: [_decode(row) for row in source.__getitems__(indices)]
+def _reader(source: Any, home: Path) -> Callable[[list[int]], list[RankingExample]]:
+    def read(indices: list[int]) -> list[RankingExample]:
+        with _reading(home):
+            return [_decode(row) for row in source.__getitems__(indices)]
+
+    return read
+
+
+@contextlib.contextmanager
+def _reading(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the readers of array_record raise several kinds
+        raise DataError(
+            f"the prepared data in {home} are damaged or gone ({reason(error)}): remove what is left of "
+            "that folder, and give the same command again"
+        ) from error
 
 
 # ---------------------------------------------------------------------- raw files

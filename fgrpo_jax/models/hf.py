@@ -28,6 +28,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fgrpo_jax.files import storing
 from fgrpo_jax.models.decoder import DecoderSpec, param_table
 from fgrpo_jax.models.hf_config import (
     ModelFilesError,
@@ -227,7 +228,8 @@ def save(
         length, token ids) are kept. None: those come from the tokenizer and the defaults of
         `transformers`.
     Weights are in the type of `params`. The directory appears whole or not at all. Raises
-    ModelFilesError when it exists and is not empty, or when parameters lie on other hosts.
+    ModelFilesError when it exists and is not empty, or when parameters lie on other hosts,
+    StorageError when it cannot be written.
     """
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -235,16 +237,17 @@ def save(
     flat = flatten_dict(params, sep="/")
     if not all(x.is_fully_addressable for x in flat.values() if isinstance(x, jax.Array)):
         raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
+    dtype = str(flat["embed"].dtype)
+    config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        dtype = str(flat["embed"].dtype)
-        config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(partial)
-        _save_weights(partial, spec, flat, max_file_bytes)
-        os.replace(partial, target)
+        with storing(target, Exception):  # the libraries raise their own kinds
+            partial.mkdir(parents=True)
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(partial)
+            _save_weights(partial, spec, flat, max_file_bytes)
+            os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

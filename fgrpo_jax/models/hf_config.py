@@ -26,10 +26,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def read_spec(
-    directory: str | Path, dtype: str, param_dtype: str, remat: bool, attention: str, logit_chunk: int
-) -> DecoderSpec:
-    """The sizes of a checkpoint, from its config.json; the other arguments are numerics of ours.
+def read_spec(directory: str | Path, **numerics: Any) -> DecoderSpec:
+    """The sizes of a checkpoint, from its config.json; numerics: fields of the spec that it does not decide.
 
     Reads what transformers 4 (`rope_theta`) and 5 (`rope_parameters`) write. Raises
     ModelFilesError naming the field and its value for every model we do not compute.
@@ -58,11 +56,7 @@ def read_spec(
         rope_theta=_rope_theta(config, path),
         norm_eps=_positive(_field(config, "rms_norm_eps", path), "rms_norm_eps", path),
         tie_embeddings=tied,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        attention=attention,
-        logit_chunk=logit_chunk,
+        **numerics,
     )
     if spec.num_heads % spec.num_kv_heads:
         raise ModelFilesError(
