@@ -68,11 +68,11 @@ def test_what_moves_at_least_is_what_programs_move():
         from fgrpo_jax.bench_flops import Shape
         from fgrpo_jax.models.decoder import DecoderSpec
         from fgrpo_jax.sharding import make_mesh
-        spec = DecoderSpec(vocab_size=64, hidden_size=16, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=8,
+        spec = DecoderSpec(vocab_size=64, hidden_size=16, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8,
                            mlp_size=48, attention="blocks")
         shape = Shape(batch=16, prompt=32, group=2, length=8)
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1)):
+        for sizes in ((2, 4, 1, 1), (2, 2, 2, 1)):
             plan = Plan(*sizes)
             least = bench_bounds.traffic(spec, shape, plan)
             programs = bench_compile.lowered(spec, shape, make_mesh(*sizes[:3]), plan.microbatches)

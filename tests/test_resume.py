@@ -265,19 +265,19 @@ COUNTED = """
 """
 
 
-def test_two_processes_of_two_devices_train_what_one_does(whole, tmp_path):
+def test_two_processes_of_four_devices_train_what_one_does(whole, tmp_path):
     """The whole command, on a mesh over both: the same rows up to rounding, written once.
 
     Each encodes its own half of every batch: of 8 queries, also where the validation is decoded.
     """
-    config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 2})
+    config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 4})
     names = {"root": str(ROOT), "config": config_file(config, tmp_path / "config.py")}
     command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names)]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    with processes_of_a_run(command, devices=2, **quick) as both:
+    with processes_of_a_run(command, devices=4, **quick) as both:
         said = [child.communicate(timeout=600) for child in both]
     assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
-    assert "4 x cpu (2 process(es)), mesh data 2 x fsdp 2 x tensor 1" in said[0][0]
+    assert "8 x cpu (2 process(es)), mesh data 2 x fsdp 4 x tensor 1" in said[0][0]
     assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
     for out, _ in said:
         encoded = json.loads(out.split("encoded ")[1])
