@@ -36,28 +36,32 @@ def quick_jit(function, **options):
     return jax.jit(function, compiler_options=_known_options(), **options)
 
 
-@contextlib.contextmanager
-def processes_of_a_run(command, devices=1, count=2, **environ):
-    """Children that run the same command as the processes of one run; none outlives the block.
-
-    devices: simulated, in each. environ: for all, or a tuple with a value for each.
-    """
+def environments(count, devices):
+    """What makes `count` processes on this machine one run, of so many simulated devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environ |= {
+    common = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "FGRPO_COORDINATOR": f"localhost:{port}",
         "FGRPO_NUM_PROCESSES": str(count),
-        "FGRPO_PROCESS_ID": tuple(map(str, range(count))),
     }
+    return [common | {"FGRPO_PROCESS_ID": str(i)} for i in range(count)]
+
+
+@contextlib.contextmanager
+def two_processes(command, devices=1, **environ):
+    """Children that run the same command as the processes of one run; none outlives the block.
+
+    environ: for both, or a tuple with a value for each.
+    """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = []
     try:
-        for i in range(count):
-            own = {name: value[i] if isinstance(value, tuple) else value for name, value in environ.items()}
-            children.append(subprocess.Popen(command, env=os.environ | own, **pipes))
+        for i, env in enumerate(environments(2, devices)):
+            env |= {name: value[i] if isinstance(value, tuple) else value for name, value in environ.items()}
+            children.append(subprocess.Popen(command, env=os.environ | env, **pipes))
         yield children
     finally:
         for child in children:

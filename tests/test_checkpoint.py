@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import processes_of_a_run
+from helpers import two_processes
 
 from fgrpo_jax.checkpoint import Checkpoints, placed, preemption
 from fgrpo_jax.types import TrainState
@@ -168,7 +168,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
         print("stopped", step, flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    with processes_of_a_run(command, devices=2) as both:
+    with two_processes(command, devices=2) as both:
         said = iter(both[1].stdout.readline, "")
         assert "ready\n" in said, both[1].communicate()[1][-3000:]
         both[1].send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from helpers import processes_of_a_run
+from helpers import two_processes
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.processes import initialize_distributed
@@ -53,7 +53,7 @@ TOGETHER = """
 
 def together(failing=(), outcome="pass"):
     script = textwrap.dedent(TOGETHER).replace("FAIL", repr(failing)).replace("OUTCOME", outcome)
-    return processes_of_a_run([sys.executable, "-c", script])
+    return two_processes([sys.executable, "-c", script])
 
 
 def endings(both):

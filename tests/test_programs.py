@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from bpe import train_bpe
-from helpers import processes_of_a_run
+from helpers import two_processes
 from tiny import ITEMS, ROOT, write_world
 
 from fgrpo_jax import datasets
@@ -23,7 +23,7 @@ def lowered(tmp_path_factory):
     datasets.load(DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared"))
     command = [sys.executable, str(ROOT / "tests" / "lowered.py"), str(folder)]
     seeds = ("0", "2")  # under which the set of "recall" and "ndcg" has two orders
-    with processes_of_a_run(command, devices=2, PYTHONPATH=str(ROOT), PYTHONHASHSEED=seeds) as both:
+    with two_processes(command, devices=2, PYTHONPATH=str(ROOT), PYTHONHASHSEED=seeds) as both:
         errors = [child.communicate(timeout=300)[1] for child in both]
     assert [child.returncode for child in both] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     return [json.loads((folder / f"{i}.json").read_text()) for i in "01"]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import processes_of_a_run
+from helpers import two_processes
 from tiny import (
     ROOT,
     changed,
@@ -274,7 +274,7 @@ def test_two_processes_of_four_devices_train_what_one_does(whole, tmp_path):
     names = {"root": str(ROOT), "config": config_file(config, tmp_path / "config.py")}
     command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names)]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    with processes_of_a_run(command, devices=4, **quick) as both:
+    with two_processes(command, devices=4, **quick) as both:
         said = [child.communicate(timeout=600) for child in both]
     assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
     assert "8 x cpu (2 process(es)), mesh data 2 x fsdp 4 x tensor 1" in said[0][0]

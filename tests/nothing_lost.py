@@ -1,0 +1,292 @@
+"""Kill runs at random moments, start them again, and see that nothing is lost.
+
+    python tests/nothing_lost.py --kills 100                  # one process
+    python tests/nothing_lost.py --kills 20 --processes 2     # two, of four simulated devices each
+    python tests/nothing_lost.py --kills 10 --slow 50         # every fsync, rename, mkdir and unlink takes 50 ms
+
+A tiny run of both stages is made once without interruption. Further runs of the same configuration
+are killed (SIGKILL) and started again until they reach their end, run after run, until there were as
+many kills as asked for. Of two processes both are killed, or one, and then the other must end
+by itself within a minute and say what to do. Each run is compared with the first one:
+
+    checkpoints     every array of those that the first run kept, and what was saved beside, to the bit
+    metrics.jsonl   every row, but for queries_per_s, which is the clock's
+    sft/, rl/       done.json, to the byte
+    eval/           every file, to the byte, but for the git revision in manifest.json
+
+Prints figures, and ends with 1 where something differs or a start does not go well. The first kills
+come while programs are compiled for the first time. --slow needs strace (Linux).
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from helpers import environments
+from tiny import ROOT, changed, config_file, contents, rows, tiny_config, write_world
+
+LATEST = 60  # seconds within which a process ends that lost another one
+HINTS = ("run the same command on all hosts", "Terminating process because the JAX distributed service")
+SLOW = "fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir"
+
+
+# --------------------------------------------------------------------- one life of a run
+
+
+class Life:
+    """One start of a run, in one or several processes; what they say goes to files in its folder."""
+
+    def __init__(self, run_dir, cache, processes, slow):
+        self.run_dir, self.began = run_dir, time.monotonic()
+        self._rows = _size(run_dir / "metrics.jsonl")
+        self._logs = [run_dir.with_name(f"{run_dir.name}.{i}.txt") for i in range(processes)]
+        command = [sys.executable, str(ROOT / "train.py"), f"{run_dir}.py"]
+        if slow:
+            delay = f"inject={SLOW}:delay_enter={1000 * slow}"
+            strace = ["strace", "-D", "-f", "-qq", "-o", os.devnull, "--seccomp-bpf", "-e", f"trace={SLOW}", "-e", delay]
+            command = [*strace, *command]
+        quick = {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(run_dir.with_name(cache)),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+        self.children = []
+        for log, env in zip(self._logs, environments(2, devices=4) if processes == 2 else [{}], strict=True):
+            with log.open("w") as file:
+                child = subprocess.Popen(command, env=os.environ | quick | env, stdout=file, stderr=subprocess.STDOUT)
+            self.children.append(child)
+
+    def close(self):
+        for child in self.children:
+            child.kill()
+            child.wait()
+
+    def age(self):
+        return time.monotonic() - self.began
+
+    def said(self, i):
+        return self._logs[i].read_text(errors="replace")
+
+    def running(self):
+        return [child.poll() is None for child in self.children]
+
+    def joined(self):
+        return len(self.children) == 1 or all("should another one be lost" in self.said(i) for i in range(2))
+
+    def logged(self):
+        return _size(self.run_dir / "metrics.jsonl") > self._rows
+
+    def saving(self):
+        return any(self.run_dir.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
+
+    def trained(self):
+        return (self.run_dir / "rl" / "done.json").is_file()
+
+
+def _size(path):
+    return path.stat().st_size if path.is_file() else 0
+
+
+def moments(whole, evaluating):
+    """Name -> (what to wait for; seconds from there on, at least and at most). Given: seconds of the first run."""
+
+    def started(life):
+        return True
+
+    return {
+        "first second": (started, 0.0, 1.0),
+        "start-up": (started, 1.0, 0.6 * (whole - evaluating)),
+        "any": (started, 0.0, whole),
+        "step or validation": (Life.logged, 0.0, 1.0),
+        "checkpoint": (Life.saving, 0.0, 0.02),
+        "evaluation": (Life.trained, 0.0, evaluating),
+        "last second": (Life.trained, max(0.0, evaluating - 1.0), evaluating),
+    }
+
+
+def live(life, wait_for, seconds):
+    """Let it live until the moment has come and seconds have passed; whether some process still runs then."""
+    while not wait_for(life):
+        if not any(life.running()):
+            return False
+        time.sleep(0.002)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(life.running()):
+            return False
+        time.sleep(0.002)
+    return any(life.running())
+
+
+def kill(life, rng, found):
+    """All its processes, or one of two that have found each other: then the other has to end."""
+    chosen = rng.choice([(0, 1), (0,), (1,)]) if len(life.children) == 2 and life.joined() else range(len(life.children))
+    for i in chosen:
+        life.children[i].kill()
+    killed = time.monotonic()
+    for i, child in enumerate(life.children):
+        try:
+            child.wait(LATEST)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"process {i} still runs {LATEST} s after the other one was killed:\n{life.said(i)[-3000:]}")
+        if i not in chosen and child.returncode != 0:  # 0: it was done before
+            found["survivor"].append(time.monotonic() - killed)
+            hint = [hint for hint in HINTS if hint in life.said(i).split("should another one be lost", 1)[1].split("\n", 1)[1]]
+            if not hint:
+                raise SystemExit(f"process {i} ended without a word of what to do:\n{life.said(i)[-3000:]}")
+            found["hint"].append(hint[0])
+
+
+# --------------------------------------------------------------------- what two runs differ in
+
+
+def differences(ours, theirs):
+    found = []
+    if rows(ours) != rows(theirs):
+        found.append("metrics.jsonl")
+    for stage in ("sft", "rl"):
+        if (ours / stage / "done.json").read_bytes() != (theirs / stage / "done.json").read_bytes():
+            found.append(f"{stage}/done.json")
+        for step in sorted(path.name for path in (theirs / stage / "checkpoints").iterdir() if path.name.isdigit()):
+            own = ours / stage / "checkpoints" / step
+            if not own.is_dir() or not _equal(own, theirs / stage / "checkpoints" / step):
+                found.append(f"{stage}/checkpoints/{step}")
+    left, right = (_evaluation(run / "eval") for run in (ours, theirs))
+    return found + [f"eval/{name}" for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
+
+
+def _equal(ours, theirs):
+    left, right = arrays(ours), arrays(theirs)
+    same = left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+    return same and _beside(ours) == _beside(theirs)
+
+
+def arrays(checkpoint):
+    """Name -> array of a checkpoint's state."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(checkpoint / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(checkpoint / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return ocp.tree.to_flat_dict(state, sep=".")
+
+
+def _beside(checkpoint):
+    saved = json.loads((checkpoint / "meta" / "metadata").read_text())
+    return saved["metric"], saved["meta"]["data"], saved["meta"]["unlogged"]
+
+
+def _evaluation(folder):
+    found = contents(folder)
+    for name in found:
+        if name.endswith("manifest.json"):
+            found[name] = json.loads(found[name]) | {"git": ""}
+    return found
+
+
+# --------------------------------------------------------------------- all of it
+
+
+def first_run(config, folder, arguments):
+    """(its directory, seconds it took warm, seconds of them from the last step on); made twice, first to compile."""
+    for name in ("compiling", "first"):
+        run_dir = prepare(config, folder, name)
+        life = Life(run_dir, "xla of the first", arguments.processes, arguments.slow)
+        try:
+            trained = live(life, Life.trained, 0) and life.age()
+            live(life, lambda life: False, 0)
+            took = life.age()
+            if any(child.returncode for child in life.children):
+                raise SystemExit(f"a run that nobody interrupts fails:\n{life.said(0)[-3000:]}")
+        finally:
+            life.close()
+    return run_dir, took, took - trained
+
+
+def prepare(config, folder, name):
+    config_file(changed(config, {"run_dir": str(folder / name)}), folder / f"{name}.py")
+    return folder / name
+
+
+def interrupted(run_dir, arguments, rng, kinds, found):
+    """Start a run until it reaches its end or there were kills enough, killing it on the way."""
+    while True:
+        kind = rng.choice(list(kinds)) if len(found["kill"]) < arguments.kills else None
+        wait_for, *seconds = kinds[kind] if kind else (lambda life: False, 0, 0)
+        life = Life(run_dir, "xla of the others", arguments.processes, arguments.slow)
+        try:
+            if live(life, wait_for, rng.uniform(*seconds)):
+                found["kill"].append(kind)
+                kill(life, rng, found)
+                continue
+            if codes := [child.returncode for child in life.children if child.returncode]:
+                said = "".join(life.said(i)[-3000:] for i in range(len(life.children)))
+                raise SystemExit(f"after {len(found['kill'])} kills a start ends with {codes}:\n{said}")
+            return
+        finally:
+            life.close()
+
+
+def main(arguments):
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax notes what it does not find
+    rng, found, began = random.Random(arguments.seed), collections.defaultdict(list), time.monotonic()
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix="nothing_lost"))
+    (folder / "data").mkdir(parents=True)
+    write_world(folder / "data", train=120)
+    config = changed(
+        tiny_config(folder / "data", folder / "prepared", "", sft_steps=20, rl_steps=40),
+        {"sft.eval_every": 5, "rl.eval_every": 5, "checkpoint.every": 3, "log_every": 4},
+    )
+    if arguments.processes == 2:
+        config = changed(config, {"mesh.fsdp": 2})
+    first, whole, evaluating = first_run(config, folder, arguments)
+    print(f"uninterrupted: {whole:.1f} s, {evaluating:.1f} s of them after the last step", flush=True)
+    kinds = moments(whole, evaluating)
+    while len(found["kill"]) < arguments.kills:
+        before = len(found["kill"])
+        run_dir = prepare(config, folder, f"run{len(found['run'])}")
+        interrupted(run_dir, arguments, rng, kinds, found)
+        found["run"].append(run_dir.name)
+        if different := differences(run_dir, first):
+            raise SystemExit(f"{run_dir} differs from {first} in {', '.join(different)}")
+        print(f"{run_dir.name}: killed {len(found['kill']) - before} times, and equal", flush=True)
+        shutil.rmtree(run_dir)
+    print(report(found, time.monotonic() - began))
+    if not arguments.folder:
+        shutil.rmtree(folder)
+
+
+def report(found, seconds):
+    killed = ", ".join(f"{n} {kind}" for kind, n in collections.Counter(found["kill"]).most_common())
+    lines = [f"{len(found['kill'])} kills ({killed}) in {len(found['run'])} runs, all equal; {seconds:.0f} s"]
+    if found["survivor"]:
+        took = found["survivor"]
+        middle = statistics.median(took)
+        lines.append(f"{len(took)} times one of two was killed: the other ended after {middle:.1f} s, {max(took):.1f} at most")
+        lines += [f"  {n} times with {hint!r}" for hint, n in collections.Counter(found["hint"]).items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--slow", type=int, default=0, metavar="MS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="where to work, kept; default: a temporary one, removed")
+    main(parser.parse_args())
