@@ -248,12 +248,11 @@ def main(arguments):
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="nothing_lost"))
     (folder / "data").mkdir(parents=True)
     write_world(folder / "data", train=120)
+    sft, rl = (20, 40) if arguments.processes == 1 else (8, 12)
     config = changed(
-        tiny_config(folder / "data", folder / "prepared", "", sft_steps=20, rl_steps=40),
-        {"sft.eval_every": 5, "rl.eval_every": 5, "checkpoint.every": 3, "log_every": 4},
+        tiny_config(folder / "data", folder / "prepared", "", sft_steps=sft, rl_steps=rl),
+        {"sft.eval_every": 5, "rl.eval_every": 5, "checkpoint.every": 3, "log_every": 4, "mesh.fsdp": arguments.processes},
     )
-    if arguments.processes == 2:
-        config = changed(config, {"mesh.fsdp": 2})
     first, whole, evaluating = first_run(config, folder, arguments)
     print(f"uninterrupted: {whole:.1f} s, {evaluating:.1f} s of them after the last step", flush=True)
     kinds = moments(whole, evaluating)

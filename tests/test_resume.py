@@ -259,6 +259,17 @@ COUNTED = """
         encoded.append(len(texts))
         return encode(tokenizer, texts, *others)
     prompts.encode_prompts = encode_prompts
+    make_step, collected = train.make_step, []
+    def make_poisoned_step(experiment, policy, stage):
+        collect, *others = make_step(experiment, policy, stage)
+        def poisoned(*arguments):
+            batch, seen = collect(*arguments)
+            collected.append(stage.source)
+            bad = collected.count("sampled") == 3
+            return (batch.replace(weight=batch.weight * float("nan")) if bad else batch), seen
+        return poisoned, *others
+    if {poisoned}:
+        train.make_step = make_poisoned_step
     code = train.main([{config!r}])
     print("encoded", json.dumps(encoded), flush=True)
     sys.exit(code)
@@ -268,22 +279,31 @@ COUNTED = """
 def test_two_processes_of_four_devices_train_what_one_does(whole, tmp_path):
     """The whole command, on a mesh over both: the same rows up to rounding, written once.
 
-    Each encodes its own half of every batch: of 8 queries, also where the validation is decoded.
+    The third step of rl is not finite at first, which ends both, and both resume. Each encodes
+    its own half of every batch: of 8 queries, also where the validation is decoded.
     """
     config = changed(whole.config, {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 4})
     names = {"root": str(ROOT), "config": config_file(config, tmp_path / "config.py")}
-    command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names)]
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    with two_processes(command, devices=4, **quick) as both:
-        said = [child.communicate(timeout=600) for child in both]
-    assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
-    assert "8 x cpu (2 process(es)), mesh data 2 x fsdp 4 x tensor 1" in said[0][0]
-    assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
-    for out, _ in said:
-        encoded = json.loads(out.split("encoded ")[1])
-        start_up = 3 + 2  # the longest queries of every split, and a batch of each stage, for its shapes
-        steps, validations = 6 + 6, 3 + 3 + 2  # the last two: the final evaluation of two stages
+
+    def start(poisoned):
+        command = [sys.executable, "-c", textwrap.dedent(COUNTED).format(**names, poisoned=poisoned)]
+        with two_processes(command, devices=4, **quick) as both:
+            said = [child.communicate(timeout=600) for child in both]
+        return said, [child.returncode for child in both]
+
+    start_up = 3 + 2  # the longest queries of every split, and a batch of each stage, for its shapes
+    bad, codes = start(poisoned=True)
+    assert codes == [2, 2], bad[0][1][-3000:] + bad[1][1][-3000:]
+    for out, errors in bad:
+        assert "error: rl step 3: loss or gradient is not finite" in errors
+        encoded, steps, validations = json.loads(out.split("encoded ")[1]), 6 + 3, 3 + 1
         assert len(encoded) == start_up + steps + 2 * validations and set(encoded[start_up:]) == {4}
+    said, codes = start(poisoned=False)
+    assert codes == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert "8 x cpu (2 process(es)), mesh data 2 x fsdp 4 x tensor 1" in said[0][0]
+    assert "rl: resuming from step 2\n" in said[0][0]
+    assert "queries, percent" in said[0][0] and "queries" not in said[1][0]
     ours, theirs = rows(tmp_path / "run"), rows(whole.directory)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for our, their in zip(ours, theirs, strict=True):

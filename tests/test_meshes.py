@@ -1,0 +1,50 @@
+"""A run that goes on, on another mesh, does what it would have done."""
+
+import jax
+import pytest
+from helpers import run_on_8_devices
+from tiny import ROOT, rows, write_world
+
+LEGS = """
+    import sys
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    import jax
+    import eval as evaluation
+    from fgrpo_jax import report
+    from fgrpo_jax.stage import Stage
+    from tiny import changed, run_training, tiny_config
+
+    jax.config.update("jax_compilation_cache_dir", {cache!r})
+    jax.config.update("jax_disable_most_optimizations", True)
+    report.curves = evaluation.evaluate_run = lambda *paths: None
+    devices, on_step = jax.devices(), Stage.on_step
+    config = tiny_config({folder!r} + "/data", {folder!r} + "/prepared", {folder!r}, rl_steps=6)
+
+    def run(name, count, data, fsdp, tensor, until=None):
+        jax.devices = lambda: devices[:count]
+        Stage.on_step = lambda self, state, metrics, examples, stopping: on_step(
+            self, state, metrics, examples, stopping=self._step + 1 == until
+        )
+        mesh = {{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}}
+        assert run_training(changed(config, mesh | {{"run_dir": {folder!r} + "/" + name}})) == 0
+
+    run("alone", 1, 1, 1, 1)
+    run("moved", 8, 1, 4, 2, until=1)
+    run("moved", 4, 4, 1, 1, until=4)
+    run("moved", 1, 1, 1, 1)
+"""
+
+
+def test_from_8_devices_to_4_to_1(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_world(tmp_path / "data")
+    cache = jax.config.jax_compilation_cache_dir
+    said = run_on_8_devices(LEGS.format(root=str(ROOT), cache=cache, folder=str(tmp_path)))
+    meshes = " ".join(said).split("mesh data ")[1:]
+    assert [" ".join(mesh.split()[:7]) for mesh in meshes] == [
+        "1 x fsdp 1 x tensor 1", "1 x fsdp 4 x tensor 2", "4 x fsdp 1 x tensor 1", "1 x fsdp 1 x tensor 1"
+    ]  # fmt: skip
+    alone, moved = rows(tmp_path / "alone"), rows(tmp_path / "moved")
+    assert [row["step"] for row in moved] == [row["step"] for row in alone] == [0, 3, 4, 6, 6]
+    for our, their in zip(moved, alone, strict=True):
+        assert our == pytest.approx(their, abs=1e-4)
