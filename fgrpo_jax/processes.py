@@ -27,6 +27,7 @@ _COORDINATOR, _PROCESSES, _PROCESS = "FGRPO_COORDINATOR", "FGRPO_NUM_PROCESSES",
 _DETECT = "FGRPO_DISTRIBUTED"
 
 _SILENCE = 40  # seconds without a sign of life after which JAX takes a process for gone (its default: 100)
+_LAST = 3600  # seconds that others wait at their end for process 0, which writes the evaluation (JAX: 300)
 _PATIENCE = 10  # seconds that a failing process gives the others to fail too
 _ROUND = 1000  # milliseconds
 _RESUME = "run the same command on all hosts: it resumes from the last checkpoint"
@@ -54,7 +55,7 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> bool:
     if not given and not detect:
         return False
     where = {} if detect else _explicit(given)
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=_SILENCE)
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_LAST)
     if jax.process_count() > 1:
         _watch()
     return True
