@@ -22,7 +22,7 @@ from fgrpo_jax.baselines import BASELINES
 from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
-from fgrpo_jax.files import storing, write_atomically
+from fgrpo_jax.files import read_json, storing, write_atomically
 from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
@@ -136,13 +136,14 @@ def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
     """The sizes in a run's model.json; None for a run that has none yet.
 
     A size that the file does not name, because it is of an earlier version, has its default.
-    Raises ConfigError for sizes unknown to this version.
+    Raises ConfigError for sizes unknown to this version, and for a file that is damaged.
     """
     path = run_dir / "model.json"
     if not path.is_file():
         return None
-    sizes = json.loads(path.read_text(encoding="utf-8"))
-    if unknown := sorted(set(sizes) - set(decoder.DecoderSpec._fields)):
+    fields, defaults = decoder.DecoderSpec._fields, decoder.DecoderSpec._field_defaults
+    sizes = read_json(path, [name for name in fields if name not in defaults])
+    if unknown := sorted(set(sizes) - set(fields)):
         raise ConfigError(f"{path} describes a model of another version of fgrpo_jax, with {', '.join(unknown)}")
     return decoder.DecoderSpec(**(sizes | _numerics(model)))
 
@@ -206,7 +207,7 @@ def original_config(config: Config, run_dir: Path) -> dict[str, Any] | None:
     if not config.model.checkpoint:
         return None
     if (run_dir / _ORIGINAL).is_file():
-        return json.loads((run_dir / _ORIGINAL).read_text(encoding="utf-8"))
+        return read_json(run_dir / _ORIGINAL)
     return hf.read_config(config.model.checkpoint)  # a run of an earlier version
 
 

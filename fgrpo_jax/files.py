@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from fgrpo_jax.config import ConfigError
 
 _NUMBERS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
@@ -67,6 +71,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
+    """A JSON object that a run wrote. Raises ConfigError where it is damaged, or has not all these names."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of json, and of a text that is no UTF-8
+        raise ConfigError(f"{path} is damaged ({error}): copy it again from where the run was made") from None
+    if missing := [name for name in names if not isinstance(value, dict) or name not in value]:
+        raise ConfigError(f"{path} is damaged (it holds no {missing[0]!r}): copy it again from where the run was made")
+    return value
 
 
 def partial_of(path: Path) -> Path:

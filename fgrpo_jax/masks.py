@@ -124,7 +124,7 @@ class Decisions:
 
     allowed: Array  # [B,G,T,M] bool
     pos: Array  # [B,G,T] int32: tokens of an identifier read before; `due` asks for it
-    taken: Array  # [B,G,T] int32: the choice that the token is; 0 where it is none of those allowed
+    taken: Array  # [B,G,T] int32: the choice that the token is; -1 where it is none of those allowed
 
 
 def parse(
@@ -135,7 +135,8 @@ def parse(
     def decide(state: transcript.State, token_BG: Array) -> Decisions:
         mask_BGM = allowed(grammar, query, options, state)
         is_token = mask_BGM & (due_tokens(grammar, query, state) == token_BG[..., None])
-        return Decisions(mask_BGM, state.pos, jnp.argmax(is_token, -1).astype(jnp.int32))
+        taken_BG = jnp.where(is_token.any(-1), jnp.argmax(is_token, -1), -1).astype(jnp.int32)
+        return Decisions(mask_BGM, state.pos, taken_BG)
 
     return transcript.parse(grammar, query, actions_BGT, decide)
 

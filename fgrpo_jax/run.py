@@ -28,10 +28,12 @@ from fgrpo_jax import changes
 from fgrpo_jax import config as config_lib
 from fgrpo_jax.checkpoint import steps_in, unpin
 from fgrpo_jax.config import Config, ConfigError
-from fgrpo_jax.files import check_writable, partial_of, storing, write_atomically
+from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
 from fgrpo_jax.log import MetricsLog
+from fgrpo_jax.validation import wrong_types
 
 _LOCK = ".lock"
+_DATA = ("kind", "fingerprints", "catalogue")  # what data.json holds
 
 
 def check(config: Config) -> Path:
@@ -143,14 +145,17 @@ def _reopen(run_dir: Path, config: Config) -> None:
 
 
 def read_config(run_dir: Path) -> Config:
-    """Raises ConfigError when the directory is no run, or of an incompatible version."""
+    """Raises ConfigError when the directory is no run, of an incompatible version, or was edited into nonsense."""
     path = run_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
     try:
-        return config_lib.from_json(path.read_text(encoding="utf-8"))
+        config = config_lib.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
+    if problems := wrong_types(config):
+        raise ConfigError(f"{path} is no configuration: {'; '.join(problems)}")
+    return config
 
 
 def earlier_version(run_dir: Path) -> str:
@@ -170,7 +175,7 @@ def is_done(run_dir: Path, name: str) -> bool:
 
 def read_done(run_dir: Path, name: str) -> dict[str, Any]:
     """The record of a finished stage: its last step, the best one, and the metric that chose it."""
-    return json.loads((run_dir / name / "done.json").read_text(encoding="utf-8"))
+    return read_json(run_dir / name / "done.json", ("step", "best_step"))
 
 
 # --------------------------------------------------------------------- the run it started from
@@ -211,7 +216,7 @@ def lacking_start(run_dir: Path, config: Config) -> str:
 
 def _read_start(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "start.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, ("run", "mark")) if path.is_file() else None
 
 
 def _mark(start: Path) -> dict[str, Any] | None:
@@ -232,7 +237,7 @@ def check_data(
     A split that was not there before is added: it does not invalidate anything.
     """
     path = run_dir / "data.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"fingerprints": {}, "kind": kind}
+    known = read_json(path, _DATA) if path.is_file() else {"fingerprints": {}, "kind": kind}
     if known["kind"] != kind:
         raise ConfigError(
             f"{run_dir} was started with {known['kind']} prompts, and its data now make {kind} ones: a raw file "
@@ -271,4 +276,4 @@ def _read_data(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "data.json"
     if not path.is_file():
         raise ConfigError(f"{run_dir} holds no data.json: nothing was trained in it yet")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, _DATA)

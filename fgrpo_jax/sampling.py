@@ -113,7 +113,7 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     """[B,G,T] log-probabilities of the rollouts' actions under `params`; differentiable.
 
     With `constrained` the same masks apply as in sampling, found by reading the actions
-    again. 0 where the rollout is untrained.
+    again: -inf where one was not allowed. 0 where the rollout is untrained.
     """
     spec, grammar, constrained = sampler
     params = decoder.whole_ends(spec, params)
@@ -129,5 +129,5 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     # Untrained positions may allow anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(decided.allowed | ~trained[..., None], logit, -jnp.inf)
     is_action = jnp.arange(logit.shape[-1]) == decided.taken[..., None]
-    chosen = jnp.where(is_action, logit, 0.0).sum(-1)
+    chosen = jnp.where(decided.taken < 0, -jnp.inf, jnp.where(is_action, logit, 0.0).sum(-1))
     return jnp.where(trained, chosen - jax.nn.logsumexp(logit, -1), 0.0)

@@ -27,7 +27,7 @@ from fgrpo_jax.log import MetricsLog, Progress
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import warn_of_merges
 from fgrpo_jax.run import is_done
-from fgrpo_jax.sharding import check_divisible
+from fgrpo_jax.sharding import check_divisible, query_shards
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainingError, TrainState
 
 
@@ -35,7 +35,7 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
     """Refuse, before anything is written or compiled, what only training needs.
 
     Raises ConfigError for batches that do not fit the mesh, for a start that does not fit and for
-    attention that does not run here, DataError for splits that are not there.
+    attention or weights that this machine cannot compute, DataError for splits that are not there.
     """
     config, dataset = experiment.config, experiment.dataset
     if config.model.attention == "flash" and attention_of(config.model) != "flash":
@@ -43,6 +43,7 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
             "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
             f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
         )
+    _check_bfloat16(experiment)
     has = f"data set {dataset.name!r} has only {', '.join(dataset.splits)}: add its raw file, or"
     for name, stage in (("sft", config.sft), ("rl", config.rl)):
         if stage.steps:
@@ -55,6 +56,18 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
         check_start(experiment, run_dir)
     _check_longest(experiment)
     warn_of_merges(config, experiment.tokenizer, dataset.splits[config.eval.split][0])
+
+
+def _check_bfloat16(experiment: Experiment) -> None:
+    """XLA's CPU compiler aborts on sums of bfloat16 over some axes of a mesh, where others are its own to split."""
+    mesh, param_dtype = experiment.mesh, experiment.config.model.param_dtype
+    if param_dtype != "bfloat16" or jax.default_backend() != "cpu":
+        return
+    if mesh.shape["tensor"] > 1 and query_shards(mesh) > 1:
+        raise ConfigError(
+            "model.param_dtype='bfloat16' on CPUs cannot be compiled with mesh.tensor above 1 and queries split too "
+            "(mesh.data, mesh.fsdp): set mesh.tensor=1, or model.param_dtype='float32'"
+        )
 
 
 def _check_longest(experiment: Experiment, how_many: int = 16) -> None:

@@ -12,6 +12,7 @@ from tiny import changed, run_training, tiny_config
 from fgrpo_jax import log as log_lib
 from fgrpo_jax import run
 from fgrpo_jax.config import ConfigError, to_json
+from fgrpo_jax.experiment import saved_spec
 from fgrpo_jax.files import StorageError
 
 
@@ -75,6 +76,27 @@ def test_what_is_no_run_cannot_be_read(tmp_path):
         run.read_config(tmp_path)
     with pytest.raises(ConfigError, match="holds no data.json: nothing was trained in it yet"):
         run.read_catalogue(tmp_path)
+
+
+def test_files_that_were_damaged_are_named(config, tmp_path):
+    """By a copy that was cut short, or by hand."""
+    where = tmp_path / "run"
+    (where / "sft").mkdir(parents=True)
+    model = config.model
+    for name, read, texts in (
+        ("config.json", run.read_config, (to_json(config).replace('"seed": 0', '"seed": "0"'), to_json(config)[:99])),
+        ("sft/done.json", lambda path: run.read_done(path, "sft"), ("", '{"step": 3}', "[]")),
+        ("data.json", run.read_kind, ("{}", '{"kind": "qa"')),
+        ("start.json", lambda path: run.lacking_start(path, config), ("{", "{}")),
+        ("model.json", lambda path: saved_spec(path, model), ("{}", "nonsense")),
+    ):
+        for text in texts:
+            (where / name).write_text(text)
+            with pytest.raises(ConfigError, match=f"{where / name} is "):
+                read(where)
+    with pytest.raises(ConfigError, match=r"config.json is no configuration: seed='0' must be of type int$"):
+        (where / "config.json").write_text(to_json(config).replace('"seed": 0', '"seed": "0"'))
+        run.read_config(where)
 
 
 def test_mistakes_leave_no_directory_behind(config, tmp_path, capsys):

@@ -100,6 +100,17 @@ def test_sampler_and_trainer_agree(sampler, sampled, params, query, trainer):
     assert (rollout.logp[~trained] == 0).all() and (rollout.logp[trained] < 0).mean() > 0.95
 
 
+def test_what_was_not_allowed_has_no_probability(constrained, params, query, trainer):
+    """Of a rollout that was not sampled under the mask; a token does not pass for another one, which is allowed."""
+    grammar = constrained.grammar
+    shape = B, G, grammar.length(*query.identifiers.shape[1:])
+    actions = np.full(shape, grammar.eos, np.int32)
+    phase = np.full(shape, UNTRAINED, np.int32)
+    phase[:, 0, 0] = SLATE  # an eos, instead of a first identifier
+    logp, _ = trainer(constrained, params, query, Rollout(actions, phase, np.zeros(shape, np.float32)), np.ones((B, G), np.float32))
+    assert (logp[:, 0, 0] == -np.inf).all() and (logp[:, 1:] == 0).all()
+
+
 def test_probabilities_of_all_transcripts_sum_to_one(everything):
     distributions, gradient = everything
     assert [len(d) for d in distributions] == [620, 264, 8]

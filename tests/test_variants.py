@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -132,6 +133,15 @@ def test_batches_that_do_not_fit_the_mesh_are_refused_before_training(experiment
     three = types.SimpleNamespace(shape={"data": 3, "fsdp": 1, "tensor": 1})
     with pytest.raises(ConfigError, match="sft.batch_queries=8 does not split .*: set sft.batch_queries to 6 or 9"):
         check_training(experiment._replace(mesh=three), run_dir)
+
+
+@pytest.mark.parametrize("sizes, refused", [((2, 1, 2), True), ((1, 2, 2), True), ((4, 2, 1), False), ((1, 1, 2), False)])
+def test_weights_that_cpus_cannot_sum_are_refused_before_training(experiment, sizes, refused):
+    """XLA would end the process, without a word that a user understands."""
+    narrow = changed(experiment.config, {"model.param_dtype": "bfloat16"})
+    mesh = types.SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    with pytest.raises(ConfigError, match="set mesh.tensor=1, or model.param_dtype=") if refused else nullcontext():
+        check_training(experiment._replace(mesh=mesh, config=narrow), Path(narrow.run_dir))
 
 
 def test_sft(experiment, sft):
