@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, TranscriptConfig
-from fgrpo_jax.launch import keep_memory
 
 if TYPE_CHECKING:
     from fgrpo_jax.evaluate import Prediction
@@ -266,7 +265,7 @@ def main(argv: list[str]) -> int:
         config = read_config(run_dir)
         a = arguments
         check_evaluation(_judged(config, a.data, a.eval, a.mesh), KNOWN)
-        prepare_process(config.compilation_cache)
+        prepare_process(config)
         print(evaluate_run(run_dir, a.data, a.eval, a.split, a.compare, a.mesh))
     except (ConfigError, DataError, ModelFilesError, OSError) as error:
         return _refuse(error)
@@ -279,5 +278,4 @@ def _refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
     sys.exit(main(sys.argv[1:]))

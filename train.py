@@ -15,7 +15,6 @@ import functools
 import sys
 from pathlib import Path
 
-from fgrpo_jax.launch import keep_memory
 
 
 def parse(argv: list[str]):
@@ -155,7 +154,7 @@ def run(config) -> int:
     from fgrpo_jax.stage import check_training
 
     initialize_distributed()
-    experiment_lib.prepare_process(config.compilation_cache)
+    experiment_lib.prepare_process(config)
     dataset = datasets.load(config.data)
     experiment = experiment_lib.assemble(config, dataset, run_dir)
     check_training(experiment, run_dir)
@@ -219,5 +218,4 @@ def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
 
 
 if __name__ == "__main__":
-    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
     python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|qwen3-0.6b|qwen3-4b]
                               [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
                               [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
-                              [--profile DIR]
+                              [--no-keep-memory] [--profile DIR]
     python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (bench_plan.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
@@ -215,6 +215,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
     scan_help = "also scan prompt length and group size, with one query (w1 on two cores: 15 minutes)"
     parser.add_argument("--scan", action="store_true", help=scan_help)
+    memory_help = "as the config's keep_memory (CPU); default: on"
+    parser.add_argument("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help=memory_help)
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--png", metavar="FILE", default="bench.png", help="the scan's picture")
     parser.add_argument("--profile", metavar="DIR", default="", help="write a jax.profiler trace of one step")
@@ -222,17 +224,24 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     workload, dtype = PRESETS[args.preset]
     args.workload = args.workload or workload
     spec, shape = bench_run.sized(args)
-    rows_first = jax.default_backend() == "cpu"
-    spec = spec._replace(dtype=dtype, attention=attention_of(ModelConfig()), rows_first=rows_first)
+    spec = spec._replace(dtype=dtype)
     if args.scan and (shape.prompt < 4 or shape.group < 2):
         parser.error("--scan goes down to a quarter of the prompt and half of the group: they are too small")
     return args, spec, shape
+
+
+def as_computed_here(spec: decoder.DecoderSpec) -> decoder.DecoderSpec:
+    """By the devices there are."""
+    return spec._replace(attention=attention_of(ModelConfig()), rows_first=jax.default_backend() == "cpu")
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plan"]:
         return bench_plan.main(argv[1:])
     args, spec, shape = parse(argv)
+    if args.keep_memory:
+        keep_memory()
+    spec = as_computed_here(spec)
     found = report(args.workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
     print(table(found), flush=True)
     if args.scan:
@@ -247,5 +256,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from fgrpo_jax.config import Config, StageConfig, differences
 
 STAGES = ("sft", "rl")
 ALWAYS = {
-    "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "log_every", "tensorboard",
+    "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
     "model.attention", "model.remat", "model.logit_chunk", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.batch_queries", "eval.baselines", "eval.bootstrap", "eval.versus",
     "checkpoint.every", "checkpoint.keep",

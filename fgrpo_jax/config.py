@@ -246,6 +246,9 @@ class Config:
     """Also write TensorBoard files (needs the `log` extra)."""
     compilation_cache: str = "~/.cache/fgrpo_jax/xla"
     """Where compiled programs are kept between runs; empty: nowhere."""
+    keep_memory: bool = True
+    """On a CPU, with the GNU C library: give no memory back until the program ends, which saves every
+    step its page faults."""
 
 
 # --------------------------------------------------------------------- loading and saving

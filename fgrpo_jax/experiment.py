@@ -23,6 +23,7 @@ from fgrpo_jax.config import Config, ConfigError, ModelConfig, StageConfig
 from fgrpo_jax.data import seed_of
 from fgrpo_jax.evaluate import AT_CUTOFF, WHOLE, Prediction
 from fgrpo_jax.files import read_json, storing, write_atomically
+from fgrpo_jax.launch import keep_memory
 from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.objectives import OBJECTIVES
 from fgrpo_jax.policies import llm
@@ -55,12 +56,14 @@ class Experiment(NamedTuple):
     param_shardings: PyTree
 
 
-def prepare_process(compilation_cache: str) -> None:
-    """Once, at the start of a program: keep compiled programs on disk, silence what Orbax only notes."""
+def prepare_process(config: Config) -> None:
+    """Once, at the start of a program: keep memory and, on disk, compiled programs; silence what Orbax only notes."""
     # It warns of every directory that it only reads; and what it raises it logs too, once from every task.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    enable_compilation_cache(compilation_cache)
+    enable_compilation_cache(config.compilation_cache)
+    if config.keep_memory:
+        keep_memory()
 
 
 def enable_compilation_cache(folder: str) -> None:

@@ -28,7 +28,7 @@ def export(
     config = run.read_config(run_dir)
     if note := run.earlier_version(run_dir):
         print(f"note: {note}")
-    experiment.prepare_process(config.compilation_cache)
+    experiment.prepare_process(config)
     everywhere = MeshConfig(data=1, fsdp=jax.device_count())  # which need not be the run's
     built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), None, run_dir)
     kept = experiment.original_config(config, run_dir)

@@ -180,7 +180,7 @@ class Stage:
         """Log, check, evaluate, save; False when the loop is to end.
 
         Whether a step was finite is asked one step late, so that the host never waits for
-        the step under way (where XLA runs beside it: launch.keep_memory); before anything is
+        the step under way (where XLA runs beside it: not with keep_memory on a CPU); before anything is
         saved it is asked at once.
         """
         self._step = step = self._step + 1

@@ -84,6 +84,7 @@ def tiny_config(data, prepared, run_dir, sft_steps=0, rl_steps=0):
         checkpoint=CheckpointConfig(every=2),
         log_every=3,
         compilation_cache="",
+        keep_memory=False,  # of the process that runs all tests
     )
 
 
