@@ -23,7 +23,8 @@ from fgrpo_jax.types import Param
 
 
 class Chip(NamedTuple):
-    """A chip's public figures. ici_gbytes: GB/s received over all its links together.
+    """A chip's public figures; hbm_gib: what XLA has of its memory, by its own word. ici_gbytes: GB/s
+    received over all its links together.
 
     wraps: from how many chips on a side the links of a slice close to rings.
     """
@@ -38,8 +39,8 @@ class Chip(NamedTuple):
 # cloud.google.com/tpu/docs/v5e and /v5p, read in November 2026; half of the "bidirectional" ICI bandwidth is
 # received. wraps: jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
-    "v5e": Chip(197, 16, 819, 200, 16),
-    "v5p": Chip(459, 95, 2765, 600, 4),
+    "v5e": Chip(197, 15.75, 819, 200, 16),
+    "v5p": Chip(459, 95.74, 2765, 600, 4),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -109,8 +108,8 @@ def compiled(program: jax.stages.Lowered, plan: Plan, least: Moved, resident: in
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used \S+ of \S+ \w+", str(error))
-        return Program(time.perf_counter() - begin, resident, refused=used.group() if used else str(error)[:200])
+        said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        return Program(time.perf_counter() - begin, resident, refused=said)
     seconds, size = time.perf_counter() - begin, made.memory_analysis()
     return Program(
         seconds,

@@ -51,7 +51,7 @@ def table(found: Report) -> str:
         return "\n".join([lines[0], f"  does not fit: {found.refused}"])
     for label in ("arguments", "resident", "temporaries", "outputs"):
         row(f"GiB {label}", [f"{dataclasses.asdict(programs[name])[label] / 2**30:.2f}" for name in names])
-    row(f"GiB in all, of {found.where.chip.hbm_gib:.0f}", [f"{programs[name].memory / 2**30:.2f}" for name in names])
+    row(f"GiB in all, of {found.where.chip.hbm_gib}", [f"{programs[name].memory / 2**30:.2f}" for name in names])
     both = {name: (programs[name].moved, found.least[name]) for name in names}
     for key in sorted({key for moved, least in both.values() for key in (*moved, *least)}):
         cells = [(moved.get(key, 0), least.get(key, 0)) for moved, least in both.values()]
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 def head(name: str, spec: decoder.DecoderSpec, shape: Shape, where: Slice, ranks: list[Estimate]) -> str:
     """What is asked, and the best by closed forms."""
     chip = where.chip
-    figures = f"{chip.hbm_gib:.0f} GiB, {chip.tflops:.0f} TFLOP/s, {chip.hbm_gbytes:.0f} GB/s, links {where.ici_gbytes:.0f} GB/s"
+    figures = f"{chip.hbm_gib} GiB, {chip.tflops:.0f} TFLOP/s, {chip.hbm_gbytes:.0f} GB/s, links {where.ici_gbytes:.0f} GB/s"
     lines = [
         f"{name}, {decoder.num_params(spec) / 1e9:.2f}e9 parameters, {spec.dtype}: {shape.batch} queries of "
         f"{shape.prompt} tokens, {shape.group} rollouts of {shape.length}",

@@ -115,7 +115,7 @@ def test_the_command(spec, tmp_path, monkeypatch, capsys):
     given = ["plan", "--topology", "v5e:1x1", "--workload", "w1", "--batch", "4", "--json", str(path)]
     assert bench.main([*given, "--mesh", "1,1,1", "--microbatches", "2"]) == 0
     out = capsys.readouterr().out
-    assert "v5e:1x1: 1 chips of 16 GiB" in out and "data 1 x fsdp 1 x tensor 1, 4 microbatches" in out
+    assert "v5e:1x1: 1 chips of 15.75 GiB" in out and "data 1 x fsdp 1 x tensor 1, 4 microbatches" in out
     assert "data 1 x fsdp 1 x tensor 1, 2 microbatches (compiled in" in out
     assert "of these: --mesh.data 1 --mesh.fsdp 1 --mesh.tensor 1 --rl.microbatches 2" in out
     found = json.loads(path.read_text())
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_said(spec, monkeypatch, capsys):
     monkeypatch.setitem(bench_run.WORKLOADS, "w1", (spec, Shape(2, 8, 2, 3)))
     monkeypatch.setattr(bench_compile, "devices_of", lambda name: [])
     full = bench_compile.Program(1.0, 2**35)
-    refused = bench_compile.Program(1.0, 0, refused="Used 20.00G of 15.75G hbm")
+    refused = bench_compile.Program(1.0, 0, refused="Ran out of memory on HBM")
 
     def report(spec, shape, plan, where, devices):
         programs = {"rollout": full if plan.microbatches == 1 else refused, "update": refused}
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said(spec, monkeypatch, capsys):
     monkeypatch.setattr(bench_compile, "report", report)
     for parts, said in (
         ("1", "rollout: 32.0 GiB with the optimizer's state"),
-        ("2", "rollout: Used 20.00G of 15.75G hbm"),
+        ("2", "rollout: Ran out of memory on HBM"),
     ):
         given = ["--topology", "v5e:1x1", "--workload", "w1", "--batch", "2", "--microbatches", parts]
         assert bench.main(["plan", *given]) == 0
