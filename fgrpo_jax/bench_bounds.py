@@ -133,12 +133,15 @@ def _weights(spec: decoder.DecoderSpec, mesh: AbstractMesh) -> _Weights:
 # --------------------------------------------------------------------- bytes moved
 
 
-def traffic(spec: decoder.DecoderSpec, shape: Shape, plan: Plan) -> dict[str, dict[tuple[str, str], float]]:
+def traffic(
+    spec: decoder.DecoderSpec, shape: Shape, plan: Plan, scatters: int = 1
+) -> dict[str, dict[tuple[str, str], float]]:
     """Bytes a chip receives at least, in the rollout and the update, by kind and axes of the mesh.
 
     Rollout: all weights gathered once. Update: a layer's weights gathered for the forward and for the
-    backward pass of every microbatch, but the last layer's, embedding and head once for both; gradients, in the type of the
-    parameters, reduce-scattered once over fsdp and then summed over data. Tensor parallelism: the
+    backward pass of every microbatch, but the last layer's, embedding and head once for both; gradients, in
+    the type of the parameters, reduce-scattered over fsdp (`scatters` times: update.py, which keeps no whole
+    gradient, does it for every microbatch) and then summed over data. Tensor parallelism: the
     results of two products a layer, and of the embedding, summed over the tensor axis, and the
     gradients of the inputs of as many.
     """
@@ -161,7 +164,7 @@ def traffic(spec: decoder.DecoderSpec, shape: Shape, plan: Plan) -> dict[str, di
         "update": _received(
             plan,
             ("all-gather", ("fsdp",), passes * compute),
-            ("reduce-scatter", ("fsdp",), weights.split * stored),
+            ("reduce-scatter", ("fsdp",), scatters * weights.split * stored),
             ("all-reduce", ("data",), weights.split // plan.fsdp * stored),
             ("all-reduce", ("data", "fsdp"), weights.others * stored),
             ("all-reduce", ("tensor",), update * per_token),
@@ -209,9 +212,9 @@ def memory(spec: decoder.DecoderSpec, shape: Shape, plan: Plan) -> dict[str, flo
 
 
 def seconds_on_chip(spec: decoder.DecoderSpec, shape: Shape, plan: Plan, chip: Chip) -> dict[str, tuple[float, float]]:
-    """Seconds of each phase by the useful FLOPs at the chip's peak, and by the bytes its memory must deliver.
+    """Seconds of each phase by its FLOPs at the chip's peak, and by the bytes its memory must deliver.
 
-    Memory, at least: prefill reads the weights once, a decoding step weights and caches; an update the
+    FLOPs: the useful ones, and with spec.remat one more forward pass of an update. Memory, at least: prefill reads the weights once, a decoding step weights and caches; an update the
     weights of every pass twice, and parameters, moments and gradient for the optimizer.
     """
     here, chips = plan.local(shape), plan.data * plan.fsdp * plan.tensor
@@ -224,7 +227,10 @@ def seconds_on_chip(spec: decoder.DecoderSpec, shape: Shape, plan: Plan, chip: C
             bench_flops.completion_flops(spec, shape),
             shape.length * bench_flops.decode_step_bytes(spec, here) / plan.tensor,
         ),
-        "update": (bench_flops.update_flops(spec, shape), 2 * plan.microbatches * read + 7 * kept),
+        "update": (
+            (4 if spec.remat else 3) * bench_flops.rollout_flops(spec, shape),
+            2 * plan.microbatches * read + 7 * kept,
+        ),
     }
     return {
         name: (flops / chips / (chip.tflops * 1e12), moved / (chip.hbm_gbytes * 1e9))
@@ -243,7 +249,7 @@ class Estimate(NamedTuple):
 
 def estimate(spec: decoder.DecoderSpec, shape: Shape, plan: Plan, where: Slice) -> Estimate:
     need = memory(spec, shape, plan)
-    moved = sum(sum(kinds.values()) for kinds in traffic(spec, shape, plan).values())
+    moved = sum(sum(kinds.values()) for kinds in traffic(spec, shape, plan, plan.microbatches).values())
     on_chip = sum(max(times) for times in seconds_on_chip(spec, shape, plan, where.chip).values())
     gib = (need["state"] + max(need["rollout"], need["update"])) / 2**30
     return Estimate(plan, gib, on_chip, moved / (where.ici_gbytes * 1e9))

@@ -60,7 +60,7 @@ def table(found: Report) -> str:
     row("MB in all (at least)", [_beside(sum(m.values()), sum(n.values())) for m, n in both.values()])
     row("ms of links", [f"{sum(programs[name].moved.values()) / found.where.ici_gbytes / 1e6:.0f}" for name in names])
     for name, (by_flops, by_memory) in found.phases.items():
-        lines.append(f"  ms of {name:8} {1e3 * by_flops:6.0f} by useful FLOPs, {1e3 * by_memory:6.0f} by memory")
+        lines.append(f"  ms of {name:8} {1e3 * by_flops:6.0f} by FLOPs, {1e3 * by_memory:6.0f} by memory")
     lines.append(
         f"  a step: {1e3 * found.chip_s:.0f} ms on the chip + {1e3 * found.ici_s:.0f} ms of links where nothing overlaps"
     )
@@ -155,7 +155,9 @@ def run(args: argparse.Namespace) -> int:
 def head(name: str, spec: decoder.DecoderSpec, shape: Shape, where: Slice, ranks: list[Estimate]) -> str:
     """What is asked, and the best by closed forms."""
     chip = where.chip
-    figures = f"{chip.hbm_gib} GiB, {chip.tflops:.0f} TFLOP/s, {chip.hbm_gbytes:.0f} GB/s, links {where.ici_gbytes:.0f} GB/s"
+    figures = (
+        f"{chip.hbm_gib} GiB, {chip.tflops:.0f} TFLOP/s, {chip.hbm_gbytes:.0f} GB/s, links {where.ici_gbytes:.0f} GB/s"
+    )
     lines = [
         f"{name}, {decoder.num_params(spec) / 1e9:.2f}e9 parameters, {spec.dtype}: {shape.batch} queries of "
         f"{shape.prompt} tokens, {shape.group} rollouts of {shape.length}",

@@ -90,6 +90,16 @@ def test_what_moves_at_least_is_what_programs_move():
     assert out == ["fine"]
 
 
+def test_every_microbatch_scatters_its_gradient():
+    plan = Plan(1, 16, 1, 4)
+    once, often = (bench_bounds.traffic(QWEN, SHAPE, plan, n)["update"] for n in (1, 4))
+    assert often.pop(("reduce-scatter", "fsdp")) == 4 * once.pop(("reduce-scatter", "fsdp")) and once == often
+    where = bench_bounds.parse_slice("v5e:4x4")
+    rollout = sum(bench_bounds.traffic(QWEN, SHAPE, plan)["rollout"].values())
+    moved = rollout + sum(bench_bounds.traffic(QWEN, SHAPE, plan, 4)["update"].values())
+    assert bench_bounds.estimate(QWEN, SHAPE, plan, where).ici_s == pytest.approx(moved / 100e9)
+
+
 def gather(shape="f32[8]", axes=(0, 1), size=1000, times=2):
     return hlo.Collective("all-gather", "g", shape, size, axes, times, (), False, "jit(f)/all_gather")
 
@@ -173,6 +183,8 @@ def test_closed_forms_alone(capsys):
     where = bench_bounds.parse_slice("v5e:8x8")
     ranks = bench_bounds.ranked(QWEN, SHAPE, where)
     assert ranks[0].gib < 16 < ranks[-1].gib
+    again = bench_bounds.estimate(QWEN._replace(remat=True), SHAPE, ranks[0].plan, where)
+    assert again.chip_s > ranks[0].chip_s and again.gib < ranks[0].gib
     plans = bench_plan.chosen(bench_plan.parse(["--topology", "v5e:8x8"]), QWEN, SHAPE, where, ranks)
     assert len({plan[:3] for plan in plans}) == len(plans) == 2
 
