@@ -149,13 +149,18 @@ def run(config) -> int:
 
     validate(config, experiment_lib.KNOWN)
     run_dir = run_lib.check(config)
+    import jax
+
     from fgrpo_jax import datasets
-    from fgrpo_jax.processes import initialize_distributed, on_first
+    from fgrpo_jax.config import to_json
+    from fgrpo_jax.processes import check_same, code, initialize_distributed, on_first
     from fgrpo_jax.stage import check_training
 
     initialize_distributed()
     experiment_lib.prepare_process(config)
     dataset = datasets.load(config.data)
+    splits = str(sorted(dataset.fingerprints.items()))
+    check_same({"configuration": to_json(config), "jax": jax.__version__, "fgrpo_jax": code(), "data": splits})
     experiment = experiment_lib.assemble(config, dataset, run_dir)
     check_training(experiment, run_dir)
     plan = experiment_lib.plan(experiment)

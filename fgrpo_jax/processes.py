@@ -7,12 +7,14 @@ a run has one process only.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import re
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -74,6 +76,30 @@ def _explicit(given: Mapping[str, str]) -> dict[str, str | int]:
 
 
 # --------------------------------------------------------------------- what all have to agree on
+
+
+def check_same(told: Mapping[str, str]) -> None:
+    """Refuse to begin where processes would compute different things, and wait for each other or add them up.
+
+    told: by name, as "configuration", what has to be the same text everywhere; the same names everywhere.
+    Raises ConfigError, in all processes, that says which of them were told otherwise than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in told.values()]
+    everyones = multihost_utils.process_allgather(np.stack(mine))  # [process, name, 32]
+    for name, differs in zip(told, (everyones != everyones[0]).any(-1).T, strict=True):
+        if others := np.flatnonzero(differs).tolist():
+            raise ConfigError(
+                f"process {', '.join(map(str, others))} of {len(everyones)}: another {name} than process 0; "
+                "give the same command on all hosts, with the same code and files"
+            )
+
+
+def code() -> str:
+    """The text of this package, of which hosts may have different revisions."""
+    package = Path(__file__).parent
+    return "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(package.rglob("*.py")))
 
 
 def on_first(action: Callable[[], None]) -> None:

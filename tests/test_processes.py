@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 from helpers import two_processes
+from tiny import ROOT, config_file, tiny_config, write_world
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.processes import initialize_distributed
@@ -51,9 +52,30 @@ TOGETHER = """
 """
 
 
+OTHERWISE = """
+import os, sys
+sys.path.append(sys.argv[1])
+import train
+from fgrpo_jax.processes import end_together
+sys.exit(end_together(lambda: train.main([sys.argv[2], *os.environ["OTHER"].split()])))
+"""
+
+
 def together(failing=(), outcome="pass"):
     script = textwrap.dedent(TOGETHER).replace("FAIL", repr(failing)).replace("OUTCOME", outcome)
     return two_processes([sys.executable, "-c", script])
+
+
+def test_hosts_that_were_told_otherwise_do_not_begin(tmp_path):
+    """Both say so, before anything is written."""
+    config = tiny_config(write_world(tmp_path), tmp_path / "prepared", tmp_path / "run", rl_steps=2)
+    command = [sys.executable, "-c", OTHERWISE, str(ROOT), config_file(config, tmp_path / "config.py")]
+    with two_processes(command, OTHER=("", "--rl.optim.learning-rate 1")) as both:
+        codes, errors = endings(both)
+    assert codes == [2, 2]
+    for error in errors:
+        assert "error: process 1 of 2: another configuration than process 0; give the same command" in error
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def endings(both):
