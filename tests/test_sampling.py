@@ -107,7 +107,8 @@ def test_what_was_not_allowed_has_no_probability(constrained, params, query, tra
     actions = np.full(shape, grammar.eos, np.int32)
     phase = np.full(shape, UNTRAINED, np.int32)
     phase[:, 0, 0] = SLATE  # an eos, instead of a first identifier
-    logp, _ = trainer(constrained, params, query, Rollout(actions, phase, np.zeros(shape, np.float32)), np.ones((B, G), np.float32))
+    rollout = Rollout(actions, phase, np.zeros(shape, np.float32))
+    logp, _ = trainer(constrained, params, query, rollout, np.ones((B, G), np.float32))
     assert (logp[:, 0, 0] == -np.inf).all() and (logp[:, 1:] == 0).all()
 
 

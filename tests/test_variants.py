@@ -135,7 +135,9 @@ def test_batches_that_do_not_fit_the_mesh_are_refused_before_training(experiment
         check_training(experiment._replace(mesh=three), run_dir)
 
 
-@pytest.mark.parametrize("sizes, refused", [((2, 1, 2), True), ((1, 2, 2), True), ((4, 2, 1), False), ((1, 1, 2), False)])
+@pytest.mark.parametrize(
+    "sizes, refused", [((2, 1, 2), True), ((1, 2, 2), True), ((4, 2, 1), False), ((1, 1, 2), False)]
+)
 def test_weights_that_cpus_cannot_sum_are_refused_before_training(experiment, sizes, refused):
     """XLA would end the process, without a word that a user understands."""
     narrow = changed(experiment.config, {"model.param_dtype": "bfloat16"})
