@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, TranscriptConfig
 
 if TYPE_CHECKING:
-    from fgrpo_jax.evaluate import Prediction
+    from fgrpo_jax.evaluation.evaluate import Prediction
     from fgrpo_jax.types import RankingExample
 
 
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> tuple[Path, Arguments]:
     """The run directory, and the arguments over the run's own configuration."""
     import tyro
 
-    from fgrpo_jax.run import read_config
+    from fgrpo_jax.run.directory import read_config
 
     run_dir, config = Path("RUN_DIR"), Config()
     if argv and not argv[0].startswith("-"):
@@ -89,31 +89,32 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     """
     import jax
 
-    from fgrpo_jax import datasets, evaluate, report
-    from fgrpo_jax import run as run_lib
-    from fgrpo_jax.data import evaluation_examples
+    from fgrpo_jax.data import datasets
+    from fgrpo_jax.data.batches import evaluation_examples
+    from fgrpo_jax.evaluation import evaluate, report
     from fgrpo_jax.files import check_writable
-    from fgrpo_jax.processes import on_first
+    from fgrpo_jax.run import directory
+    from fgrpo_jax.run.processes import on_first
 
-    config = run_lib.read_config(run_dir)
-    for note in filter(None, map(run_lib.earlier_version, (run_dir, *_prefixed(others).values()))):
+    config = directory.read_config(run_dir)
+    for note in filter(None, map(directory.earlier_version, (run_dir, *_prefixed(others).values()))):
         _note(note)
     settings = settings or config.eval
     settings = dataclasses.replace(settings, split=split or settings.split)
     data, mesh = data or _source(config), mesh or config.mesh
-    if settings.versus == "sft" and config.start_from and run_lib.lacking_start(run_dir, config):
+    if settings.versus == "sft" and config.start_from and directory.lacking_start(run_dir, config):
         settings = dataclasses.replace(settings, versus="rl")  # `_finished` says so
     used = _judged(config, data, settings, mesh)
     stages = _finished(run_dir, "", used, config)
     for prefix, other in _prefixed(others).items():
-        theirs = run_lib.read_config(other)
+        theirs = directory.read_config(other)
         _check_limits(other, theirs.transcript, used.transcript)
         stages |= _finished(other, prefix, _judged(theirs, data, settings, mesh), theirs)
-    dataset = datasets.load(used.data, catalogue=run_lib.read_catalogue(run_dir))
+    dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
     same_data = (data.name, data.manual_dir) == (config.data.name, config.data.manual_dir)
     if same_data:
         is_main = jax.process_index() == 0
-        run_lib.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
+        directory.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
     examples = evaluation_examples(dataset, used, settings.split)
     train = dataset.splits.get("train", ()) if same_data else _training_split(run_dir, config, dataset)
     predictions, left_out = evaluate.run_baselines(
@@ -181,17 +182,17 @@ def _finished(run_dir: Path, prefix: str, used: Config, config: Config) -> dict[
     config: the run's own; used: with what belongs to the evaluation. The start is shown what this
     run shows, for it is where this run's `rl` began; a run that was moved without it does without.
     """
-    from fgrpo_jax import run as run_lib
-    from fgrpo_jax.datasets import builder_class
+    from fgrpo_jax.data.datasets import builder_class
+    from fgrpo_jax.run import directory
 
     places = {"sft": run_dir, "rl": run_dir}
     if config.start_from:
-        places["sft"] = run_lib.start_dir(run_dir, config)
-        if lacking := run_lib.lacking_start(run_dir, config):
+        places["sft"] = directory.start_dir(run_dir, config)
+        if lacking := directory.lacking_start(run_dir, config):
             del places["sft"]
             versus = f"; differences are taken to {used.eval.versus}" if not prefix else ""
             _note(f"no row {prefix}sft, the start of {prefix}rl: {lacking}{versus}")
-    done = {name: place for name, place in places.items() if run_lib.is_done(place, name)}
+    done = {name: place for name, place in places.items() if directory.is_done(place, name)}
     if not done:
         raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
     instruction = config.prompt.instruction or builder_class(config.data.name).instruction
@@ -207,8 +208,8 @@ def _note(text: str) -> None:
 
 def _training_split(run_dir: Path, config: Config, dataset):
     """What baselines count in when other data are evaluated: the training data of the run."""
-    from fgrpo_jax import datasets
-    from fgrpo_jax.run import read_fingerprints
+    from fgrpo_jax.data import datasets
+    from fgrpo_jax.run.directory import read_fingerprints
 
     if "train" in dataset.splits and dataset.fingerprints["train"] == read_fingerprints(run_dir).get("train"):
         return dataset.splits["train"]
@@ -224,10 +225,10 @@ def _training_split(run_dir: Path, config: Config, dataset):
 
 def _predict(stages: dict[str, Finished], dataset, examples) -> dict[str, list]:
     """Greedy predictions with the best parameters of every stage, as indices into `examples`."""
-    from fgrpo_jax import experiment as experiment_lib
-    from fgrpo_jax.data import evaluation_examples
-    from fgrpo_jax.finished import best_params
-    from fgrpo_jax.run import read_kind
+    from fgrpo_jax.data.batches import evaluation_examples
+    from fgrpo_jax.run import experiment as experiment_lib
+    from fgrpo_jax.run.directory import read_kind
+    from fgrpo_jax.run.finished import best_params
 
     found, built = {}, {}
     for method, stage in stages.items():
@@ -255,11 +256,11 @@ def main(argv: list[str]) -> int:
         run_dir, arguments = parse(argv)
     except ConfigError as error:
         return _refuse(error)
-    from fgrpo_jax.datasets import DataError
-    from fgrpo_jax.experiment import KNOWN, prepare_process
+    from fgrpo_jax.data.datasets import DataError
     from fgrpo_jax.models.hf_config import ModelFilesError
-    from fgrpo_jax.run import read_config
-    from fgrpo_jax.validation import check_evaluation
+    from fgrpo_jax.run.directory import read_config
+    from fgrpo_jax.run.experiment import KNOWN, prepare_process
+    from fgrpo_jax.run.validation import check_evaluation
 
     try:
         config = read_config(run_dir)

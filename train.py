@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 
-
 def parse(argv: list[str]):
     """The configuration: a file's `get_config()`, overridden by flags."""
     import tyro
 
     from fgrpo_jax import config as config_lib
-    from fgrpo_jax.validation import check_types
+    from fgrpo_jax.run.validation import check_types
 
     rest = list(argv)
     if rest and not rest[0].startswith("-"):
@@ -41,12 +40,13 @@ def make_step(experiment, policy, stage):
     """The two programs of a step: rollouts with their credit, and the update."""
     import jax
 
-    from fgrpo_jax import advantages, rewards, shards
+    from fgrpo_jax import shards
+    from fgrpo_jax.algorithm import advantages, rewards
+    from fgrpo_jax.algorithm.objectives import OBJECTIVES
+    from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
     from fgrpo_jax.models.decoder import param_table, shapes
-    from fgrpo_jax.objectives import OBJECTIVES
-    from fgrpo_jax.sharding import replicated
+    from fgrpo_jax.run.sharding import replicated
     from fgrpo_jax.types import Credit, map_params
-    from fgrpo_jax.update import by_parts, describe, make_optimizer, make_update, state_shardings
 
     config, loss = experiment.config, stage.objective
     credit = Credit(stage.credit.terms, stage.credit.normalise)
@@ -92,9 +92,9 @@ def train_stage(experiment, name: str, stage, start_params, run_dir: Path, log, 
     start_params: () -> params, called where no checkpoint is there to resume from, and where
     the frozen reference has to be rebuilt.
     """
-    from fgrpo_jax.data import make_batches
-    from fgrpo_jax.experiment import encode, make_policy, random_key
-    from fgrpo_jax.stage import Stage
+    from fgrpo_jax.data.batches import make_batches
+    from fgrpo_jax.run.experiment import encode, make_policy, random_key
+    from fgrpo_jax.run.stage import Stage
 
     config = experiment.config
     policy = make_policy(experiment, stage)
@@ -122,9 +122,9 @@ def main(argv: list[str]) -> int:
         config = parse(argv)
     except ConfigError as error:
         return _refuse(error)
-    from fgrpo_jax.datasets import DataError
+    from fgrpo_jax.data.datasets import DataError
     from fgrpo_jax.models.hf_config import ModelFilesError
-    from fgrpo_jax.processes import end_together
+    from fgrpo_jax.run.processes import end_together
     from fgrpo_jax.types import TrainingError
 
     def attempt() -> int:
@@ -143,18 +143,18 @@ def _refuse(error: Exception) -> int:
 
 def run(config) -> int:
     """Everything between a configuration and its evaluation table."""
-    from fgrpo_jax import experiment as experiment_lib
-    from fgrpo_jax import run as run_lib
-    from fgrpo_jax.validation import validate
+    from fgrpo_jax.run import directory
+    from fgrpo_jax.run import experiment as experiment_lib
+    from fgrpo_jax.run.validation import validate
 
     validate(config, experiment_lib.KNOWN)
-    run_dir = run_lib.check(config)
+    run_dir = directory.check(config)
     import jax
 
-    from fgrpo_jax import datasets
     from fgrpo_jax.config import to_json
-    from fgrpo_jax.processes import check_same, code, initialize_distributed, on_first
-    from fgrpo_jax.stage import check_training
+    from fgrpo_jax.data import datasets
+    from fgrpo_jax.run.processes import check_same, code, initialize_distributed, on_first
+    from fgrpo_jax.run.stage import check_training
 
     initialize_distributed()
     experiment_lib.prepare_process(config)
@@ -165,29 +165,29 @@ def run(config) -> int:
     check_training(experiment, run_dir)
     plan = experiment_lib.plan(experiment)
     data = run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue
-    run_lib.check_data(*data, write=False)  # before anything is
+    directory.check_data(*data, write=False)  # before anything is
     with contextlib.ExitStack() as held:
 
         def enter():
-            held.enter_context(run_lib.locked(run_dir))
-            run_lib.enter(config)
-            run_lib.check_data(*data)
+            held.enter_context(directory.locked(run_dir))
+            directory.enter(config)
+            directory.check_data(*data)
             print(plan, flush=True)
             experiment_lib.save_description(experiment, run_dir)
             if config.start_from:
-                run_lib.record_start(run_dir, config)
+                directory.record_start(run_dir, config)
 
         on_first(enter)
-        run_lib.check_data(*data, write=False)  # on every host
+        directory.check_data(*data, write=False)  # on every host
         return _train_and_evaluate(experiment, run_dir)
 
 
 def _train_and_evaluate(experiment, run_dir: Path) -> int:
     import jax
 
-    from fgrpo_jax import report
-    from fgrpo_jax.checkpoint import preemption
-    from fgrpo_jax.log import MetricsLog
+    from fgrpo_jax.evaluation import report
+    from fgrpo_jax.run.checkpoint import preemption
+    from fgrpo_jax.run.log import MetricsLog
 
     config, is_main = experiment.config, jax.process_index() == 0
     log = MetricsLog(run_dir, config.tensorboard, is_main)
@@ -207,14 +207,14 @@ def _train_and_evaluate(experiment, run_dir: Path) -> int:
 
 
 def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
-    from fgrpo_jax.finished import best_params, source_of
-    from fgrpo_jax.run import is_done
+    from fgrpo_jax.run.directory import is_done
+    from fgrpo_jax.run.finished import best_params, source_of
 
     if is_done(run_dir, name):
         return True
 
     def start_params():
-        from fgrpo_jax.experiment import initial_params
+        from fgrpo_jax.run.experiment import initial_params
 
         source = source_of(experiment.config, run_dir, name)
         return best_params(experiment, *source) if source else initial_params(experiment)

@@ -174,7 +174,8 @@ class RewardConfig:
     has no value of its own below (the paper's format penalty; its value is unspecified there)."""
     rules: tuple[tuple[str, float], ...] = ()
     """(outcome, reward) pairs: a reward of its own for a broken rule, as in
-    ("slate_duplicate", -0.5); the outcomes are listed in fgrpo_jax/transcript.py."""
+    ("slate_duplicate", -0.5); the outcomes are listed in
+    fgrpo_jax/policies/llm/transcript.py."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Write a run's model as a Hugging Face directory that `transformers` loads.
 
-    python -m fgrpo_jax.export RUN_DIR OUT_DIR [--stage rl]
+python -m fgrpo_jax.export RUN_DIR OUT_DIR [--stage rl]
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from fgrpo_jax import experiment, run
 from fgrpo_jax.config import MeshConfig
-from fgrpo_jax.finished import best_params
 from fgrpo_jax.models import hf
+from fgrpo_jax.run import directory as run
+from fgrpo_jax.run import experiment
+from fgrpo_jax.run.finished import best_params
 
 
 def export(

@@ -107,7 +107,7 @@ def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) 
         return jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(params_at, {name: params_at for name in frozen}, *rows),
+            in_specs=(params_at, dict.fromkeys(frozen, params_at), *rows),
             out_specs=out_specs(params_at),
             axis_names=ours,
             check_vma=False,  # see over_tensor

@@ -165,7 +165,7 @@ class Mean:
     sum: Array
     count: Array
 
-    def __add__(self, other: "Mean") -> "Mean":
+    def __add__(self, other: Mean) -> Mean:
         return Mean(self.sum + other.sum, self.count + other.count)
 
     def value(self) -> float:

@@ -12,7 +12,7 @@ import pytest
 from helpers import quick_jit
 
 from fgrpo_jax.models import decoder
-from fgrpo_jax.transcript import Grammar
+from fgrpo_jax.policies.llm.transcript import Grammar
 from fgrpo_jax.types import Query
 
 

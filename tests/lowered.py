@@ -18,14 +18,15 @@ import jax
 from tiny import ROOT, changed
 
 import train
-from fgrpo_jax import datasets, processes, sharding
-from fgrpo_jax.checkpoint import placed
+from fgrpo_jax.algorithm.rewards import REWARDS
 from fgrpo_jax.config import DataConfig, load_file
-from fgrpo_jax.data import make_batches
-from fgrpo_jax.experiment import KNOWN, Predictor, assemble, encode, initial_params, make_policy, random_key
-from fgrpo_jax.rewards import REWARDS
+from fgrpo_jax.data import datasets
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.run import processes, sharding
+from fgrpo_jax.run.checkpoint import placed
+from fgrpo_jax.run.experiment import KNOWN, Predictor, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TrainState
-from fgrpo_jax.validation import validate
 
 SMALL = {
     "model.checkpoint": "",

@@ -58,7 +58,19 @@ class Life:
         command = [sys.executable, str(ROOT / "train.py"), f"{run_dir}.py"]
         if slow:
             delay = f"inject={SLOW}:delay_enter={1000 * slow}"
-            strace = ["strace", "-D", "-f", "-qq", "-o", os.devnull, "--seccomp-bpf", "-e", f"trace={SLOW}", "-e", delay]
+            strace = [
+                "strace",
+                "-D",
+                "-f",
+                "-qq",
+                "-o",
+                os.devnull,
+                "--seccomp-bpf",
+                "-e",
+                f"trace={SLOW}",
+                "-e",
+                delay,
+            ]
             command = [*strace, *command]
         quick = {
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -136,7 +148,9 @@ def live(life, wait_for, seconds):
 
 def kill(life, rng, found):
     """All its processes, or one of two that have found each other: then the other has to end."""
-    chosen = rng.choice([(0, 1), (0,), (1,)]) if len(life.children) == 2 and life.joined() else range(len(life.children))
+    chosen = (
+        rng.choice([(0, 1), (0,), (1,)]) if len(life.children) == 2 and life.joined() else range(len(life.children))
+    )
     for i in chosen:
         life.children[i].kill()
     killed = time.monotonic()
@@ -144,10 +158,16 @@ def kill(life, rng, found):
         try:
             child.wait(LATEST)
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"process {i} still runs {LATEST} s after the other one was killed:\n{life.said(i)[-3000:]}")
+            raise SystemExit(
+                f"process {i} still runs {LATEST} s after the other one was killed:\n{life.said(i)[-3000:]}"
+            ) from None
         if i not in chosen and child.returncode != 0:  # 0: it was done before
             found["survivor"].append(time.monotonic() - killed)
-            hint = [hint for hint in HINTS if hint in life.said(i).split("should another one be lost", 1)[1].split("\n", 1)[1]]
+            hint = [
+                hint
+                for hint in HINTS
+                if hint in life.said(i).split("should another one be lost", 1)[1].split("\n", 1)[1]
+            ]
             if not hint:
                 raise SystemExit(f"process {i} ended without a word of what to do:\n{life.said(i)[-3000:]}")
             found["hint"].append(hint[0])
@@ -251,7 +271,13 @@ def main(arguments):
     sft, rl = (20, 40) if arguments.processes == 1 else (8, 12)
     config = changed(
         tiny_config(folder / "data", folder / "prepared", "", sft_steps=sft, rl_steps=rl),
-        {"sft.eval_every": 5, "rl.eval_every": 5, "checkpoint.every": 3, "log_every": 4, "mesh.fsdp": arguments.processes},
+        {
+            "sft.eval_every": 5,
+            "rl.eval_every": 5,
+            "checkpoint.every": 3,
+            "log_every": 4,
+            "mesh.fsdp": arguments.processes,
+        },
     )
     first, whole, evaluating = first_run(config, folder, arguments)
     print(f"uninterrupted: {whole:.1f} s, {evaluating:.1f} s of them after the last step", flush=True)
@@ -276,7 +302,9 @@ def report(found, seconds):
     if found["survivor"]:
         took = found["survivor"]
         middle = statistics.median(took)
-        lines.append(f"{len(took)} times one of two was killed: the other ended after {middle:.1f} s, {max(took):.1f} at most")
+        lines.append(
+            f"{len(took)} times one of two was killed: the other ended after {middle:.1f} s, {max(took):.1f} at most"
+        )
         lines += [f"  {n} times with {hint!r}" for hint, n in collections.Counter(found["hint"]).items()]
     return "\n".join(lines)
 

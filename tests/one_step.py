@@ -1,6 +1,6 @@
 """Two steps of a stage through train.make_step; as a script, on a mesh of simulated devices.
 
-    python one_step.py FOLDER DATA FSDP TENSOR OUT.npz
+python one_step.py FOLDER DATA FSDP TENSOR OUT.npz
 """
 
 import os
@@ -16,11 +16,11 @@ import numpy as np
 from tiny import changed, tiny_config, write_world
 
 import train
-from fgrpo_jax import datasets
-from fgrpo_jax.data import make_batches
-from fgrpo_jax.experiment import KNOWN, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.data import datasets
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.run.experiment import KNOWN, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TrainState
-from fgrpo_jax.validation import validate
 
 
 def build(folder, **fields):
@@ -56,10 +56,7 @@ def two_steps(experiment, name):
 
 def numbers(steps):
     """{stage: what `two_steps` returned} -> every number in it, by name."""
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(steps)
-    }
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(steps)}
 
 
 def main(folder, data, fsdp, tensor, out):

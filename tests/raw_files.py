@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fgrpo_jax import datasets
 from fgrpo_jax.config import DataConfig
+from fgrpo_jax.data import datasets
 
 RAW = os.environ.get("FGRPO_DATA") or str(Path(__file__).resolve().parents[2] / "shared" / "data")
 real = pytest.mark.skipif(not Path(RAW).is_dir(), reason=f"no raw files at {RAW}: set FGRPO_DATA to their folder")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgrpo_jax.advantages import (
+from fgrpo_jax.algorithm.advantages import (
     NORMALISE,
     WEIGHTINGS,
     action_weights,
@@ -26,9 +26,7 @@ def by_loop(reward, credit):
     out = np.zeros((*reward.shape[:2], 2))
     for b in range(reward.shape[0]):
         for p, phase in enumerate(PHASES):
-            own = [
-                (reward[b, :, r].astype(float), w) for r, (ph, _, w) in enumerate(credit.terms) if ph == phase
-            ]
+            own = [(reward[b, :, r].astype(float), w) for r, (ph, _, w) in enumerate(credit.terms) if ph == phase]
             if credit.normalise == "each":
                 parts = [w * (x - x.mean()) / x.std() if x.max() > x.min() else 0 * x for x, w in own]
                 out[b, :, p] = sum(parts)
@@ -52,9 +50,7 @@ def test_equals_loop(normalise):
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(
-    st.floats(-100, 100, width=32, allow_subnormal=False), st.sampled_from(NORMALISE), st.integers(0, B - 1)
-)
+@given(st.floats(-100, 100, width=32, allow_subnormal=False), st.sampled_from(NORMALISE), st.integers(0, B - 1))
 def test_group_without_signal_is_exactly_zero(value, normalise, b):
     """0.1 eight times has a mean that is not 0.1 in floats: dead groups are compared, not summed."""
     rng = np.random.default_rng(b)
@@ -175,9 +171,7 @@ def test_dead_groups_stay_in_the_denominator():
     alive = rng.random((B, G, R)).astype(np.float32)
     dead = alive.copy()
     dead[0] = 0.5
-    weights = [
-        make_batch(None, rollout, jnp.asarray(r), Credit(TERMS), "token").weight for r in (alive, dead)
-    ]
+    weights = [make_batch(None, rollout, jnp.asarray(r), Credit(TERMS), "token").weight for r in (alive, dead)]
     np.testing.assert_array_equal(*weights)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fgrpo_jax.baselines import BASELINES, NotApplicable
-from fgrpo_jax.baselines.bm25 import bm25_scores
-from fgrpo_jax.baselines.covisitation import sequences
+from fgrpo_jax.evaluation.baselines import BASELINES, NotApplicable
+from fgrpo_jax.evaluation.baselines.bm25 import bm25_scores
+from fgrpo_jax.evaluation.baselines.covisitation import sequences
 from fgrpo_jax.types import RankingExample
 
 
@@ -117,9 +117,7 @@ def test_covisitation_of_strangers_is_zero(name):
     assert fitted(name, ["a", "b"])([example("q", "a", "b", "b")])[0][0] == 0  # nobody met anybody
 
 
-@pytest.mark.parametrize(
-    "name", ["popularity", "covisitation", "covisitation_window", "covisitation_ordered"]
-)
+@pytest.mark.parametrize("name", ["popularity", "covisitation", "covisitation_window", "covisitation_ordered"])
 def test_counting_baselines_say_why_they_do_not_apply(name):
     with pytest.raises(NotApplicable, match="qa pool"):
         BASELINES[name](windows(WALKS), (), "qa", 0)

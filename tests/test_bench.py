@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax import bench, bench_flops, bench_run
-from fgrpo_jax.bench_flops import Shape
+from fgrpo_jax.bench import command as bench
+from fgrpo_jax.bench import flops, measure
+from fgrpo_jax.bench.flops import Shape
 
 SHAPE = Shape(batch=2, prompt=8, group=2, length=3)
 
@@ -45,25 +46,25 @@ def counted(spec, shape):
     return total
 
 
-@pytest.mark.parametrize("shape", [SHAPE, bench_flops.repeated(SHAPE), Shape(1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [SHAPE, flops.repeated(SHAPE), Shape(1, 1, 1, 1)])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_flops_are_those_counted_token_by_token(spec, shape, layers):
     spec = spec._replace(num_layers=layers)
-    assert bench_flops.rollout_flops(spec, shape) == counted(spec, shape)
-    assert bench_flops.update_flops(spec, shape) == 3 * counted(spec, shape)
+    assert flops.rollout_flops(spec, shape) == counted(spec, shape)
+    assert flops.update_flops(spec, shape) == 3 * counted(spec, shape)
 
 
 def test_the_issue_s_workload():
     """W1: 160 to 185 GFLOP an update, and 4.98 times as many with repeated prompts."""
-    spec, shape = bench_run.WORKLOADS["w1"]
-    flops = bench_flops.update_flops(spec, shape)
-    assert 160e9 < flops < 185e9
-    assert bench_flops.update_flops(spec, bench_flops.repeated(shape)) / flops == pytest.approx(4.98, rel=0.05)
+    spec, shape = measure.WORKLOADS["w1"]
+    update = flops.update_flops(spec, shape)
+    assert 160e9 < update < 185e9
+    assert flops.update_flops(spec, flops.repeated(shape)) / update == pytest.approx(4.98, rel=0.05)
 
 
 def test_a_decoding_step_reads_weights_and_caches(spec):
-    read = bench_flops.decode_step_bytes(spec, SHAPE)
-    assert bench_flops.decode_step_bytes(spec._replace(dtype="bfloat16"), SHAPE) == read / 2
+    read = flops.decode_step_bytes(spec, SHAPE)
+    assert flops.decode_step_bytes(spec._replace(dtype="bfloat16"), SHAPE) == read / 2
     layers = bench.decoder.param_table(spec)["layers"]
     weights = 4 * sum(np.prod(p.shape) for name, p in layers.items() if "norm" not in name)
     assert read > weights + 4 * spec.vocab_size * spec.hidden_size
@@ -71,10 +72,10 @@ def test_a_decoding_step_reads_weights_and_caches(spec):
 
 def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     """On a tiny workload, with a scan of one point."""
-    monkeypatch.setattr(bench_run, "jit", quick_jit)
+    monkeypatch.setattr(measure, "jit", quick_jit)
     monkeypatch.setitem(bench.WORKLOADS, "w1", (spec, SHAPE))
-    monkeypatch.setattr(bench_run, "matmul_gflops", lambda dtype: 100.0)
-    monkeypatch.setattr(bench_run, "copy_gbytes", lambda: 10.0)
+    monkeypatch.setattr(measure, "matmul_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(measure, "copy_gbytes", lambda: 10.0)
     path = tmp_path / "bench.json"
     assert bench.main(["--repeats", "2", "--no-keep-memory", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -130,8 +131,8 @@ def test_sizes_that_make_no_sense(given, said, capsys):
 
 def test_all_rollouts_have_all_their_tokens(spec, monkeypatch):
     """Also where a token is the end of a transcript elsewhere: nothing ends these."""
-    monkeypatch.setattr(bench_run, "jit", quick_jit)
-    programs = bench_run.build(spec, SHAPE, SHAPE.batch, parts=())
+    monkeypatch.setattr(measure, "jit", quick_jit)
+    programs = measure.build(spec, SHAPE, SHAPE.batch, parts=())
     assert not programs.parts and set(programs.compile_s) == {"rollout", "update"}
     rollout = programs.rollout(programs.state.params, programs.batch.query, jax.random.key(0))
     assert rollout.actions.shape == (2, 2, 3)
@@ -140,18 +141,18 @@ def test_all_rollouts_have_all_their_tokens(spec, monkeypatch):
 
 def test_repeated_prompts_are_those_shared(spec):
     """The reference reads the same prompts, G times each."""
-    once = bench_run.make_query(spec, SHAPE, 2).prompt
-    often = bench_run.make_query(spec, bench_flops.repeated(SHAPE), 2).prompt
+    once = measure.make_query(spec, SHAPE, 2).prompt
+    often = measure.make_query(spec, flops.repeated(SHAPE), 2).prompt
     np.testing.assert_array_equal(np.repeat(once, SHAPE.group, 0), often)
 
 
 def test_two_rounds_of_warm_up_are_dropped(monkeypatch):
     """A clock that counts calls: rollouts take 0, 2, 4, 6 seconds, updates 1, 3, 5, 7."""
     calls = iter(range(100))
-    monkeypatch.setattr(bench_run, "timed", lambda fn, *args: (next(calls), fn(*args)))
-    batch = bench_run.Batch(None, None, None, None, None)
-    state = bench_run.TrainState(None, None, None)
-    programs = bench_run.Programs(lambda *_: None, lambda state, _: (state, None), {}, state, batch, {})
-    found = bench_run.measure(programs, 2)
+    monkeypatch.setattr(measure, "timed", lambda fn, *args: (next(calls), fn(*args)))
+    batch = measure.Batch(None, None, None, None, None)
+    state = measure.TrainState(None, None, None)
+    programs = measure.Programs(lambda *_: None, lambda state, _: (state, None), {}, state, batch, {})
+    found = measure.measure(programs, 2)
     assert found["rollout"] == {"median": 5, "min": 4, "n": 2}
     assert found["update"]["min"] == 5 and found["total"] == {"median": 11, "min": 9, "n": 2}

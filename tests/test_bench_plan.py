@@ -6,13 +6,14 @@ import jax
 import pytest
 from helpers import quick_jit, run_on_8_devices
 
-from fgrpo_jax import bench, bench_bounds, bench_compile, bench_plan, bench_run, hlo
-from fgrpo_jax.bench_bounds import Plan
-from fgrpo_jax.bench_flops import Shape
+from fgrpo_jax.bench import bounds, compiled, hlo, measure, plan
+from fgrpo_jax.bench import command as bench
+from fgrpo_jax.bench.bounds import Plan
+from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.models import decoder
 
-QWEN = bench_run.WORKLOADS["qwen3-4b"][0]._replace(dtype="bfloat16")
+QWEN = measure.WORKLOADS["qwen3-4b"][0]._replace(dtype="bfloat16")
 SHAPE = Shape(batch=64, prompt=2048, group=8, length=64)
 
 
@@ -28,57 +29,57 @@ SHAPE = Shape(batch=64, prompt=2048, group=8, length=64)
 )
 def test_slices(name, size, ici):
     """A corner has one link along a side that does not close to a ring."""
-    where = bench_bounds.parse_slice(name)
+    where = bounds.parse_slice(name)
     assert where.size == size and where.ici_gbytes == pytest.approx(ici)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:4x", "v5e:4x0", "h100:8", "v5e:-4x4"])
 def test_slices_unknown(name):
     with pytest.raises(ConfigError, match=f"--topology {name}: give a chip of v5e, v5p and its sides"):
-        bench_bounds.parse_slice(name)
+        bounds.parse_slice(name)
 
 
 def test_every_split_without_remainder():
-    plans = list(bench_bounds.plans(QWEN, SHAPE, 16))
+    plans = list(bounds.plans(QWEN, SHAPE, 16))
     assert len(set(plans)) == len(plans)
     assert {plan[:3] for plan in plans if plan.tensor == 8} == {(1, 2, 8), (2, 1, 8)}
     assert not any(plan.tensor == 16 for plan in plans)  # of 8 key/value heads
     assert {plan.microbatches for plan in plans if plan[:3] == (1, 16, 1)} == {1, 2, 4}
-    assert not list(bench_bounds.plans(QWEN, SHAPE._replace(batch=3), 64))
+    assert not list(bounds.plans(QWEN, SHAPE._replace(batch=3), 64))
 
 
 def test_what_a_chip_keeps():
     """Parameters and two moments in float32; weights of a rollout in bfloat16."""
     params = decoder.num_params(QWEN)
     one, split, heads = (
-        bench_bounds.memory(QWEN, SHAPE, Plan(*sizes)) for sizes in ((16, 1, 1, 1), (1, 16, 1, 1), (1, 4, 4, 1))
+        bounds.memory(QWEN, SHAPE, Plan(*sizes)) for sizes in ((16, 1, 1, 1), (1, 16, 1, 1), (1, 4, 4, 1))
     )
     assert one["state"] == 12 * params and one["rollout"] == split["rollout"] > 2 * params
     assert split["state"] == pytest.approx(12 * params / 16, rel=0.01) == pytest.approx(heads["state"], rel=0.01)
     assert heads["rollout"] < split["rollout"] / 2
-    assert bench_bounds.memory(QWEN._replace(remat=True), SHAPE, Plan(1, 16, 1, 1))["update"] < split["update"] / 3
+    assert bounds.memory(QWEN._replace(remat=True), SHAPE, Plan(1, 16, 1, 1))["update"] < split["update"] / 3
 
 
 def test_what_moves_at_least_is_what_programs_move():
     """Programs of eight CPU devices. XLA may gather once for both passes or microbatches; it never moves less."""
     out = run_on_8_devices("""
         import jax
-        from fgrpo_jax import bench_bounds, bench_compile, hlo
-        from fgrpo_jax.bench_bounds import Plan
-        from fgrpo_jax.bench_flops import Shape
+        from fgrpo_jax.bench import bounds, compiled, hlo
+        from fgrpo_jax.bench.bounds import Plan
+        from fgrpo_jax.bench.flops import Shape
         from fgrpo_jax.models.decoder import DecoderSpec
-        from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.run.sharding import make_mesh
         spec = DecoderSpec(vocab_size=64, hidden_size=16, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8,
                            mlp_size=48, attention="blocks")
         shape = Shape(batch=16, prompt=32, group=2, length=8)
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         for sizes in ((2, 4, 1, 1), (2, 2, 2, 1)):
             plan = Plan(*sizes)
-            least = bench_bounds.traffic(spec, shape, plan)
-            programs = bench_compile.lowered(spec, shape, make_mesh(*sizes[:3]), plan.microbatches)
+            least = bounds.traffic(spec, shape, plan)
+            programs = compiled.lowered(spec, shape, make_mesh(*sizes[:3]), plan.microbatches)
             for name, program in programs.items():
                 found = hlo.collectives(program.compile(compiler_options=quick).as_text())
-                moved, far = bench_compile.exchanged(found, plan, least[name])
+                moved, far = compiled.exchanged(found, plan, least[name])
                 for key, bytes_moved in least[name].items():
                     if "tensor" not in key[1]:
                         assert bytes_moved <= moved[key] < 1.01 * bytes_moved + 500, (plan, name, key, moved, least)
@@ -92,12 +93,12 @@ def test_what_moves_at_least_is_what_programs_move():
 
 def test_every_microbatch_scatters_its_gradient():
     plan = Plan(1, 16, 1, 4)
-    once, often = (bench_bounds.traffic(QWEN, SHAPE, plan, n)["update"] for n in (1, 4))
+    once, often = (bounds.traffic(QWEN, SHAPE, plan, n)["update"] for n in (1, 4))
     assert often.pop(("reduce-scatter", "fsdp")) == 4 * once.pop(("reduce-scatter", "fsdp")) and once == often
-    where = bench_bounds.parse_slice("v5e:4x4")
-    rollout = sum(bench_bounds.traffic(QWEN, SHAPE, plan)["rollout"].values())
-    moved = rollout + sum(bench_bounds.traffic(QWEN, SHAPE, plan, 4)["update"].values())
-    assert bench_bounds.estimate(QWEN, SHAPE, plan, where).ici_s == pytest.approx(moved / 100e9)
+    where = bounds.parse_slice("v5e:4x4")
+    rollout = sum(bounds.traffic(QWEN, SHAPE, plan)["rollout"].values())
+    moved = rollout + sum(bounds.traffic(QWEN, SHAPE, plan, 4)["update"].values())
+    assert bounds.estimate(QWEN, SHAPE, plan, where).ici_s == pytest.approx(moved / 100e9)
 
 
 def gather(shape="f32[8]", axes=(0, 1), size=1000, times=2):
@@ -107,20 +108,18 @@ def gather(shape="f32[8]", axes=(0, 1), size=1000, times=2):
 def test_what_moves_too_much_is_named():
     plan = Plan(2, 2, 2, 1)
     both = [gather(axes=(0, 2)), gather("f32[4]", axes=(0, 2), times=1), gather(axes=(0, 1, 4, 5), times=1)]
-    moved, far = bench_compile.exchanged(
-        both, plan, {("all-gather", "fsdp"): 1200.0, ("all-reduce", "data+tensor"): 500}
-    )
+    moved, far = compiled.exchanged(both, plan, {("all-gather", "fsdp"): 1200.0, ("all-reduce", "data+tensor"): 500})
     assert moved == {("all-gather", "fsdp"): 1500, ("all-gather", "data+tensor"): 750}
     assert far == ((both[2], 750),)
     with pytest.raises(ValueError, match="all-gather g runs in a loop of unknown length"):
-        bench_compile.exchanged([gather(times=None)], plan, {})
+        compiled.exchanged([gather(times=None)], plan, {})
 
 
 def test_the_command(spec, tmp_path, monkeypatch, capsys):
     """On one chip, whose place this CPU takes; from the command line to what is written."""
-    monkeypatch.setitem(bench_run.WORKLOADS, "w1", (spec._replace(attention="blocks"), Shape(2, 8, 2, 3)))
-    monkeypatch.setattr(bench_compile, "devices_of", lambda name: jax.devices()[:1])
-    monkeypatch.setattr(bench_compile, "jit", quick_jit)
+    monkeypatch.setitem(measure.WORKLOADS, "w1", (spec._replace(attention="blocks"), Shape(2, 8, 2, 3)))
+    monkeypatch.setattr(compiled, "devices_of", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(compiled, "jit", quick_jit)
     path = tmp_path / "plan.json"
     given = ["plan", "--topology", "v5e:1x1", "--workload", "w1", "--batch", "4", "--json", str(path)]
     assert bench.main([*given, "--mesh", "1,1,1", "--microbatches", "2"]) == 0
@@ -140,17 +139,17 @@ def test_the_command(spec, tmp_path, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_said(spec, monkeypatch, capsys):
-    monkeypatch.setitem(bench_run.WORKLOADS, "w1", (spec, Shape(2, 8, 2, 3)))
-    monkeypatch.setattr(bench_compile, "devices_of", lambda name: [])
-    full = bench_compile.Program(1.0, 2**35)
-    refused = bench_compile.Program(1.0, 0, refused="Ran out of memory on HBM")
+    monkeypatch.setitem(measure.WORKLOADS, "w1", (spec, Shape(2, 8, 2, 3)))
+    monkeypatch.setattr(compiled, "devices_of", lambda name: [])
+    full = compiled.Program(1.0, 2**35)
+    refused = compiled.Program(1.0, 0, refused="Ran out of memory on HBM")
 
     def report(spec, shape, plan, where, devices):
         programs = {"rollout": full if plan.microbatches == 1 else refused, "update": refused}
         least = {"rollout": {}, "update": {}}
-        return bench_compile.Report(plan, programs, least, {}, where)
+        return compiled.Report(plan, programs, least, {}, where)
 
-    monkeypatch.setattr(bench_compile, "report", report)
+    monkeypatch.setattr(compiled, "report", report)
     for parts, said in (
         ("1", "rollout: 32.0 GiB with the optimizer's state"),
         ("2", "rollout: Ran out of memory on HBM"),
@@ -180,12 +179,12 @@ def test_closed_forms_alone(capsys):
     """The best of a slice by them seem to fit, and are not all of one mesh."""
     assert bench.main(["plan", "--topology", "v5e:8x8", "--workload", "qwen3-4b", "--compile", "0"]) == 0
     assert "of these" not in (out := capsys.readouterr().out) and "data 1 x fsdp 16 x tensor 4" in out
-    where = bench_bounds.parse_slice("v5e:8x8")
-    ranks = bench_bounds.ranked(QWEN, SHAPE, where)
+    where = bounds.parse_slice("v5e:8x8")
+    ranks = bounds.ranked(QWEN, SHAPE, where)
     assert ranks[0].gib < 16 < ranks[-1].gib
-    again = bench_bounds.estimate(QWEN._replace(remat=True), SHAPE, ranks[0].plan, where)
+    again = bounds.estimate(QWEN._replace(remat=True), SHAPE, ranks[0].plan, where)
     assert again.chip_s > ranks[0].chip_s and again.gib < ranks[0].gib
-    plans = bench_plan.chosen(bench_plan.parse(["--topology", "v5e:8x8"]), QWEN, SHAPE, where, ranks)
+    plans = plan.chosen(plan.parse(["--topology", "v5e:8x8"]), QWEN, SHAPE, where, ranks)
     assert len({plan[:3] for plan in plans}) == len(plans) == 2
 
 
@@ -195,9 +194,9 @@ def test_a_program_of_tpus():
     out = run_on_8_devices("""
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from fgrpo_jax import bench_compile, hlo
-        from fgrpo_jax.sharding import make_mesh
-        mesh = make_mesh(4, 4, 1, bench_compile.devices_of("v5e:4x4"))
+        from fgrpo_jax.bench import compiled, hlo
+        from fgrpo_jax.run.sharding import make_mesh
+        mesh = make_mesh(4, 4, 1, compiled.devices_of("v5e:4x4"))
 
         def f(x):
             turn = lambda _, x: jax.lax.psum(jnp.sin(x), "data")

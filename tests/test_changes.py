@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from tiny import changed, contents, quick_programs, rows, run_training, tiny_config, write_world
 
-from fgrpo_jax import changes, report, run, stage
-from fgrpo_jax.changes import Reached
-from fgrpo_jax.checkpoint import Checkpoints
 from fgrpo_jax.config import Config, to_json
-from fgrpo_jax.stage import Stage
+from fgrpo_jax.evaluation import report
+from fgrpo_jax.run import changes, stage
+from fgrpo_jax.run import directory as run
+from fgrpo_jax.run.changes import Reached
+from fgrpo_jax.run.checkpoint import Checkpoints
+from fgrpo_jax.run.stage import Stage
 
 NEW, BEGUN = Reached(None, None), Reached(300, None)
 
@@ -24,7 +26,7 @@ def refused(fields, sft=NEW, rl=NEW, **before):
 
 def test_what_keeps_the_meaning_may_change():
     """Always: where things lie, what is shown and kept, how it is computed."""
-    fields = {name: "other" for name in changes.ALWAYS}
+    fields = dict.fromkeys(changes.ALWAYS, "other")
     assert refused(fields, sft=Reached(600, 600), rl=Reached(500, 500)) == []
     assert refused(fields | {"seed": 1, "eval.metric": "mrr", "data.history_max": 3}, sft=BEGUN) == [
         "seed: 0 -> 1", "data.history_max: 10 -> 3", "eval.metric: 'ndcg@5' -> 'mrr'"

@@ -13,7 +13,7 @@ import optax
 import pytest
 from helpers import two_processes
 
-from fgrpo_jax.checkpoint import Checkpoints, placed, preemption
+from fgrpo_jax.run.checkpoint import Checkpoints, placed, preemption
 from fgrpo_jax.types import TrainState
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3) / 7, "b": jnp.full(4, 1 / 3, jnp.bfloat16)}
@@ -109,7 +109,7 @@ def test_kill_while_saving_leaves_the_older_step(tmp_path):
     child = start(f"""
         import os, signal
         import jax.numpy as jnp
-        from fgrpo_jax.checkpoint import Checkpoints
+        from fgrpo_jax.run.checkpoint import Checkpoints
         kept = Checkpoints({str(tmp_path)!r}, keep_latest=1)
         kept.save(1, dict(x=jnp.full(30_000_000, 1.0)), dict(step=1), 0.5)
         kept.wait()
@@ -144,9 +144,9 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     script = f"""
         import time
         import jax, jax.numpy as jnp, numpy as np
-        from fgrpo_jax.checkpoint import Checkpoints, preemption
-        from fgrpo_jax.processes import initialize_distributed
-        from fgrpo_jax.sharding import local_rows, make_mesh, shard_batch
+        from fgrpo_jax.run.checkpoint import Checkpoints, preemption
+        from fgrpo_jax.run.processes import initialize_distributed
+        from fgrpo_jax.run.sharding import local_rows, make_mesh, shard_batch
         assert initialize_distributed()
         mesh = make_mesh(2, 2, 1)
         x = shard_batch(mesh, np.arange(8.0, dtype=np.float32)[local_rows(mesh, 8)], 8)

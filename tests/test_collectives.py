@@ -23,7 +23,10 @@ CASES = {  # data, fsdp, tensor
 }
 BATCH = 16
 # Machine code that is quick to make; what devices exchange is decided before.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
 
 SCRIPT = """
 import dataclasses, json, sys
@@ -31,11 +34,11 @@ from tempfile import TemporaryDirectory
 import jax, jax.numpy as jnp
 from one_step import build
 import train
-from fgrpo_jax import hlo
-from fgrpo_jax.data import make_batches
-from fgrpo_jax.experiment import encode, initial_params, make_policy, random_key
+from fgrpo_jax.bench import hlo
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.run.experiment import encode, initial_params, make_policy, random_key
 from fgrpo_jax.models.decoder import param_table
-from fgrpo_jax.sharding import param_shardings
+from fgrpo_jax.run.sharding import param_shardings
 from fgrpo_jax.types import Param, TrainState
 
 sizes, batch, fields = json.loads(sys.argv[1])

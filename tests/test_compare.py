@@ -8,9 +8,9 @@ from raw_files import lines
 from tiny import changed, quick_programs, run_training, tiny_config, write_world
 
 import eval as evaluation
-from fgrpo_jax import report
-from fgrpo_jax.datasets import jsonl
-from fgrpo_jax.policies import llm
+from fgrpo_jax.data.datasets import jsonl
+from fgrpo_jax.evaluation import report
+from fgrpo_jax.policies.llm import policy as llm
 
 
 @pytest.fixture(scope="module", autouse=True)

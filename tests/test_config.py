@@ -12,8 +12,8 @@ from tiny import ROOT, changed
 import train
 from fgrpo_jax import config as config_lib
 from fgrpo_jax.config import Config, ConfigError, absent, differences, from_json, load_file, to_json
-from fgrpo_jax.experiment import KNOWN
-from fgrpo_jax.validation import check_evaluation, validate
+from fgrpo_jax.run.experiment import KNOWN
+from fgrpo_jax.run.validation import check_evaluation, validate
 
 DEFAULT = load_file(ROOT / "configs" / "synthetic.py")
 
@@ -119,7 +119,9 @@ def test_values_of_the_wrong_type():
     for name in leaves(DEFAULT):
         (found,) = problems(**{name.replace(".", "__"): {"a": 1}})
         assert found.startswith(f"{name}={{'a': 1}} must be of type "), found
-    assert problems(rl__credit__terms=(("slate", "recall", 1.0), ("rang", "ndcg", 1.0)))[0].startswith("rl.credit.terms=")
+    assert problems(rl__credit__terms=(("slate", "recall", 1.0), ("rang", "ndcg", 1.0)))[0].startswith(
+        "rl.credit.terms="
+    )
     assert problems(model__dtype="float16") == ["model.dtype='float16' must be of type Literal['float32', 'bfloat16']"]
     validate(changed(DEFAULT, {"rl.optim.clip_norm": 1}), KNOWN)  # a whole number is a float
 

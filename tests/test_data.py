@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgrpo_jax import data
 from fgrpo_jax.config import Config, DataConfig, StageConfig
-from fgrpo_jax.datasets import DataError, Dataset, in_memory, lastfm, synthetic
+from fgrpo_jax.data import batches as data
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory, lastfm, synthetic
 from fgrpo_jax.types import RankingExample
 
 ITEMS = tuple((str(i), f"item {i}") for i in range(40))
@@ -214,9 +214,7 @@ def test_given_pools_are_shown_whole_in_a_new_order():
     made = batches(dataset(rows, sampled=False, catalogue=()))
     orders = set()
     for e in made.batch_at(0) + made.batch_at(1):
-        assert dict(zip(e.candidates, e.relevance, strict=True)) == dict(
-            zip(pool, rows[0].relevance, strict=True)
-        )
+        assert dict(zip(e.candidates, e.relevance, strict=True)) == dict(zip(pool, rows[0].relevance, strict=True))
         orders.add(e.candidates)
     assert len(orders) > 12
 

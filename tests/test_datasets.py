@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from raw_files import RAW, lengths, lines, load, real
 
-from fgrpo_jax import datasets
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.datasets import DataError, builder, synthetic
+from fgrpo_jax.data import datasets
+from fgrpo_jax.data.datasets import DataError, builder, synthetic
 
 
 def ndcg5(score_BC, relevance_BC):
@@ -147,8 +147,7 @@ def test_prepared_data_for_which_there_is_no_room(tmp_path, monkeypatch):
 
 def question(name="2hop__1_2", n=4, **fields):
     paragraphs = [
-        {"idx": i, "title": f"T{i}", "paragraph_text": f"text\n{i}", "is_supporting": i in (1, 3)}
-        for i in range(n)
+        {"idx": i, "title": f"T{i}", "paragraph_text": f"text\n{i}", "is_supporting": i in (1, 3)} for i in range(n)
     ]
     return {"id": name, "question": "Who?", "paragraphs": paragraphs, "answer": "me", **fields}
 
@@ -193,6 +192,7 @@ def test_query_ids_must_be_unique(tmp_path):
     lines(tmp_path / "musique_ans_v1.0_dev.jsonl", [question("a"), question("a")])
     with pytest.raises(DataError, match="query ids of split 'validation' are not unique"):
         load("musique", tmp_path, tmp_path / "prepared")
+
 
 @pytest.mark.parametrize("name", ["lastfm", "musique", "jsonl"])
 @pytest.mark.parametrize("harm", ["truncated", "plain", "flipped"])

@@ -114,9 +114,7 @@ def test_one_layer_and_an_untied_head(spec, query, actions, layers, tied):
     spec = spec._replace(num_layers=layers, tie_embeddings=tied)
     params = init(spec, jax.random.key(0))
     assert ("head" in params) is not tied
-    np.testing.assert_allclose(
-        shared(spec, params, query, actions), plain(spec, params, query, actions), atol=2e-4
-    )
+    np.testing.assert_allclose(shared(spec, params, query, actions), plain(spec, params, query, actions), atol=2e-4)
 
 
 def test_the_gradient_of_a_norm():
@@ -140,9 +138,7 @@ def test_padding_of_the_prompt_changes_nothing(spec, params, query, actions):
     """Another bucket, and other token values in the padding."""
     beyond = jnp.arange(8) >= query.prompt_len[:, None]
     wider = query.replace(prompt=jnp.pad(jnp.where(beyond, 9, query.prompt), ((0, 0), (0, 4)), constant_values=3))
-    np.testing.assert_allclose(
-        shared(spec, params, query, actions), shared(spec, params, wider, actions), atol=2e-5
-    )
+    np.testing.assert_allclose(shared(spec, params, query, actions), shared(spec, params, wider, actions), atol=2e-5)
 
 
 def test_remat_changes_nothing(spec, params, query, actions):

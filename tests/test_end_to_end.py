@@ -14,8 +14,9 @@ from tiny import changed, contents, quick_programs, rows, run_training, tiny_con
 
 import eval as evaluation
 import train
-from fgrpo_jax import experiment, report
 from fgrpo_jax.config import DataConfig, TranscriptConfig
+from fgrpo_jax.evaluation import report
+from fgrpo_jax.run import experiment
 
 QUERIES = 1000  # of each evaluation split
 

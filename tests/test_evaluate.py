@@ -7,8 +7,8 @@ import ir_measures
 import numpy as np
 import pytest
 
-from fgrpo_jax import evaluate, report
-from fgrpo_jax.evaluate import Prediction
+from fgrpo_jax.evaluation import evaluate, report
+from fgrpo_jax.evaluation.evaluate import Prediction
 from fgrpo_jax.types import OK, Outcome, RankingExample
 
 DUPLICATE = Outcome("rank_duplicate", "rank")

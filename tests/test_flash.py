@@ -22,9 +22,9 @@ from test_attention import (
     with_gradients,
 )
 
-from fgrpo_jax import experiment, stage
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.models import attention, flash
+from fgrpo_jax.run import experiment, stage
 
 causal = functools.partial(attention.causal, kind="flash")
 
@@ -117,7 +117,9 @@ def test_the_blocks_of_devices(target, dtype, near):
         found = quick_jit(functools.partial(ours, interpreted))(*args)
         wanted = quick_jit(functools.partial(theirs, False))(*args)
         scale = [max(1.0, float(jnp.abs(x).max())) for x in wanted]
-        jax.tree.map(lambda x, y, s: np.testing.assert_allclose(x / s, y / s, atol=near), list(found), list(wanted), scale)
+        jax.tree.map(
+            lambda x, y, s: np.testing.assert_allclose(x / s, y / s, atol=near), list(found), list(wanted), scale
+        )
 
 
 # --------------------------------------------------------------------- where it runs
@@ -175,7 +177,7 @@ def test_devices_share_queries_and_heads():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from fgrpo_jax.models import attention
-        from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.run.sharding import make_mesh
         from fgrpo_jax.shards import by_query
 
         def gradients(params, frozen, q, k, v):
@@ -200,7 +202,7 @@ def test_kernels_are_lowered_for_every_mesh():
     out = run_on_8_devices("""
         import jax, jax.numpy as jnp
         from fgrpo_jax.models import attention
-        from fgrpo_jax.sharding import make_mesh, query_sharding
+        from fgrpo_jax.run.sharding import make_mesh, query_sharding
         from fgrpo_jax.shards import by_query
 
         def gradients(params, frozen, q, k, v):
@@ -208,7 +210,8 @@ def test_kernels_are_lowered_for_every_mesh():
 
         for sizes in ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)):
             mesh = make_mesh(*sizes)
-            args = [jax.ShapeDtypeStruct((8, 300, n, 32), jnp.bfloat16, sharding=query_sharding(mesh)) for n in (4, 2, 2)]
+            place = query_sharding(mesh)
+            args = [jax.ShapeDtypeStruct((8, 300, n, 32), jnp.bfloat16, sharding=place) for n in (4, 2, 2)]
             traced = jax.jit(by_query(mesh, {}, gradients)).trace({}, {}, *args)
             assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 3
         print("fine")

@@ -3,7 +3,7 @@
 import pytest
 from transcript_cases import CASES, EOS, SEPARATOR, SLATE_CLOSE, each_case
 
-from fgrpo_jax import transcript
+from fgrpo_jax.policies.llm import transcript
 
 SEPARATED, BARE = CASES["characters"].grammar, CASES["single"].grammar
 

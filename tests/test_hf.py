@@ -10,14 +10,15 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_jit
 
-from fgrpo_jax import objectives, rewards, transcript
-from fgrpo_jax.advantages import make_batch
+from fgrpo_jax.algorithm import objectives, rewards
+from fgrpo_jax.algorithm.advantages import make_batch
+from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.config import Config, DataConfig, TranscriptConfig
 from fgrpo_jax.models import decoder, head, hf
-from fgrpo_jax.policies import llm
-from fgrpo_jax.policies.logged import logged
+from fgrpo_jax.policies.llm import policy as llm
+from fgrpo_jax.policies.llm import transcript
+from fgrpo_jax.policies.llm.targets import logged
 from fgrpo_jax.types import Credit, RankingExample, TrainState
-from fgrpo_jax.update import make_optimizer, make_update
 
 WORDS = "amber basil cedar delta ember fjord grove heron ivory jetty kelp lotus maple north olive".split()
 CONFIG = Config(

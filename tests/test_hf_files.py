@@ -140,9 +140,7 @@ def test_missing_truncated_and_damaged_files(broken):
     files[1].write_bytes(whole[:5])
     assert f"{files[1].name} is truncated or damaged" in refusal(hf.load, broken, SPEC)
     files[1].unlink()
-    assert f"{files[1].name} is missing, but model.safetensors.index.json names it" in refusal(
-        hf.load, broken, SPEC
-    )
+    assert f"{files[1].name} is missing, but model.safetensors.index.json names it" in refusal(hf.load, broken, SPEC)
     (broken / hf.INDEX).write_text('{"metadata": {}}')
     assert "has no weight_map" in refusal(hf.load, broken, SPEC)
 

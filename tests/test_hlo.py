@@ -3,7 +3,7 @@
 import pytest
 from helpers import run_on_8_devices
 
-from fgrpo_jax import hlo
+from fgrpo_jax.bench import hlo
 
 ADD = "%sum (a: f32[], b: f32[]) -> f32[] {\n  ROOT %r = f32[] add(%a, %b)\n}\n"
 
@@ -52,7 +52,7 @@ def test_of_a_program_compiled_here():
     out = run_on_8_devices("""
         import jax, jax.numpy as jnp
         from jax.sharding import AxisType, PartitionSpec as P
-        from fgrpo_jax.hlo import collectives
+        from fgrpo_jax.bench.hlo import collectives
         mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
         lax = jax.lax
 

@@ -3,7 +3,7 @@
 import pytest
 from raw_files import lines, load
 
-from fgrpo_jax.datasets import DataError, jsonl
+from fgrpo_jax.data.datasets import DataError, jsonl
 
 
 def item(n):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from raw_files import RAW, lengths, load, real
 
-from fgrpo_jax.datasets import DataError, lastfm
+from fgrpo_jax.data.datasets import DataError, lastfm
 
 N = 60
 NAMES = [f"Artist {n}" for n in range(N - 2)] + ["Florence + the Machine", "+44"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from fgrpo_jax import experiment, launch
 from fgrpo_jax.config import Config
+from fgrpo_jax.run import experiment, launch
 
 ROOT = Path(launch.__file__).parents[1]
 
@@ -20,7 +20,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Page faults of a call of a program that has 100 MB of temporaries: of the first, and the median of ten.
 FAULTS = """
 import resource, statistics, sys
-from fgrpo_jax.launch import keep_memory
+from fgrpo_jax.run.launch import keep_memory
 assert sys.argv[1] == "default" or keep_memory()
 import jax, jax.numpy as jnp
 program = jax.jit(lambda x: (x[:, None] * x) @ jnp.ones((len(x), 8))).lower(jnp.ones(5000)).compile()

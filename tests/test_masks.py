@@ -12,8 +12,8 @@ from helpers import quick_jit
 from plain_parser import plain_parse
 from transcript_cases import CASES, EOS, LIMITS, Case, G, each_case, make_query, written
 
-from fgrpo_jax import masks, transcript
-from fgrpo_jax.transcript import Grammar
+from fgrpo_jax.policies.llm import masks, transcript
+from fgrpo_jax.policies.llm.transcript import Grammar
 
 # Names of two tokens only: every token stands for several candidates, used, open or beyond the prefix.
 CROWDED = Case(Grammar((20, 21), (20, 22), (20, 33), **LIMITS), ((5, 5), (6, 5, 5), (5, 6), (6, 6, 5), (6, 5, 6), (5,)))

@@ -10,8 +10,8 @@ LEGS = """
     sys.path[:0] = [{root!r}, {root!r} + "/tests"]
     import jax
     import eval as evaluation
-    from fgrpo_jax import report
-    from fgrpo_jax.stage import Stage
+    from fgrpo_jax.evaluation import report
+    from fgrpo_jax.run.stage import Stage
     from tiny import changed, run_training, tiny_config
 
     jax.config.update("jax_compilation_cache_dir", {cache!r})

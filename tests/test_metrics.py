@@ -90,9 +90,7 @@ def _ranked_pools(draw):
 @given(pools=st.lists(_ranked_pools(), min_size=1, max_size=4), k=st.integers(1, 8))
 def test_equal_to_ir_measures(pools, k):
     judged = [
-        ir_measures.Qrel(f"q{q}", f"d{c}", gain)
-        for q, (gains, _) in enumerate(pools)
-        for c, gain in enumerate(gains)
+        ir_measures.Qrel(f"q{q}", f"d{c}", gain) for q, (gains, _) in enumerate(pools) for c, gain in enumerate(gains)
     ]
     run = [
         ir_measures.ScoredDoc(f"q{q}", f"d{c}", float(len(ranked) - i))

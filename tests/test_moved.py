@@ -9,9 +9,10 @@ from bpe import train_bpe
 from tiny import changed, quick_programs, run_training, tiny_config, write_world
 
 import eval as evaluation
-from fgrpo_jax import report, run
+from fgrpo_jax.evaluation import report
 from fgrpo_jax.export import export
 from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.run import directory as run
 
 SPEC = decoder.DecoderSpec(
     vocab_size=262, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8,

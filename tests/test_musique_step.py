@@ -11,15 +11,18 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_jit
 
-from fgrpo_jax import data, datasets, objectives, prompts, rewards, tokenizers
-from fgrpo_jax.advantages import make_batch
+from fgrpo_jax.algorithm import objectives, rewards
+from fgrpo_jax.algorithm.advantages import make_batch
+from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.config import Config, DataConfig, StageConfig, TranscriptConfig
+from fgrpo_jax.data import batches as data
+from fgrpo_jax.data import datasets
 from fgrpo_jax.models import decoder
-from fgrpo_jax.policies import llm
-from fgrpo_jax.policies.logged import logged
-from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.policies.llm import policy as llm
+from fgrpo_jax.policies.llm import prompts, tokenizers
+from fgrpo_jax.policies.llm.targets import logged
+from fgrpo_jax.policies.llm.transcript import OUTCOMES
 from fgrpo_jax.types import Credit, TrainState
-from fgrpo_jax.update import make_optimizer, make_update
 
 RAW = pathlib.Path(__file__).parents[2] / "shared" / "data" / "musique"
 VOCABULARY, SHORTEST, PROMPT = 6000, 2000, 2560
@@ -35,9 +38,7 @@ SPEC = decoder.DecoderSpec(
 )
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 1.0)))
 
-pytestmark = pytest.mark.skipif(
-    not RAW.is_dir(), reason=f"REAL MUSIQUE FILES NOT TESTED: {RAW} is absent"
-)
+pytestmark = pytest.mark.skipif(not RAW.is_dir(), reason=f"REAL MUSIQUE FILES NOT TESTED: {RAW} is absent")
 
 
 @pytest.fixture(scope="module")

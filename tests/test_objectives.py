@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fgrpo_jax.advantages import WEIGHTINGS, action_weights, group_advantage, make_batch, per_action
-from fgrpo_jax.objectives import OBJECTIVES, RATIOS, clipped_pg, nll
+from fgrpo_jax.algorithm.advantages import WEIGHTINGS, action_weights, group_advantage, make_batch, per_action
+from fgrpo_jax.algorithm.objectives import OBJECTIVES, RATIOS, clipped_pg, nll
 from fgrpo_jax.types import PHASES, Batch, Credit, Rollout
 
 B, G, T = 4, 3, 8
@@ -29,9 +29,7 @@ def make(seed=0, weighting="token", credit=CREDIT, old=0.0, ref=0.0):
     logp = jnp.asarray(-rng.random((B, G, T)), jnp.float32)
     reward = rng.integers(0, 5, (B, G, len(credit.terms))).astype(np.float32) / 4
     rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(phase), logp)
-    near = [
-        jnp.asarray(logp + d * rng.standard_normal((B, G, T)), jnp.float32) if d else None for d in (old, ref)
-    ]
+    near = [jnp.asarray(logp + d * rng.standard_normal((B, G, T)), jnp.float32) if d else None for d in (old, ref)]
     return make_batch(None, rollout, jnp.asarray(reward), credit, weighting, *near), logp
 
 
@@ -123,9 +121,7 @@ def test_kl_gradient():
     batch, logp = make(4, ref=0.3)
     batch = batch.replace(advantage=jnp.zeros_like(batch.advantage))
     expected = 0.7 * batch.weight * (1 - jnp.exp(batch.ref_logp - logp))
-    np.testing.assert_allclose(
-        gradient(clipped_pg(kl_weight=0.7), logp, batch), expected, rtol=1e-4, atol=1e-8
-    )
+    np.testing.assert_allclose(gradient(clipped_pg(kl_weight=0.7), logp, batch), expected, rtol=1e-4, atol=1e-8)
     np.testing.assert_array_equal(gradient(clipped_pg(kl_weight=0.7), logp, batch.replace(ref_logp=logp)), 0)
 
 
@@ -140,9 +136,7 @@ def test_any_split_adds_up(name, weighting):
         parts = [(jax.tree.map(lambda x, s=s: x[s], batch), logp[s]) for s in map(slice, cuts, cuts[1:])]
         found = [objective(x, part) for part, x in parts]
         np.testing.assert_allclose(sum(f[0] for f in found), loss, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(
-            np.concatenate([gradient(objective, x, p) for p, x in parts]), whole, rtol=1e-6
-        )
+        np.testing.assert_allclose(np.concatenate([gradient(objective, x, p) for p, x in parts]), whole, rtol=1e-6)
         for key, mean in metrics.items():
             total = sum((f[1][key] for f in found[1:]), found[0][1][key])
             np.testing.assert_allclose(total.value(), mean.value(), rtol=1e-4, atol=1e-7)
@@ -170,9 +164,7 @@ def test_shared_credit_with_phase_blind_weights_is_grpo():
 
         objective = clipped_pg("token", 0.2, 0.2)
         np.testing.assert_allclose(objective(logp, shared)[0], grpo(logp), rtol=1e-4, atol=1e-7)
-        np.testing.assert_allclose(
-            gradient(objective, logp, shared), jax.grad(grpo)(logp), rtol=1e-4, atol=1e-7
-        )
+        np.testing.assert_allclose(gradient(objective, logp, shared), jax.grad(grpo)(logp), rtol=1e-4, atol=1e-7)
 
 
 def test_each_token_follows_its_own_phase():
@@ -224,9 +216,7 @@ def test_nll_is_the_weighted_mean():
     np.testing.assert_allclose(loss, -np.asarray(logp)[trained].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value(), loss, rtol=1e-5)
     np.testing.assert_allclose(gradient(nll(), logp, batch), -np.asarray(batch.weight))
-    empty = Batch(
-        None, batch.rollout, batch.reward, batch.advantage, action_weights(batch.rollout.phase * 0, "token")
-    )
+    empty = Batch(None, batch.rollout, batch.reward, batch.advantage, action_weights(batch.rollout.phase * 0, "token"))
     assert nll()(logp, empty)[0] == 0 and nll()(logp, empty)[1]["loss"].value() == 0
 
 

@@ -12,16 +12,17 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_jit
 
-from fgrpo_jax import processes, prompts, tokenizers, transcript
-from fgrpo_jax.advantages import make_batch
+from fgrpo_jax.algorithm.advantages import make_batch
+from fgrpo_jax.algorithm.objectives import nll
+from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
-from fgrpo_jax.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.models import decoder
-from fgrpo_jax.objectives import nll
-from fgrpo_jax.policies import llm
-from fgrpo_jax.policies.logged import logged, target_lists
+from fgrpo_jax.policies.llm import policy as llm
+from fgrpo_jax.policies.llm import prompts, tokenizers, transcript
+from fgrpo_jax.policies.llm.targets import logged, target_lists
+from fgrpo_jax.run import processes
 from fgrpo_jax.types import UNTRAINED, Credit, Query, RankingExample, TrainState
-from fgrpo_jax.update import make_optimizer, make_update
 
 ITEMS = tuple((f"i{n}", f"song {n}") for n in range(9))
 CONFIG = Config(

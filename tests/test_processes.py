@@ -9,7 +9,7 @@ from helpers import two_processes
 from tiny import ROOT, config_file, tiny_config, write_world
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.processes import initialize_distributed
+from fgrpo_jax.run.processes import initialize_distributed
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_alone_without_variables():
 TOGETHER = """
     import sys
     from jax.experimental import multihost_utils
-    from fgrpo_jax import processes
+    from fgrpo_jax.run import processes
     processes._SILENCE, processes._PATIENCE = 8, 2
 
     def run():
@@ -56,7 +56,7 @@ OTHERWISE = """
 import os, sys
 sys.path.append(sys.argv[1])
 import train
-from fgrpo_jax.processes import end_together
+from fgrpo_jax.run.processes import end_together
 sys.exit(end_together(lambda: train.main([sys.argv[2], *os.environ["OTHER"].split()])))
 """
 
@@ -105,4 +105,6 @@ def test_one_that_is_gone_ends_the_other(gone, how):
         both[gone].send_signal(how)
         error = both[1 - gone].communicate(timeout=60)[1]
     assert both[1 - gone].returncode not in (0, None)
-    assert ("run the same command on all hosts: it resumes" if gone else "Terminating process because the JAX") in error, error
+    assert (
+        "run the same command on all hosts: it resumes" if gone else "Terminating process because the JAX"
+    ) in error, error

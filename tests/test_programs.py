@@ -9,8 +9,8 @@ from bpe import train_bpe
 from helpers import two_processes
 from tiny import ITEMS, ROOT, write_world
 
-from fgrpo_jax import datasets
 from fgrpo_jax.config import DataConfig
+from fgrpo_jax.data import datasets
 
 
 @pytest.fixture(scope="module")

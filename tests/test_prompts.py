@@ -2,9 +2,9 @@
 
 import pytest
 
-from fgrpo_jax import prompts, tokenizers
 from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
-from fgrpo_jax.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.policies.llm import prompts, tokenizers
 from fgrpo_jax.types import RankingExample
 
 ITEMS = tuple((str(i), f"artist {i} & co") for i in range(30))
@@ -30,8 +30,7 @@ def render(example, kind="recommendation", instruction="Rank these.", identifier
 
 def test_recommendation_prompt():
     assert render(EXAMPLE) == (
-        "Rank these.\nHistory:\nartist 2 & co\nartist 3 & co\n"
-        "Candidates:\nartist 0 & co\nartist 1 & co\n<SLATE>"
+        "Rank these.\nHistory:\nartist 2 & co\nartist 3 & co\nCandidates:\nartist 0 & co\nartist 1 & co\n<SLATE>"
     )
 
 

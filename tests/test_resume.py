@@ -32,11 +32,11 @@ from tiny import (
 )
 
 import train
-from fgrpo_jax import report
-from fgrpo_jax.checkpoint import Checkpoints
-from fgrpo_jax.data import make_batches
-from fgrpo_jax.datasets import load
-from fgrpo_jax.stage import Stage
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.data.datasets import load
+from fgrpo_jax.evaluation import report
+from fgrpo_jax.run.checkpoint import Checkpoints
+from fgrpo_jax.run.stage import Stage
 
 STOPPED, KILLED = ("sft", 5), ("rl", 5)  # at no step that is logged, evaluated or saved anyway
 
@@ -107,7 +107,7 @@ INTERRUPTED = """
     import os, signal, sys
     sys.path.append({root!r})
     import jax, train
-    from fgrpo_jax.stage import Stage
+    from fgrpo_jax.run.stage import Stage
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     go_on = Stage.on_step
     def on_step(self, *arguments, **named):
@@ -253,7 +253,7 @@ COUNTED = """
     import json, os, sys
     sys.path.append({root!r})
     import train
-    from fgrpo_jax import prompts
+    from fgrpo_jax.policies.llm import prompts
     encode, encoded = prompts.encode_prompts, []
     def encode_prompts(tokenizer, texts, *others):
         encoded.append(len(texts))

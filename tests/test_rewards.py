@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgrpo_jax.rewards import COVERAGE, REWARDS, UTILITY, broken_values, phase_rewards, term_rewards
-from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.algorithm.rewards import COVERAGE, REWARDS, UTILITY, broken_values, phase_rewards, term_rewards
+from fgrpo_jax.policies.llm.transcript import OUTCOMES
 from fgrpo_jax.types import Credit, Lists, Query
 
 B, G, C, N, K = 3, 4, 8, 5, 3
@@ -21,9 +21,7 @@ BROKEN = broken_values(-0.1, (("slate_duplicate", -0.5), ("rank_truncated", -0.2
 def make_query(relevance_BC):
     b, c = relevance_BC.shape
     zeros = jnp.zeros((b, 1), jnp.int32)
-    return Query(
-        zeros, zeros[:, 0] + 1, jnp.zeros((b, c, 1), jnp.int32), jnp.asarray(relevance_BC), zeros[:, 0] + c
-    )
+    return Query(zeros, zeros[:, 0] + 1, jnp.zeros((b, c, 1), jnp.int32), jnp.asarray(relevance_BC), zeros[:, 0] + c)
 
 
 def random_lists(rng):
@@ -94,9 +92,7 @@ def test_relabelling_candidates_changes_nothing(seed):
     np.put_along_axis(relabelled, new, relevance, axis=1)
 
     def relabel(x):
-        return np.where(x >= 0, np.take_along_axis(new[:, None], np.maximum(x, 0), axis=2), -1).astype(
-            np.int32
-        )
+        return np.where(x >= 0, np.take_along_axis(new[:, None], np.maximum(x, 0), axis=2), -1).astype(np.int32)
 
     np.testing.assert_array_equal(
         rewards_of(slate, ranking, outcome, relevance),
@@ -150,7 +146,9 @@ def test_bad_broken_values_are_refused():
 
 def test_a_reward_may_read_what_is_frozen(monkeypatch):
     """A learned one does."""
-    monkeypatch.setitem(REWARDS, "learned", lambda k: lambda lists, query, frozen: frozen["model"] * lists.slate.sum(-1))
+    monkeypatch.setitem(
+        REWARDS, "learned", lambda k: lambda lists, query, frozen: frozen["model"] * lists.slate.sum(-1)
+    )
     lists = Lists(jnp.ones((1, 2, 3), jnp.int32), jnp.ones((1, 2, 1), jnp.int32), jnp.zeros((1, 2), jnp.int32))
     credit = Credit((("rank", "learned", 1.0),))
     reward = term_rewards(credit, lists, make_query(np.ones((1, 4), np.float32)), {"model": 0.5}, 1, BROKEN)

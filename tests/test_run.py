@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from tiny import changed, run_training, tiny_config
 
-from fgrpo_jax import log as log_lib
-from fgrpo_jax import run
 from fgrpo_jax.config import ConfigError, to_json
-from fgrpo_jax.experiment import saved_spec
 from fgrpo_jax.files import StorageError
+from fgrpo_jax.run import directory as run
+from fgrpo_jax.run import log as log_lib
+from fgrpo_jax.run.experiment import saved_spec
 
 
 @pytest.fixture

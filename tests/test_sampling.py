@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax import masks, sampling, transcript
 from fgrpo_jax.models import draw
-from fgrpo_jax.transcript import OUTCOMES
+from fgrpo_jax.policies.llm import masks, sampling, transcript
+from fgrpo_jax.policies.llm.transcript import OUTCOMES
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Rollout
 
 B, G = 3, 620

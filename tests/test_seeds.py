@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fgrpo_jax import seeds
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation import seeds
 
 SCORES = np.random.default_rng(0).random((2, 3, 40))  # method, seed, query
 

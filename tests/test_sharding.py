@@ -6,7 +6,7 @@ import pytest
 from helpers import run_on_8_devices
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.sharding import check_divisible, local_rows, make_mesh, shard_batch
+from fgrpo_jax.run.sharding import check_divisible, local_rows, make_mesh, shard_batch
 
 
 def test_shardings_on_8_devices():
@@ -14,7 +14,7 @@ def test_shardings_on_8_devices():
         import jax, numpy as np
         from jax.sharding import PartitionSpec as P
         from fgrpo_jax.models import decoder
-        from fgrpo_jax.sharding import (
+        from fgrpo_jax.run.sharding import (
             check_divisible, local_rows, make_mesh, param_shardings, query_sharding, shard_batch
         )
         from fgrpo_jax.types import Param
@@ -56,9 +56,9 @@ def test_shardings_on_8_devices():
 def test_loss_and_gradient_do_not_depend_on_the_mesh():
     out = run_on_8_devices("""
         import jax, jax.numpy as jnp, numpy as np
-        from fgrpo_jax.advantages import make_batch
-        from fgrpo_jax.objectives import clipped_pg
-        from fgrpo_jax.sharding import make_mesh, shard_batch
+        from fgrpo_jax.algorithm.advantages import make_batch
+        from fgrpo_jax.algorithm.objectives import clipped_pg
+        from fgrpo_jax.run.sharding import make_mesh, shard_batch
         from fgrpo_jax.types import Credit, Rollout
         rng = np.random.default_rng(0)
         B, G, T = 8, 4, 6
@@ -93,7 +93,7 @@ def test_draws_do_not_depend_on_the_mesh():
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from fgrpo_jax.models.draw import choose_token
-        from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.run.sharding import make_mesh
         from fgrpo_jax.shards import by_query
 
         def sample(params, frozen, logit, key):
@@ -124,7 +124,7 @@ def test_the_gradient_of_a_norm_is_summed_where_it_lies():
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
         from fgrpo_jax.models.layers import rms_norm
-        from fgrpo_jax.sharding import make_mesh
+        from fgrpo_jax.run.sharding import make_mesh
         place = NamedSharding(make_mesh(2, 2, 2), P(("data", "fsdp"), None, "tensor"))
         x = jax.ShapeDtypeStruct((8, 4, 16, 8), jnp.float32, sharding=place)
         grad = jax.jit(jax.grad(lambda scale, x: (rms_norm(x, scale, 1e-6) ** 2).sum()))

@@ -14,9 +14,11 @@ import pytest
 from tiny import ROOT, changed, config_file, contents, quick_programs, rows, run_training, tiny_config, write_world
 
 import eval as evaluation
-from fgrpo_jax import files, report, run
+from fgrpo_jax import files
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation import report
 from fgrpo_jax.files import StorageError, write_atomically
+from fgrpo_jax.run import directory as run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,7 +158,7 @@ def test_a_killed_program_holds_nothing(tmp_path):
     script = f"""
         import os, signal
         from pathlib import Path
-        from fgrpo_jax import run
+        from fgrpo_jax.run import directory as run
         with run.locked(Path({str(tmp_path)!r})):
             os.kill(os.getpid(), signal.SIGKILL)
     """

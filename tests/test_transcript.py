@@ -4,10 +4,9 @@ import itertools
 
 import jax
 import numpy as np
+from helpers import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from helpers import quick_jit
 from plain_parser import plain_parse
 from transcript_cases import (
     CASES,
@@ -24,9 +23,8 @@ from transcript_cases import (
     written,
 )
 
-from fgrpo_jax import transcript
-from fgrpo_jax.transcript import OUTCOMES
-
+from fgrpo_jax.policies.llm import transcript
+from fgrpo_jax.policies.llm.transcript import OUTCOMES
 
 render = quick_jit(transcript.render, static_argnums=0)
 parse = quick_jit(transcript.parse, static_argnums=0)

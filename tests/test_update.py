@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax import advantages, rewards, sampling
+from fgrpo_jax.algorithm import advantages, rewards
+from fgrpo_jax.algorithm.objectives import clipped_pg
+from fgrpo_jax.algorithm.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 from fgrpo_jax.models import decoder
-from fgrpo_jax.objectives import clipped_pg
-from fgrpo_jax.transcript import CODE, OUTCOMES
+from fgrpo_jax.policies.llm import sampling
+from fgrpo_jax.policies.llm.transcript import CODE, OUTCOMES
 from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState, map_params
-from fgrpo_jax.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 
 B, G, T, V = 8, 3, 4, 6
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 0.5)))
@@ -110,9 +111,7 @@ def test_a_nonfinite_gradient_changes_nothing(table, batch, options):
     poisoned = batch.replace(old_logp=batch.old_logp.at[0, 0].set(jnp.nan))
     optimizer = optimizer_of(weight_decay=0.1)
     state, metrics = run(table, poisoned, optimizer, **options)
-    jax.tree.map(
-        np.testing.assert_array_equal, (state.params, state.opt_state), (table, optimizer.init(table))
-    )
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (table, optimizer.init(table)))
     assert float(metrics["nonfinite"].sum) == options.get("epochs", 1)
     _, metrics = run(table, batch, optimizer, **options)
     assert float(metrics["nonfinite"].sum) == 0

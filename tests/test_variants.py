@@ -17,10 +17,10 @@ from tiny import changed, quick_programs
 
 import train
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.experiment import KNOWN, initial_params, make_policy
-from fgrpo_jax.stage import check_training
+from fgrpo_jax.run.experiment import KNOWN, initial_params, make_policy
+from fgrpo_jax.run.stage import check_training
+from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TRAINED
-from fgrpo_jax.validation import validate
 
 JOINT = (("slate", "recall", 1.0), ("rank", "recall", 1.0), ("slate", "ndcg", 0.5), ("rank", "ndcg", 0.5))
 
@@ -72,9 +72,7 @@ def test_fgrpo(experiment, fgrpo):
 
 def test_microbatches_change_nothing(experiment, fgrpo):
     state, *_ = run_variant(experiment, {"rl.microbatches": 2})
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), state.params, fgrpo[0].params
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), state.params, fgrpo[0].params)
 
 
 VARIANTS = {

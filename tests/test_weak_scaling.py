@@ -16,7 +16,7 @@ def test_as_many_queries_a_device_on_1_2_4_8_devices(tmp_path):
         import jax, numpy as np
         from one_step import build, numbers, two_steps
         from fgrpo_jax.models.decoder import param_table
-        from fgrpo_jax.sharding import make_mesh, param_shardings
+        from fgrpo_jax.run.sharding import make_mesh, param_shardings
         jax.config.update("jax_disable_most_optimizations", True)
 
         def steps(queries, *sizes):

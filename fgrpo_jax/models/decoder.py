@@ -175,9 +175,7 @@ def _split_last(layers: PyTree) -> tuple[PyTree, PyTree]:
 # --------------------------------------------------------------------- training: both streams
 
 
-def completions(
-    spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array, actions_BGT: Array
-) -> Array:
+def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array, actions_BGT: Array) -> Array:
     """Final hidden states [B,G,T,D] whose head gives the distribution of each action.
 
     The prompt is encoded once per query; gradients reach it once, from all its rollouts.
@@ -194,9 +192,7 @@ def completions(
     tokens_BX = jnp.concatenate([prompt_BS, fed_BGT.reshape(batch, -1)], 1)
     own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), (batch, group, length))
     prompt_positions = jnp.broadcast_to(jnp.arange(prompt_size), prompt_BS.shape)
-    rope = rope_tables(
-        jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1), spec.head_dim, spec.rope_theta
-    )
+    rope = rope_tables(jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1), spec.head_dim, spec.rope_theta)
     rope_own = jax.tree.map(lambda r: r[:, prompt_size:], rope)
 
     def split(x: Array) -> tuple[Array, Array]:

@@ -60,8 +60,7 @@ def read_spec(directory: str | Path, **numerics: Any) -> DecoderSpec:
     )
     if spec.num_heads % spec.num_kv_heads:
         raise ModelFilesError(
-            f"{path}: num_attention_heads={spec.num_heads} is not a multiple of "
-            f"num_key_value_heads={spec.num_kv_heads}"
+            f"{path}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
         )
     if spec.head_dim % 2:
         raise ModelFilesError(f"{path}: head_dim={spec.head_dim} must be even (rotary embedding)")

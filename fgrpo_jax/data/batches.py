@@ -1,0 +1,184 @@
+"""Batches: which queries step t reads, with which negatives, in which order.
+
+    batches = make_batches(dataset, cfg, "rl", cfg.rl)
+    examples = batches.batch_at(step)        # the GLOBAL batch, the same on every host
+
+Everything is a function of `(cfg.seed, stage, step)`: nothing is carried from one step to
+the next, so resuming needs no state. Queries are reshuffled every epoch by grain. Random
+numbers come from SHA-256 of their names, never from Python's `hash`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from fgrpo_jax.config import Config, StageConfig
+from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, in_memory
+from fgrpo_jax.types import RankingExample
+
+_SEQUENCE_ROW = re.compile(r"(train-\d+)-\d+")
+
+
+def seed_of(*parts: int | str) -> int:
+    """128 bits from names and numbers: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:16], "little")
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    return np.random.default_rng(seed_of(*parts))
+
+
+def subset_key(query_id: str) -> str:
+    """What a training query is split by: its user's sequence `train-<seq>`, or the query itself.
+
+    Rows of one sequence overlap in their histories, so they must stay on one side.
+    """
+    match = _SEQUENCE_ROW.fullmatch(query_id)
+    return match[1] if match else query_id
+
+
+def in_subset(query_id: str, subset: tuple[float, float]) -> bool:
+    """Whether the hash of `subset_key`, read as a fraction, lies in [low, high)."""
+    fraction = seed_of("subset", subset_key(query_id)) / 2.0**128
+    return subset[0] <= fraction < subset[1]
+
+
+def negatives(
+    catalogue: Sequence[Item], seen: set[str], count: int, rng: np.random.Generator, query_id: str
+) -> tuple[Item, ...]:
+    """`count` different items, uniform over those whose id is not in `seen`.
+
+    A prefix of a random ordering, with the seen items left out, is a uniform draw.
+    Raises DataError when the catalogue has too few unseen items.
+    """
+    length = min(count + len(seen), len(catalogue))
+    order = rng.choice(len(catalogue), length, replace=False)
+    unseen = [catalogue[i] for i in order if catalogue[i][0] not in seen][:count]
+    if len(unseen) < count:
+        raise DataError(
+            f"query {query_id!r}: only {len(unseen)} of {len(catalogue)} items are unseen, "
+            f"{count} negatives are needed; lower data.pool_size"
+        )
+    return tuple(unseen)
+
+
+class Batches:
+    """The batches of one stage.
+
+    rows: the indices of the training rows it reads; skipped: how many rows of its subset
+    have no relevant candidate and are left out.
+    """
+
+    def __init__(self, dataset: Dataset, cfg: Config, stage_name: str, stage: StageConfig):
+        import grain
+
+        if "train" not in dataset.splits:
+            raise DataError(f"data set {dataset.name!r} has no training split: its raw file is not in data.manual_dir")
+        split = dataset.splits["train"]
+        self._split = split if isinstance(split, Split) else in_memory(split)
+        self._dataset, self._data, self._size = dataset, cfg.data, stage.batch_queries
+        self._seed, self._stage = cfg.seed, stage_name
+        mine = [i for i, q in enumerate(self._split.query_ids) if in_subset(q, stage.subset)]
+        self.rows = np.array([i for i in mine if self._split.trainable[i]], np.int64)
+        self.skipped = len(mine) - len(self.rows)
+        if not len(self.rows):
+            raise DataError(
+                f"stage {stage_name!r} has nothing to train on: subset {stage.subset} of data set "
+                f"{dataset.name!r} holds {len(mine)} queries, "
+                f"{self.skipped} of them without a relevant candidate"
+            )
+        shuffle = seed_of(cfg.seed, stage_name, "order") % 2**32
+        self._order = grain.MapDataset.source(self.rows).shuffle(seed=shuffle).repeat()
+
+    def batch_at(self, step: int) -> list[RankingExample]:
+        """The `stage.batch_queries` examples of a step, ready for a prompt."""
+        rng = generator(self._seed, self._stage, "present", step)
+        positions = range(step * self._size, (step + 1) * self._size)
+        read = self._split.rows([int(self._order[position]) for position in positions])
+        batch = []
+        for position, example in zip(positions, read, strict=True):
+            if self._dataset.sampled_negatives:
+                example = self._with_negatives(example, epoch=position // len(self.rows))
+            order = rng.permutation(len(example.candidates))
+            history = self._shown(example.history, rng)
+            batch.append(_arranged(example, order, history))
+        return batch
+
+    def _with_negatives(self, example: RankingExample, epoch: int) -> RankingExample:
+        """Fills the pool by (seed, query id, epoch), never by the answer."""
+        rng = generator(self._seed, "negatives", example.query_id, epoch)
+        seen = {item for item, _ in (*example.history, *example.candidates)}
+        count = self._data.pool_size - len(example.candidates)
+        if count < 0:
+            raise DataError(
+                f"query {example.query_id!r} has {len(example.candidates)} relevant items, more than "
+                f"data.pool_size={self._data.pool_size}; raise it"
+            )
+        drawn = negatives(self._dataset.catalogue, seen, count, rng, example.query_id)
+        return RankingExample(
+            query_id=example.query_id,
+            query=example.query,
+            candidates=example.candidates + drawn,
+            relevance=example.relevance + (0.0,) * count,
+            history=example.history,
+        )
+
+    def _shown(self, history: tuple[Item, ...], rng: np.random.Generator) -> tuple[Item, ...]:
+        """The newest `history_max` items, each but the newest dropped by `history_dropout`."""
+        history = history[-self._data.history_max :]
+        if not self._data.history_dropout:
+            return history
+        kept = rng.random(len(history)) >= self._data.history_dropout
+        kept[-1:] = True
+        return tuple(item for item, keep in zip(history, kept, strict=True) if keep)
+
+
+def make_batches(dataset: Dataset, cfg: Config, stage_name: str, stage: StageConfig) -> Batches:
+    """Raises DataError when the stage has nothing to train on."""
+    return Batches(dataset, cfg, stage_name, stage)
+
+
+def evaluation_examples(dataset: Dataset, cfg: Config, split: str) -> list[RankingExample]:
+    """A whole split: frozen pools, shown in an order drawn from (seed, query id).
+
+    Queries without a relevant candidate are kept. Raises DataError for a split that is absent.
+    """
+    if split not in dataset.splits:
+        raise DataError(
+            f"data set {dataset.name!r} has no split {split!r}, only {', '.join(dataset.splits)}: "
+            "put its raw file into data.manual_dir, or choose another split"
+        )
+    examples = []
+    for example in dataset.splits[split]:
+        order = generator(cfg.seed, "evaluation", example.query_id).permutation(len(example.candidates))
+        examples.append(_arranged(example, order, example.history[-cfg.data.history_max :]))
+    return examples
+
+
+def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, ...]) -> RankingExample:
+    return RankingExample(
+        query_id=example.query_id,
+        query=example.query,
+        candidates=tuple(example.candidates[i] for i in order),
+        relevance=tuple(example.relevance[i] for i in order),
+        history=history,
+    )
+
+
+def bucket(length: int, buckets: Sequence[int], query_id: str) -> int:
+    """The smallest bucket that holds `length` prompt tokens; prompts are never cut.
+
+    Raises DataError naming the query when none does.
+    """
+    for size in sorted(buckets):
+        if length <= size:
+            return size
+    raise DataError(
+        f"query {query_id!r} has a prompt of {length} tokens, longer than the largest of "
+        f"data.prompt_buckets={tuple(buckets)}: add a larger bucket, or show less history or fewer candidates"
+    )

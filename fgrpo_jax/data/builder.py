@@ -1,0 +1,301 @@
+"""What the builders share: preparing once, freezing evaluation pools, reading back.
+
+A prepared folder holds TFDS array_record files, and beside them
+
+    meta.json        kind, catalogue, and per split: rows' query ids, which are trainable, hash
+    candidates.json  per evaluation split: hash, seed, how the negatives were made, the pools
+
+It is written into a temporary folder that is renamed when complete, so a killed
+preparation leaves nothing that looks prepared, and two processes may prepare at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fgrpo_jax.config import DataConfig, fingerprint
+from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split
+from fgrpo_jax.files import reason
+from fgrpo_jax.types import RankingExample
+
+
+class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of the builders: raw files in, RankingExamples in array_record out.
+
+    A subclass sets the class fields and defines `find`, `examples`, and `frozen`.
+    """
+
+    VERSION = tfds.core.Version("1.0.1")  # raise it when the same raw files are to be read anew
+    MANUAL_DOWNLOAD_INSTRUCTIONS = None  # set where raw files are needed: which, and from where
+    kind = "recommendation"
+    instruction = ""
+    takes_catalogue = False  # raw files may name items of a catalogue that is not among them
+    sampled_negatives = False  # training rows hold relevant items only; the rest of the pool is drawn
+
+    def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
+        """files: as `find` returned them. given: a run's catalogue, or None."""
+        super().__init__(file_format="array_record", **kwargs)
+        self.files, self.given = files, given
+        self.records: dict[str, dict[str, Any]] = {}
+        self.pools: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def find(cls, folder: Path | None) -> dict[str, Path]:
+        """The raw files by role. Raises DataError when none is there."""
+        return {}
+
+    def split_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def catalogue(self) -> tuple[Item, ...]:
+        return ()
+
+    def examples(self, split: str) -> Iterator[RankingExample]:
+        """The rows of a split, in their order. Raises DataError naming file and row."""
+        raise NotImplementedError
+
+    def frozen(self, split: str) -> dict[str, Any]:
+        """Record of an evaluation split's pools: {"seed": …, "negatives": how they were made}."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the TFDS interface
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        items = tfds.features.Tensor(shape=(None, 2), dtype=np.str_)  # (id, text)
+        features = {
+            "query_id": text,
+            "query": text,
+            "candidates": items,
+            "relevance": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+            "history": items,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Queries with candidate pools and graded relevance.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in self.split_names()}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        digest, ids, trainable, pools = hashlib.sha256(), [], [], {}
+        if split == "train" and self.sampled_negatives:
+            digest.update(_canonical(self.catalogue()))
+        for row, example in enumerate(self.examples(split)):
+            digest.update(_canonical(_content(example)))
+            ids.append(example.query_id)
+            trainable.append(any(gain > 0 for gain in example.relevance))
+            if split != "train":
+                pools[example.query_id] = [i for i, _ in example.candidates]
+            yield row, _encode(example)
+        if not ids:
+            raise DataError(f"{self.files.get(split, split)}: there are no queries in it")
+        if len(set(ids)) != len(ids):
+            raise DataError(f"{self.name}: the query ids of split {split!r} are not unique")
+        self.records[split] = {
+            "fingerprint": digest.hexdigest()[:16],
+            "query_ids": ids,
+            "trainable": trainable,
+        }
+        if split != "train":
+            hash_ = hashlib.sha256(_canonical(pools)).hexdigest()
+            self.pools[split] = {"hash": hash_, **self.frozen(split), "pools": pools}
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _content(e: RankingExample) -> list[Any]:
+    return [e.query_id, e.query, e.candidates, [float(np.float32(g)) for g in e.relevance], e.history]
+
+
+def _encode(e: RankingExample) -> dict[str, Any]:
+    return {
+        "query_id": e.query_id,
+        "query": e.query,
+        "candidates": np.array(e.candidates, np.object_).reshape(-1, 2),
+        "relevance": np.array(e.relevance, np.float32),
+        "history": np.array(e.history, np.object_).reshape(-1, 2),
+    }
+
+
+def _decode(row: dict[str, Any]) -> RankingExample:
+    return RankingExample(
+        query_id=row["query_id"].decode(),
+        query=row["query"].decode(),
+        candidates=tuple((i.decode(), t.decode()) for i, t in row["candidates"].tolist()),
+        relevance=tuple(row["relevance"].tolist()),
+        history=tuple((i.decode(), t.decode()) for i, t in row["history"].tolist()),
+    )
+
+
+# ---------------------------------------------------------------------- prepare and open
+
+
+def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, ...] | None) -> Dataset:
+    """See `datasets.load`."""
+    folder = Path(config.manual_dir).expanduser() if config.manual_dir else None
+    files = builder.find(folder)
+    used = given if builder.takes_catalogue and "catalogue" not in files else None
+    depends = {
+        "version": str(builder.VERSION),
+        "files": {role: sha256(path) for role, path in files.items()},
+        "catalogue": None if used is None else fingerprint(used),
+    }
+    name = config.name
+    home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
+    if not home.is_dir():
+        _prepare(builder, files, used, folder, home)
+    with _reading(home):
+        dataset = _open(name, builder, home)
+    if given is not None and builder.takes_catalogue and dataset.catalogue != given:
+        raise DataError(
+            f"{files['catalogue']} is not the catalogue this run was trained with ({len(dataset.catalogue)} "
+            f"items, {len(given)} then): use the run's own file, or remove this one"
+        )
+    return dataset
+
+
+def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
+    temporary = home.parent / f".{home.name}-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        made = builder(files, given, data_dir=str(temporary))
+        manual = str(folder) if folder and builder.MANUAL_DOWNLOAD_INSTRUCTIONS else None
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+            made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
+        shutil.rmtree(temporary / "downloads", ignore_errors=True)
+        meta = {"kind": made.kind, "catalogue": made.catalogue(), "splits": made.records}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        (temporary / "candidates.json").write_text(json.dumps(made.pools))
+        try:
+            temporary.rename(home)
+        except OSError:
+            if not home.is_dir():  # otherwise another process was first, with the same result
+                raise
+    except (OSError, RuntimeError) as error:  # the second is what array_record raises
+        raise DataError(f"cannot write to {home.parent} ({reason(error)}): set data.prepared_dir") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
+    meta = json.loads((home / "meta.json").read_text())
+    (data_path,) = {path.parent for path in home.glob("*/*/dataset_info.json")}
+    reader = tfds.builder_from_directory(str(data_path))
+    keep = builder.sampled_negatives  # rows of recommendation sets are small
+    splits = {}
+    for split, record in meta["splits"].items():
+        source = reader.as_data_source(split=split)
+        splits[split] = Split(_reader(source, home), record["query_ids"], record["trainable"], keep)
+    return Dataset(
+        name=name,
+        kind=meta["kind"],
+        instruction=builder.instruction,
+        catalogue=tuple((i, t) for i, t in meta["catalogue"]),
+        splits=splits,
+        sampled_negatives=builder.sampled_negatives,
+        fingerprints={split: record["fingerprint"] for split, record in meta["splits"].items()},
+    )
+
+
+def _reader(source: Any, home: Path) -> Callable[[list[int]], list[RankingExample]]:
+    def read(indices: list[int]) -> list[RankingExample]:
+        with _reading(home):
+            return [_decode(row) for row in source.__getitems__(indices)]
+
+    return read
+
+
+@contextlib.contextmanager
+def _reading(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the readers of array_record raise several kinds
+        raise DataError(
+            f"the prepared data in {home} are damaged or gone ({reason(error)}): remove what is left of "
+            "that folder, and give the same command again"
+        ) from error
+
+
+# ---------------------------------------------------------------------- raw files
+
+
+def sha256(path: Path) -> str:
+    """Of the content, decompressed: a file and its .gz are the same raw file."""
+    digest = hashlib.sha256()
+    with open_raw(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def open_raw(path: Path) -> Iterator[Any]:
+    """A binary stream, decompressed where the name ends in .gz.
+
+    Raises DataError, here or while it is read, for a .gz that is no gzip file, ends early or is
+    damaged, and for what the file system refuses.
+    """
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is truncated, damaged or not compressed ({error}): copy it again, or take .gz off the name "
+            "of a plain file"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or set data.manual_dir") from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and UTF-8 lines. Raises DataError on bytes that are not UTF-8."""
+    with open_raw(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
+
+
+def find_one(folder: Path, matches: Callable[[str], bool], deep: bool = True) -> Path | None:
+    """The one file in `folder` (deep: or below) whose name without .gz matches.
+
+    None when there is none. Several with the same content count as one; raises DataError
+    when they differ.
+    """
+    paths = folder.rglob("*") if deep else folder.glob("*")
+    found = sorted(p for p in paths if p.is_file() and matches(p.name.removesuffix(".gz")))
+    if len(found) > 1 and len({sha256(p) for p in found}) > 1:
+        names = ", ".join(str(p) for p in found)
+        raise DataError(f"several different files for the same thing: {names}; leave only one")
+    return found[0] if found else None
+
+
+def manual_folder(folder: Path | None, needed: str) -> Path:
+    """The folder of raw files. Raises DataError when it is not given or not there."""
+    if folder is None:
+        raise DataError(f"data.manual_dir is not set; it must hold {needed}")
+    if not folder.is_dir():
+        raise DataError(f"data.manual_dir={folder} is not a folder; it must hold {needed}")
+    return folder

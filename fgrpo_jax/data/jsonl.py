@@ -1,0 +1,174 @@
+"""jsonl: your own data, one JSON object a line.
+
+data.manual_dir holds `train.jsonl`, `validation.jsonl`, `test.jsonl`, any of them, plain or
+.gz, in UTF-8. A line:
+
+    {"query_id": "q17", "query": "who wrote the song?",
+     "candidates": [{"id": "p1", "text": "First passage."}, {"id": "p2", "text": "Second."}],
+     "relevance": [0, 2.5],
+     "history": [{"id": "p9", "text": "Seen before."}]}
+
+    query_id    text, unique in its file
+    query       text; may be "" where there is a history
+    candidates  the pool, at least one; ids differ, and so do texts
+    relevance   one number per candidate: the gain, finite and >= 0; 0 is not relevant
+    history     optional: what the user took before, oldest first
+
+Nothing else is allowed in a line. A query without a relevant candidate is kept for
+evaluation, where it scores 0, and skipped (and counted) in training. White space within a
+text, newlines too, is read as single spaces. Every malformed line of every file is
+reported, with file, line number and reasons, in one DataError, and nothing is prepared.
+With a history anywhere the prompts are those of recommendation, otherwise of qa.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, open_raw
+from fgrpo_jax.data.datasets import DataError, Item, one_line
+from fgrpo_jax.types import RankingExample
+
+SPLITS = ("train", "validation", "test")
+REQUIRED, OPTIONAL = ("query_id", "query", "candidates", "relevance"), ("history",)
+GAIN_MAX = 1e30  # gains are float32 on the device, and summed
+
+
+class Jsonl(RankingBuilder, skip_registration=True):
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "train.jsonl, validation.jsonl or test.jsonl (see fgrpo_jax/datasets/jsonl.py)"
+    instruction = "Choose and rank the candidates that fit."
+
+    def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
+        self._rows, problems = {}, []
+        for split, path in files.items():
+            self._rows[split], found = read(path)
+            problems += found
+        if problems:
+            head = f"{len(problems)} malformed line(s), nothing was prepared:"
+            raise DataError("\n".join([head, *problems]))
+        super().__init__(files, given, **kwargs)
+
+    @classmethod
+    def find(cls, folder: Path | None) -> dict[str, Path]:
+        folder = manual_folder(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS)
+        found = {split: find_one(folder, f"{split}.jsonl".__eq__, deep=False) for split in SPLITS}
+        found = {split: path for split, path in found.items() if path}
+        if not found:
+            raise DataError(f"{folder} holds none of {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+        return found
+
+    @property
+    def kind(self) -> str:
+        return "recommendation" if any(row.history for rows in self._rows.values() for row in rows) else "qa"
+
+    def split_names(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    def examples(self, split: str) -> Iterator[RankingExample]:
+        return iter(self._rows[split])
+
+    def frozen(self, split: str) -> dict[str, Any]:
+        return {"seed": None, "negatives": "the candidates of the file, in its order"}
+
+
+def read(path: Path) -> tuple[list[RankingExample], list[str]]:
+    """All sound rows of a file, and a report `file, line n: reasons` for each of the others."""
+    rows, problems, lines = [], [], {}
+    with open_raw(path) as file:
+        for number, line in enumerate(file, 1):
+            reasons: list[str] = []
+            value = _parse(line, reasons)
+            row = None if reasons else _example(value, reasons)
+            if row is not None and lines.setdefault(row.query_id, number) != number:
+                reasons.append(f"query_id {row.query_id!r} was already used in line {lines[row.query_id]}")
+            if reasons:
+                problems.append(f"  {path}, line {number}: {'; '.join(reasons)}")
+            else:
+                rows.append(row)
+    if not rows and not problems:
+        problems.append(f"  {path}, line 1: the file is empty")
+    return rows, problems
+
+
+def _parse(line: bytes, reasons: list[str]) -> Any:
+    try:
+        text = line.decode("utf-8").strip()
+        if not text:
+            raise ValueError("the line is empty")
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
+    except (ValueError, RecursionError) as error:
+        reasons.append(f"not JSON ({error})")
+        return None
+    if not isinstance(value, dict):
+        reasons.append(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _example(value: dict[str, Any], reasons: list[str]) -> RankingExample | None:
+    """The row, or None after adding every reason why it is malformed."""
+    if missing := [name for name in REQUIRED if name not in value]:
+        reasons.append(f"missing field(s) {', '.join(missing)}")
+    if unknown := [name for name in value if name not in REQUIRED + OPTIONAL]:
+        reasons.append(f"unknown field(s) {', '.join(unknown)}")
+    if reasons:
+        return None
+    query_id, query = value["query_id"], value["query"]
+    if not isinstance(query_id, str) or not query_id.strip():
+        reasons.append("query_id must be a text that is not empty")
+    if not isinstance(query, str):
+        reasons.append("query must be a text")
+    candidates = _items("candidates", value["candidates"], reasons)
+    history = _items("history", value.get("history", []), reasons)
+    if isinstance(query, str) and not query.strip() and not value.get("history"):
+        reasons.append("query is empty and there is no history: nothing to rank by")
+    if candidates is not None:
+        _check_pool(candidates, reasons)
+    relevance = _gains(value["relevance"], value["candidates"], reasons)
+    if reasons:
+        return None
+    return RankingExample(query_id, one_line(query), candidates, relevance, history)
+
+
+def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None:
+    if not isinstance(value, list):
+        reasons.append(f"{name} must be a list of objects with id and text")
+        return None
+    for number, item in enumerate(value):
+        if not isinstance(item, dict) or set(item) != {"id", "text"}:
+            reasons.append(f"{name}[{number}] must be an object with id and text, and nothing else")
+        elif not all(isinstance(item[key], str) and item[key].strip() for key in ("id", "text")):
+            reasons.append(f"{name}[{number}]: id and text must be texts that are not empty")
+        else:
+            continue
+        return None
+    return tuple((item["id"], one_line(item["text"])) for item in value)
+
+
+def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:
+    if not candidates:
+        reasons.append("candidates is empty")
+    for part, name in enumerate(("id", "text")):
+        values = [item[part] for item in candidates]
+        if twice := next((v for n, v in enumerate(values) if v in values[:n]), None):
+            reasons.append(f"two candidates have the {name} {twice!r}")
+
+
+def _gains(value: Any, candidates: Any, reasons: list[str]) -> tuple[float, ...] | None:
+    if not isinstance(value, list):
+        reasons.append("relevance must be a list of numbers")
+        return None
+    if isinstance(candidates, list) and len(value) != len(candidates):
+        reasons.append(f"relevance has {len(value)} numbers for {len(candidates)} candidates")
+    for number, gain in enumerate(value):
+        if type(gain) not in (int, float):
+            reasons.append(f"relevance[{number}] is not a number")
+        elif isinstance(gain, float) and not math.isfinite(gain):
+            reasons.append(f"relevance[{number}] is {gain}, not finite")
+        elif not 0 <= gain <= GAIN_MAX:
+            reasons.append(f"relevance[{number}] is {'negative' if gain < 0 else f'above {GAIN_MAX:g}'}")
+    return None if reasons else tuple(float(gain) for gain in value)

@@ -1,0 +1,310 @@
+"""What an evaluation and a run look like on disk and on the terminal.
+
+An evaluation folder holds, written at once or not at all:
+
+    metrics.json       means, 95 % intervals, paired differences, error counts (`evaluate.compare`)
+    per_query.jsonl    one query a line: relevant ids, and for each method its lists, error and metrics
+    qrels.trec         gains of every candidate; <method>.run.trec: each method's rankings
+    manifest.json      config, seeds, versions, data fingerprints, git revision
+    table.txt          what the terminal showed
+
+The same inputs give the same bytes: no times, no host names, sorted keys, rounded numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import jax
+import numpy as np
+
+import fgrpo_jax
+from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, DIGITS, ERRORS, WHOLE, Evaluation, counted
+from fgrpo_jax.files import storing, write_atomically
+from fgrpo_jax.types import RankingExample
+
+_NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
+_MAX_GAIN = 10**6  # TREC gains are whole numbers
+_STAGES = ("sft", "rl")
+
+# --------------------------------------------------------------------- the folder
+
+
+def manifest(
+    config: Mapping[str, object],
+    seeds: Mapping[str, int],
+    fingerprints: Mapping[str, str],
+    revision: str | None,
+) -> dict[str, object]:
+    """What is needed to repeat an evaluation; `config` is JSON-ready, `revision` from `git_revision`."""
+    versions = {"fgrpo_jax": fgrpo_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
+    return {
+        "config": dict(config),
+        "seeds": dict(seeds),
+        "data": dict(fingerprints),
+        "versions": versions,
+        "git": revision,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from, `+` added when files differ; None outside of one."""
+    folder = Path(fgrpo_jax.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(folder), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not a checkout that merely contains this one
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_evaluation(
+    directory: str | Path,
+    evaluation: Evaluation,
+    manifest: Mapping[str, object],
+    left_out: Mapping[str, str],
+) -> str:
+    """Write the folder, replacing an older one whole, and return the text of table.txt.
+
+    `left_out` maps baselines that make no sense here to the reason. Raises StorageError when the
+    folder cannot be written; an older evaluation is then still there.
+    """
+    directory = Path(directory)
+    text = table(evaluation, left_out)
+    with storing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _write_all(directory, evaluation, manifest, left_out, text)
+    return text
+
+
+def _write_all(
+    directory: Path, evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], text: str
+) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        scale = gain_scale(evaluation.examples)
+        summary = {**evaluation.summary, "left_out": dict(left_out), "trec_gain_scale": scale}
+        _write(new / "metrics.json", _json(summary, indent=1))
+        _write(new / "manifest.json", _json(manifest, indent=1))
+        _write(new / "table.txt", text)
+        _write(new / "per_query.jsonl", "".join(_json(row) for row in _per_query(evaluation)))
+        _write(new / "qrels.trec", qrels(evaluation.examples, scale))
+        for method in evaluation.predictions:
+            _write(new / f"{method}.run.trec", run(evaluation, method))
+        _swap(new, directory, Path(scratch, "old"))
+
+
+def _swap(new: Path, directory: Path, old: Path) -> None:
+    if not directory.exists():
+        os.replace(new, directory)
+        return
+    os.replace(directory, old)
+    try:
+        os.replace(new, directory)
+    except OSError:
+        os.replace(old, directory)
+        raise
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _per_query(evaluation: Evaluation) -> list[dict[str, object]]:
+    rows = []
+    for q, example in enumerate(evaluation.examples):
+        ids = [item for item, _ in example.candidates]
+        methods = {}
+        for method, predictions in evaluation.predictions.items():
+            prediction = predictions[q]
+            methods[method] = {
+                "slate": [ids[i] for i in prediction.slate],
+                "ranking": [ids[i] for i in prediction.ranking],
+                "outcome": prediction.outcome.name,
+                "error": evaluation.errors[method][q],
+                "metrics": {k: round(float(v[q]), DIGITS) for k, v in evaluation.scores[method].items()},
+            }
+        gains = {item: gain for item, gain in zip(ids, example.relevance) if gain > 0}
+        rows.append({"query_id": example.query_id, "candidates": ids, "gains": gains, "methods": methods})
+    return rows
+
+
+# --------------------------------------------------------------------- TREC files
+
+
+def trec_id(name: str) -> str:
+    """The id with white space and % written as %XX: TREC fields are separated by spaces."""
+    return re.sub(r"[\s%]", lambda found: quote(found.group()), name)
+
+
+def gain_scale(examples: Sequence[RankingExample]) -> int:
+    """Power of ten that makes every gain a whole number (nDCG does not change); at most 10^6."""
+    gains = np.array(sorted({gain for example in examples for gain in example.relevance}))
+    scale = 1
+    while scale < _MAX_GAIN and not np.allclose(gains * scale, np.round(gains * scale), atol=1e-9):
+        scale *= 10
+    return scale
+
+
+def qrels(examples: Sequence[RankingExample], scale: int) -> str:
+    """`query 0 candidate gain` for every candidate, relevant or not."""
+    lines = []
+    for example in examples:
+        for (item, _), gain in zip(example.candidates, example.relevance):
+            whole = max(round(gain * scale), 1) if gain > 0 else 0
+            lines.append(f"{trec_id(example.query_id)} 0 {trec_id(item)} {whole}\n")
+    return "".join(lines)
+
+
+def run(evaluation: Evaluation, method: str) -> str:
+    """`query Q0 candidate rank score method`, scores strictly decreasing, from the length to 1.
+
+    The rankings that count (`evaluate.counted`) and nothing after them. An empty one is a line with
+    an unjudged candidate, because TREC tools disagree about queries that a run lacks.
+    """
+    lines = []
+    for example, prediction in zip(evaluation.examples, evaluation.predictions[method]):
+        _, ranking = counted(prediction)
+        items = [trec_id(example.candidates[i][0]) for i in ranking] or [_NOTHING]
+        for rank, item in enumerate(items):
+            points = len(items) - rank
+            lines.append(f"{trec_id(example.query_id)} Q0 {item} {rank + 1} {points} {method}\n")
+    return "".join(lines)
+
+
+# --------------------------------------------------------------------- the table
+
+
+def table(evaluation: Evaluation, left_out: Mapping[str, str]) -> str:
+    """Methods as rows: metrics in percent with half of their 95 % interval, differences, errors."""
+    summary = evaluation.summary
+    cutoffs, versus = summary["cutoffs"], summary["versus"]
+    groups = [[f"{name}@{k}" for name in AT_CUTOFF[i : i + 2] for k in cutoffs] for i in (0, 2)]
+    blocks = [f"{summary['queries']} queries, percent, ± half of the 95 % bootstrap interval"]
+    for names in (*groups, list(WHOLE)):
+        rows = [
+            [method, *(_plus_minus(values[name]) for name in names)] for method, values in summary["methods"].items()
+        ]
+        blocks.append(_align([["", *names], *rows]))
+    if summary["paired"]:
+        names = [f"ndcg@{max(cutoffs)}", f"recall@{max(cutoffs)}", "recall@1", *WHOLE]
+        names = [name for name in names if name in summary["methods"][versus]]
+        rows = [
+            [method, *(_difference(values[name]) for name in names)] for method, values in summary["paired"].items()
+        ]
+        blocks.append(f"difference to {versus}, paired, [95 % interval]\n" + _align([["", *names], *rows]))
+    total = summary["queries"]
+    rows = [
+        [method, *(f"{100 * counts[name] / total:.1f}" for name in ERRORS)]
+        for method, counts in summary["errors"].items()
+    ]
+    blocks.append(f"errors at {max(cutoffs)}, percent of queries\n" + _align([["", *ERRORS], *rows]))
+    blocks += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _plus_minus(interval: Mapping[str, float]) -> str:
+    half = (interval["high"] - interval["low"]) / 2
+    return f"{100 * interval['mean']:.1f} ±{100 * half:.1f}"
+
+
+def _difference(interval: Mapping[str, float]) -> str:
+    values = (100 * interval[key] for key in ("difference", "low", "high"))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first to the left and the others to the right."""
+    widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------- training curves
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Rows of a metrics.jsonl, `{"stage", "step", name: value, ...}` each, in file order.
+
+    A last line without its end is being written, or was when the run was killed, and is left out.
+    Raises ValueError, naming the line, on any other line that is not such a row.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            row["stage"], row["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
+        rows.append(row)
+    return rows
+
+
+def curves(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draw rewards of both phases, loss and validation metrics of every stage; same rows, same bytes.
+
+    Where a run was resumed, the last row of a step counts. Raises what `read_metrics` does.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics_path)
+    stages = [stage for stage in _STAGES if any(row["stage"] == stage for row in rows)] or list(_STAGES)
+    figure = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(stages), 3, squeeze=False)
+    for line, stage in zip(axes, stages):
+        own = [row for row in rows if row["stage"] == stage]
+        _draw(line[0], f"{stage}: training reward", own, ("reward/slate", "reward/rank"))
+        _draw(line[1], f"{stage}: loss", own, ("loss",))
+        _draw(line[2], f"{stage}: validation", own, _shown(own))
+    # Without "Software": None the file would carry the version of matplotlib.
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    write_atomically(Path(png_path), picture.getvalue())
+
+
+def _shown(rows: Sequence[dict]) -> list[str]:
+    """Of the validation metrics: nDCG and recall at their largest cut-off, and recall of the slate."""
+    names = {name for row in rows for name in row if name.startswith("eval/")}
+    shown = []
+    for metric in ("eval/ndcg@", "eval/recall@"):
+        cutoffs = [int(name.removeprefix(metric)) for name in names if name.startswith(metric)]
+        shown += [f"{metric}{max(cutoffs)}"] if cutoffs else []
+    return shown + [name for name in ("eval/slate_recall",) if name in names]
+
+
+def _draw(ax, title: str, rows: Sequence[dict], names: Sequence[str]) -> None:
+    ax.set_title(title)
+    ax.set_xlabel("step")
+    drawn = False
+    for name in names:
+        points = dict(sorted({row["step"]: row[name] for row in rows if name in row}.items()))
+        if points:
+            marker = "." if len(points) < 30 else None
+            ax.plot(list(points), list(points.values()), label=name, marker=marker)
+            drawn = True
+    if drawn:
+        ax.legend()
+    else:
+        ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes)

@@ -1,0 +1,94 @@
+"""Compare two methods over several seeds, from the evaluations their runs wrote.
+
+    python -m fgrpo_jax.evaluation.seeds --a runs/f0:rl runs/f1:rl runs/f2:rl --b runs/f0:sft runs/f1:sft runs/f2:sft
+
+The i-th run of `a` is paired with the i-th of `b`, and every query with itself. The score of
+a query is its mean over seeds; the 95 % interval of the difference is a percentile bootstrap
+over queries, so it is about the queries and not about seeds: how much those vary is the
+standard deviation printed beside each mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation.evaluate import resampled_means
+
+METRICS = ("ndcg@5", "recall@1", "recall@3", "recall@5", "mrr", "slate_recall")
+
+
+def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dict[str, list[float]]:
+    """Query id -> metrics of `RUN_DIR:METHOD`, without the first `skip`.
+
+    Raises ConfigError for what was not evaluated.
+    """
+    run_dir, _, method = entry.rpartition(":")
+    path = Path(run_dir).expanduser() / "eval" / split / "per_query.jsonl"
+    if not run_dir or not path.is_file():
+        raise ConfigError(f"{entry}: give RUN_DIR:METHOD of an evaluated run; there is no {path}")
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
+        row = json.loads(line)
+        if method not in row["methods"]:
+            raise ConfigError(f"{entry}: {path} has no method {method!r}, only {', '.join(row['methods'])}")
+        scores = row["methods"][method]["metrics"]
+        if missing := [name for name in metrics if name not in scores]:
+            raise ConfigError(f"{entry}: {path} has no {', '.join(missing)}, only {', '.join(scores)}")
+        found[row["query_id"]] = [scores[name] for name in metrics]
+    return found
+
+
+def compare(
+    a: tuple[str, ...],
+    b: tuple[str, ...],
+    split: str = "validation",
+    metrics: tuple[str, ...] = METRICS,
+    skip: int = 0,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> str:
+    """A table: mean and standard deviation over seeds of both, and their paired difference, in percent.
+
+    Args:
+        a: evaluated methods, `RUN_DIR:METHOD`, one for each seed.
+        b: as many, paired with those of `a` in order.
+        split: the split they were evaluated on.
+        metrics: columns of their per_query.jsonl.
+        skip: queries left out from the start of the split, as the eval.train_queries that a
+            checkpoint was chosen on.
+        resamples: bootstrap resamples behind the interval.
+        seed: of the bootstrap.
+    """
+    if len(a) != len(b) or not a:
+        raise ConfigError(f"{len(a)} runs in a and {len(b)} in b: give as many of both, paired by seed")
+    sides = [[read(entry, split, metrics, skip) for entry in side] for side in (a, b)]
+    ids = sorted(sides[0][0])
+    if any(sorted(run) != ids for side in sides for run in side):
+        raise ConfigError("the runs were not evaluated on the same queries")
+    a_RQM, b_RQM = (100 * np.array([[run[i] for i in ids] for run in side]) for side in sides)
+    difference_QM = (a_RQM - b_RQM).mean(0)
+    low, high = np.percentile(resampled_means(difference_QM, resamples, seed), (2.5, 97.5), axis=0)
+    lines = [f"{len(a)} seeds, {len(ids)} queries, percent", f"{'':14}{'a':>14}{'b':>14}   a - b"]
+    for m, name in enumerate(metrics):
+        cells = [f"{x[..., m].mean():.1f} ±{_spread(x[..., m].mean(1)):.1f}" for x in (a_RQM, b_RQM)]
+        paired = f"{difference_QM[:, m].mean():+.2f} [{low[m]:+.2f}, {high[m]:+.2f}]"
+        lines.append(f"{name:14}{cells[0]:>14}{cells[1]:>14}   {paired}")
+    return "\n".join(lines)
+
+
+def _spread(means: np.ndarray) -> float:
+    return float(means.std(ddof=1)) if len(means) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    try:
+        print(tyro.cli(compare, description=__doc__))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,84 @@
+"""Prompts: a query, its history and its pool as text, one item a line.
+
+A prompt ends with the opening of the slate, so decoding starts inside it. What follows is
+built from the identifiers piece by piece and never by this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.types import RankingExample
+
+HISTORY, CANDIDATES, QUESTION = "History:", "Candidates:", "Question: "
+TEMPLATE_LINES = (HISTORY, CANDIDATES)
+"""Lines of the template that are the same in every prompt."""
+
+
+def identifier_texts(example: RankingExample, identifier: str) -> list[str]:
+    """How a transcript names each candidate: `[1]` … in prompt order, or the text itself."""
+    if identifier == "index":
+        return [f"[{n}]" for n in range(1, len(example.candidates) + 1)]
+    return [one_line(text) for _, text in example.candidates]
+
+
+def render(example: RankingExample, kind: str, instruction: str, identifier: str, slate_open: str) -> str:
+    """The prompt, ending in `slate_open` on its own line, without a newline after it.
+
+    kind "recommendation": instruction, history, candidates. kind "qa": instruction,
+    candidates, question. A part that is empty is left out with its heading.
+    """
+    names = identifier_texts(example, identifier)
+    pool = [one_line(text) for _, text in example.candidates]
+    if identifier == "index":
+        pool = [f"{name} {text}" for name, text in zip(names, pool, strict=True)]
+    history = [HISTORY, *(one_line(text) for _, text in example.history)] if example.history else []
+    question = [QUESTION + one_line(example.query)] if example.query.strip() else []
+    lines = [instruction] if instruction else []
+    if kind == "recommendation":
+        lines += [*question, *history, CANDIDATES, *pool]
+    elif kind == "qa":
+        lines += [*history, CANDIDATES, *pool, *question]
+    else:
+        raise ConfigError(f"prompt kind {kind!r} is not recommendation or qa")
+    return "\n".join([*lines, slate_open])
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, encoded in one call; no special tokens are added.
+
+    chat: everything but the last line (the opening of the slate) becomes the user's turn of
+    the tokenizer's chat template, and the last line opens the answer.
+    Raises DataError, naming the query, where the tokenizer has no token for some text, and
+    ConfigError for `chat` with a tokenizer that has no chat template.
+    """
+    if chat:
+        texts = [_as_chat(tokenizer, text) for text in texts]
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown != tokenizer.eos_token_id:  # one token for both says nothing
+        for text, ids, query_id in zip(texts, encoded, query_ids, strict=True):
+            if unknown in ids:
+                raise DataError(_unknown_text(tokenizer, text, query_id))
+    return encoded
+
+
+def _as_chat(tokenizer: Any, text: str) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("prompt.chat=True, but the tokenizer has no chat template: set it to False")
+    body, _, opening = text.rpartition("\n")
+    turns = [{"role": "user", "content": body}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + opening
+
+
+def _unknown_text(tokenizer: Any, text: str, query_id: str) -> str:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start, end = encoded["offset_mapping"][encoded["input_ids"].index(tokenizer.unk_token_id)]
+    return (
+        f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
+        "tokenizer every line must be an item, or part of the template, seen when the run was started; "
+        "for free text set tokenizer to a Hugging Face directory and transcript.identifier to index"
+    )

@@ -1,0 +1,88 @@
+"""Tokenizers: any Hugging Face tokenizer directory, or `catalogue`, made from the data set.
+
+The catalogue tokenizer is word-level with lines as words: every item is one token, and so is
+every line of the prompt template and every literal of the transcript. It is what a small
+model can learn from scratch. Text that is none of these is refused when a prompt is encoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
+from fgrpo_jax.data.datasets import DataError, Dataset, one_line
+from fgrpo_jax.policies.llm.prompts import TEMPLATE_LINES
+
+# Only its tokenizers are used; without this it advises to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+
+def load(name: str, dataset: Dataset | None, transcript: TranscriptConfig, prompt: PromptConfig) -> Any:
+    """A Hugging Face fast tokenizer with an eos token.
+
+    name: "catalogue" (needs the data set) or a directory, as `save_pretrained` writes it.
+    Raises ConfigError for a directory that holds no usable tokenizer, DataError for a
+    catalogue in which two things would share a token.
+    """
+    if name == "catalogue":
+        if dataset is None:
+            raise ConfigError("tokenizer='catalogue' is made from a data set, and none was given")
+        return catalogue(dataset, transcript, prompt)
+    return from_directory(name)
+
+
+def from_directory(path: str) -> Any:
+    """A saved tokenizer; nothing is downloaded. Raises ConfigError, saying what is accepted."""
+    accepted = "tokenizer must be 'catalogue' or a directory with tokenizer.json and tokenizer_config.json"
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"tokenizer={path!r} is not a directory; {accepted}")
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, all meaning the same here
+        raise ConfigError(f"tokenizer={path!r} could not be loaded ({error}); {accepted}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer={path!r} has no fast version; {accepted}")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer={path!r} has no eos token, and a transcript ends with one; {accepted}")
+    return tokenizer
+
+
+def catalogue(dataset: Dataset, transcript: TranscriptConfig, prompt: PromptConfig) -> Any:
+    """The word-level tokenizer of a data set; the same data set gives the same tokens."""
+    import tokenizers
+    import transformers
+
+    instruction = (prompt.instruction or dataset.instruction).split("\n")
+    literals = (transcript.slate_open, transcript.separator, transcript.slate_close, transcript.rank_close)
+    fixed = list(dict.fromkeys([PAD, EOS, UNK, *literals, *instruction, *TEMPLATE_LINES]))
+    fixed = [text for text in fixed if text]
+    items = list(dict.fromkeys(one_line(text) for text in _item_texts(dataset)))
+    if clash := sorted(set(fixed) & set(items)):
+        raise DataError(f"item {clash[0]!r} is also a special token, a literal or a line of the prompt: rename it")
+    vocabulary = {text: token for token, text in enumerate([*fixed, *items])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "removed")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _item_texts(dataset: Dataset) -> Iterator[str]:
+    if dataset.catalogue:
+        yield from (text for _, text in dataset.catalogue)
+        return
+    for name in sorted(dataset.splits):
+        for example in dataset.splits[name]:
+            yield from (text for _, text in (*example.candidates, *example.history))

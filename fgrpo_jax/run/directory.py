@@ -1,0 +1,277 @@
+"""A run directory: everything a run writes, and the rules by which it is entered again.
+
+config.json       the configuration; what may change in it says changes.py
+data.json         fingerprints of the data splits, and the catalogue's items
+tokenizer/        the tokenizer
+model.json        sizes of the decoder
+hf_config.json    config.json of the Hugging Face checkpoint it started from, if any
+start.json        the run that `start_from` named, and where it lies from here
+metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
+sft/, rl/         checkpoints/ and done.json (written when the stage is complete)
+curves.png        training curves of both phases
+eval/SPLIT/       evaluations
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fgrpo_jax import config as config_lib
+from fgrpo_jax.config import Config, ConfigError
+from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
+from fgrpo_jax.run import changes
+from fgrpo_jax.run.checkpoint import steps_in, unpin
+from fgrpo_jax.run.log import MetricsLog
+from fgrpo_jax.run.validation import wrong_types
+
+_LOCK = ".lock"
+_DATA = ("kind", "fingerprints", "catalogue")  # what data.json holds
+
+
+def check(config: Config) -> Path:
+    """The run directory of a configuration, which may be entered; nothing is written.
+
+    Raises ConfigError when it holds something that is no run, or belongs to another
+    configuration (every differing field is named that may not change: see changes.py).
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    saved = run_dir / "config.json"
+    if saved.is_file():
+        if lines := changes.refused(_before(run_dir, config), config, _reached(run_dir)):
+            raise ConfigError(
+                f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
+                + "\n".join(f"  - {line}" for line in lines)
+            )
+    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name, _LOCK}:
+        raise ConfigError(f"{run_dir} is not empty, and no run: it holds no config.json; choose another run_dir")
+    return run_dir
+
+
+def enter(config: Config) -> Path:
+    """Enter a run directory that is locked: what changed in its configuration is said and written.
+
+    Raises what `check` raises, and StorageError.
+    """
+    run_dir = check(config)
+    if (run_dir / "config.json").is_file():
+        _announce(run_dir, config)
+        _reopen(run_dir, config)
+    write_atomically(run_dir / "config.json", config_lib.to_json(config))
+    return run_dir
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Make the run directory, and hold it alone: another program that trains in it is refused.
+
+    The lock (flock) belongs to the open file, so the system lets go of it however a process
+    ends. Of the processes of one run the first one holds it. A file system may not know locks,
+    or only within one machine (some network file systems): the first is said, the second cannot
+    be told. Raises StorageError when the directory cannot be written, ConfigError when it is held.
+    """
+    check_writable(run_dir)
+    path = run_dir / _LOCK
+    with storing(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another program"
+            raise ConfigError(
+                f"{run_dir} is in use by {holder}: wait until it ends, stop it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            print(f"note: {run_dir} cannot be locked ({error.strerror}): let no other program train in it")
+        else:
+            with storing(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+        yield
+
+
+def _before(run_dir: Path, config: Config) -> Config:
+    """The configuration in a run directory; a start that only lies elsewhere now is not another."""
+    before, record = read_config(run_dir), _read_start(run_dir)
+    if record and record["mark"] == _mark(Path(config.start_from).expanduser()):
+        before = dataclasses.replace(before, start_from=config.start_from)
+    return before
+
+
+def _reached(run_dir: Path) -> dict[str, changes.Reached]:
+    return {
+        name: changes.Reached(
+            latest=max(steps_in(run_dir / name / "checkpoints"), default=None),
+            ended=read_done(run_dir, name)["step"] if is_done(run_dir, name) else None,
+        )
+        for name in changes.STAGES
+    }
+
+
+def _announce(run_dir: Path, config: Config) -> None:
+    if note := earlier_version(run_dir):
+        print(f"note: {note}")
+    before = dataclasses.replace(read_config(run_dir), run_dir=config.run_dir)
+    for line in config_lib.differences(before, config).values():
+        print(f"changed   {line}")
+
+
+def _reopen(run_dir: Path, config: Config) -> None:
+    """Undo what stages that are to go on did only because they had come to their end.
+
+    Done before the new configuration is written, and the same when it is done again: killed
+    in between, the run is still that of the old one, or of the new one once it is given again.
+    """
+    before, reached = read_config(run_dir), _reached(run_dir)
+    for name in changes.STAGES:
+        stage, here = getattr(before, name), reached[name]
+        if not changes.reopens(stage, getattr(config, name), here):
+            continue
+        (run_dir / name / "done.json").unlink(missing_ok=True)
+        unpin(run_dir / name / "checkpoints")
+        logged, evaluated = (here.latest % every != 0 for every in (before.log_every, stage.eval_every))
+        MetricsLog(run_dir, False, True).forget_last(name, here.latest, logged, evaluated)
+        print(f"{name}: goes on from step {here.latest}")
+
+
+def read_config(run_dir: Path) -> Config:
+    """Raises ConfigError when the directory is no run, of an incompatible version, or was edited into nonsense."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
+    try:
+        config = config_lib.from_json(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
+    if problems := wrong_types(config):
+        raise ConfigError(f"{path} is no configuration: {'; '.join(problems)}")
+    return config
+
+
+def earlier_version(run_dir: Path) -> str:
+    """A line that names what a config.json of an earlier version lacks; empty where it lacks nothing."""
+    path = run_dir / "config.json"
+    if names := config_lib.absent(path.read_text(encoding="utf-8")):
+        return f"{path} is of an earlier version, and gets the defaults of {', '.join(names)}"
+    return ""
+
+
+# --------------------------------------------------------------------- finished stages
+
+
+def is_done(run_dir: Path, name: str) -> bool:
+    return (run_dir / name / "done.json").is_file()
+
+
+def read_done(run_dir: Path, name: str) -> dict[str, Any]:
+    """The record of a finished stage: its last step, the best one, and the metric that chose it."""
+    return read_json(run_dir / name / "done.json", ("step", "best_step"))
+
+
+# --------------------------------------------------------------------- the run it started from
+
+
+def start_dir(run_dir: Path, config: Config) -> Path:
+    """Where the run that `start_from` names lies: as recorded, from the run directory on, or as given.
+
+    Recorded, because then the working directory does not matter and two runs that are moved
+    together find each other; as given, where the recorded run lies there and no more here.
+    """
+    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    if record is None:
+        return given
+    recorded = (run_dir / record["run"]).resolve()
+    return given if _mark(given) == record["mark"] != _mark(recorded) else recorded
+
+
+def record_start(run_dir: Path, config: Config) -> None:
+    """Note which run this one starts from, and where it lies; nothing where it is gone or another."""
+    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    mark = _mark(given)
+    if mark and (record is None or record["mark"] == mark):
+        place = os.path.relpath(given.resolve(), run_dir.resolve())
+        write_atomically(run_dir / "start.json", json.dumps({"run": place, "mark": mark}, indent=1) + "\n")
+
+
+def lacking_start(run_dir: Path, config: Config) -> str:
+    """Why the run that this one started from cannot be had; empty where it can."""
+    start, record = start_dir(run_dir, config), _read_start(run_dir)
+    mark = _mark(start)
+    if mark is None:
+        return f"there is no run with a finished sft stage at {start}"
+    if record and record["mark"] != mark:
+        return f"{start} is not, or no more, the run that {run_dir} started from: its sft stage ended otherwise"
+    return ""
+
+
+def _read_start(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "start.json"
+    return read_json(path, ("run", "mark")) if path.is_file() else None
+
+
+def _mark(start: Path) -> dict[str, Any] | None:
+    """What tells a start from another: its seed, and how its sft stage ended; None where it did not."""
+    if not ((start / "config.json").is_file() and is_done(start, "sft")):
+        return None
+    return {"seed": read_config(start).seed, "sft": read_done(start, "sft")}
+
+
+# --------------------------------------------------------------------- data
+
+
+def check_data(run_dir: Path, kind: str, fingerprints: dict[str, str], catalogue: Any, write: bool = True) -> None:
+    """Record what the run was trained on; refuse to go on with other data under the same name.
+
+    A split that was not there before is added: it does not invalidate anything.
+    """
+    path = run_dir / "data.json"
+    known = read_json(path, _DATA) if path.is_file() else {"fingerprints": {}, "kind": kind}
+    if known["kind"] != kind:
+        raise ConfigError(
+            f"{run_dir} was started with {known['kind']} prompts, and its data now make {kind} ones: a raw file "
+            "was added or taken away; restore it, or choose another run_dir"
+        )
+    for split, value in fingerprints.items():
+        if known["fingerprints"].get(split, value) != value:
+            raise ConfigError(
+                f"the {split} split is not the one {run_dir} was started with (fingerprint {value}, "
+                f"was {known['fingerprints'][split]}): restore the raw files, or choose another run_dir"
+            )
+    merged = {
+        "kind": kind,
+        "fingerprints": known["fingerprints"] | fingerprints,
+        "catalogue": [list(item) for item in catalogue],
+    }
+    if write and merged != known:
+        write_atomically(path, json.dumps(merged, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_catalogue(run_dir: Path) -> tuple[tuple[str, str], ...]:
+    return tuple((item, text) for item, text in _read_data(run_dir)["catalogue"])
+
+
+def read_fingerprints(run_dir: Path) -> dict[str, str]:
+    """Split -> content hash, of the data the run was trained on."""
+    return _read_data(run_dir)["fingerprints"]
+
+
+def read_kind(run_dir: Path) -> str:
+    """Which prompts the run was trained on: "recommendation" or "qa"."""
+    return _read_data(run_dir)["kind"]
+
+
+def _read_data(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "data.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} holds no data.json: nothing was trained in it yet")
+    return read_json(path, _DATA)

@@ -1,0 +1,266 @@
+"""What makes a configuration impossible: checked before anything compiles, all at once.
+
+`validate` is handed the names that exist (`Registries`), so nothing above is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from fgrpo_jax.config import (
+    Config,
+    ConfigError,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    StageConfig,
+)
+
+
+class Registries(NamedTuple):
+    """The names that exist, handed to `validate` by train.py."""
+
+    datasets: frozenset[str]
+    rewards: frozenset[str]
+    objectives: frozenset[str]
+    baselines: frozenset[str]
+    outcomes: frozenset[str]
+    cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"
+    whole_metrics: frozenset[str]
+
+
+def wrong_types(config: Any, where: str = "") -> list[str]:
+    """What is wrong with each field whose value is not of its annotated type."""
+    problems = []
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value, path = getattr(config, name), f"{where}.{name}" if where else name
+        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+            problems += wrong_types(value, path)
+        elif dataclasses.is_dataclass(kind) or not _is_a(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            problems.append(f"{path}={value!r} must be of type {wanted}")
+    return problems
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(kinds) == len(value) and all(map(_is_a, value, kinds))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def validate(config: Config, known: Registries) -> None:
+    """Refuse a config that cannot run, before anything compiles.
+
+    Raises ConfigError listing every problem found, each with what to change.
+    """
+    _refuse(wrong_types(config) or _impossible(config, known))
+
+
+def check_types(config: Config) -> None:
+    """Raises ConfigError naming every field of the wrong type: a configs/*.py file can hold anything."""
+    _refuse(wrong_types(config))
+
+
+def check_evaluation(config: Config, known: Registries) -> None:
+    """As `validate`, of what an evaluation changes: `data` and `eval`."""
+    _refuse(_check_data(config, known) + _check_eval(config.eval, known))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _impossible(config: Config, known: Registries) -> list[str]:
+    problems = [
+        *_check_names(config, known),
+        *_check_transcript(config),
+        *_check_model(config.model),
+        *_check_data(config, known),
+        *_check_eval(config.eval, known),
+        *_check_reward(config.reward),
+        *_check_stage("sft", config.sft, known),
+        *_check_stage("rl", config.rl, known),
+    ]
+    if not config.sft.steps and not config.rl.steps:
+        problems.append("sft.steps and rl.steps are both 0: nothing would be trained; set one of them")
+    if config.start_from and config.sft.steps:
+        problems.append("start_from replaces the sft stage: set sft.steps=0, or leave start_from empty")
+    if config.seed < 0:
+        problems.append(f"seed={config.seed} must not be negative")
+    if "://" in config.run_dir:
+        problems.append(f"run_dir={config.run_dir!r}: only a file system all hosts share, no address, can be a run")
+    if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
+        problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
+    return problems
+
+
+def _unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str]:
+    listed = ", ".join(sorted(known))
+    return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
+
+
+def _check_names(config: Config, known: Registries) -> list[str]:
+    trained = {"sft": config.sft.steps or config.start_from, "rl": config.rl.steps}
+    methods = {*config.eval.baselines, *(name for name, steps in trained.items() if steps)}
+    return [
+        *_unknown("eval.versus", [config.eval.versus], frozenset(methods)),
+        *_unknown("reward.rules", [outcome for outcome, _ in config.reward.rules], known.outcomes),
+    ]
+
+
+def _check_transcript(config: Config) -> list[str]:
+    t, problems = config.transcript, []
+    for phase, low, high in (("slate", t.slate_min, t.slate_max), ("rank", t.rank_min, t.rank_max)):
+        if not 1 <= low <= high:
+            problems.append(f"transcript.{phase}_min={low} and transcript.{phase}_max={high}: need 1 <= min <= max")
+    if t.rank_max > t.slate_max:
+        problems.append(
+            f"transcript.rank_max={t.rank_max} exceeds transcript.slate_max={t.slate_max}: "
+            "only items of the slate can be ranked"
+        )
+    if t.rank_min > t.slate_min:
+        problems.append(
+            f"transcript.rank_min={t.rank_min} exceeds transcript.slate_min={t.slate_min}: "
+            "a slate of the least length could not be ranked; lower rank_min or raise slate_min"
+        )
+    for name in ("slate_open", "slate_close", "rank_close"):
+        if not getattr(t, name):
+            problems.append(f"transcript.{name} must not be empty")
+    if t.identifier == "index" and config.tokenizer == "catalogue":
+        problems.append(
+            "tokenizer='catalogue' makes each candidate one token and has no numbers: "
+            "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
+        )
+    if config.prompt.chat and config.tokenizer == "catalogue":
+        problems.append("prompt.chat needs a tokenizer with a chat template; the catalogue has none")
+    return problems
+
+
+def _check_model(m: ModelConfig) -> list[str]:
+    problems = []
+    if not m.checkpoint:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+            if getattr(m, name) < 1:
+                problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not (math.isfinite(getattr(m, name)) and getattr(m, name) > 0):
+                problems.append(f"model.{name}={getattr(m, name)} must be positive")
+        if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
+            problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
+        if m.head_dim % 2:
+            problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
+    if m.logit_chunk < 1:
+        problems.append("model.logit_chunk must be at least 1")
+    return problems
+
+
+def _check_data(config: Config, known: Registries) -> list[str]:
+    d, problems = config.data, _unknown("data.name", [config.data.name], known.datasets)
+    if not d.prompt_buckets or list(d.prompt_buckets) != sorted({*d.prompt_buckets}) or d.prompt_buckets[0] < 1:
+        problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
+    if d.pool_size < 2:
+        problems.append(f"data.pool_size={d.pool_size} must be at least 2")
+    if not 0 <= d.history_dropout < 1:
+        problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
+    if d.history_max < 1:
+        problems.append(f"data.history_max={d.history_max} must be at least 1")
+    if d.name in known.datasets - {"synthetic"} and not d.manual_dir:
+        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
+    return problems
+
+
+def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
+    cut = {f"{name}@{k}" for name in known.cut_metrics for k in e.cutoffs}
+    problems = _unknown("eval.metric", [e.metric], known.whole_metrics | cut)
+    problems += _unknown("eval.baselines", e.baselines, known.baselines)
+    if e.batch_queries < 1 or e.bootstrap < 1 or e.train_queries < 0:
+        problems.append("eval.batch_queries, eval.bootstrap must be positive, eval.train_queries not negative")
+    if not e.cutoffs or min(e.cutoffs) < 1:
+        problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
+    return problems
+
+
+def _check_reward(r: RewardConfig) -> list[str]:
+    problems = []
+    if r.k < 1:
+        problems.append(f"reward.k={r.k} must be at least 1")
+    for outcome, value in (("broken", r.broken), *r.rules):
+        if not math.isfinite(value):
+            problems.append(f"the reward of {outcome!r}, {value}, is not finite: see reward.broken, reward.rules")
+    return problems
+
+
+def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
+    problems = []
+    if s.steps < 0:
+        problems.append(f"{name}.steps={s.steps} is negative; 0 skips the stage")
+    if not s.steps:
+        return problems
+    for field in ("batch_queries", "group_size", "microbatches", "eval_every"):
+        if getattr(s, field) < 1:
+            problems.append(f"{name}.{field}={getattr(s, field)} must be at least 1")
+    if s.microbatches >= 1 and s.batch_queries % s.microbatches:
+        problems.append(
+            f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
+        )
+    problems += _unknown(f"{name}.objective.name", [s.objective.name], known.objectives)
+    if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
+        problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
+    if s.source == "sampled":
+        problems += _check_credit(name, s, known)
+    if not 0 <= s.subset[0] < s.subset[1] <= 1:
+        problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
+    if s.objective.epochs < 1:
+        problems.append(f"{name}.objective.epochs must be at least 1")
+    if s.patience < 0:
+        problems.append(f"{name}.patience must not be negative; 0: never stop early")
+    o = s.objective
+    if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
+        problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
+    if o.name == "nll" and o.kl_weight:
+        problems.append(f"{name}.objective.name='nll' has no KL term: set {name}.objective.kl_weight=0")
+    return problems + _check_optim(f"{name}.optim", s.optim)
+
+
+def _check_optim(where: str, o: OptimConfig) -> list[str]:
+    problems = []
+    for field in ("learning_rate", "clip_norm", "eps"):
+        value = getattr(o, field)
+        if not (math.isfinite(value) and value > 0):
+            problems.append(f"{where}.{field}={value} must be positive")
+    if not (0 <= o.b1 < 1 and 0 <= o.b2 < 1):
+        problems.append(f"{where}: b1={o.b1} and b2={o.b2} must be in [0, 1)")
+    if not (o.warmup_steps >= 0 and 0 <= o.weight_decay < math.inf):
+        problems.append(f"{where}: warmup_steps and weight_decay must be finite and not negative")
+    return problems
+
+
+def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
+    problems = []
+    if s.group_size == 1:
+        problems.append(f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more")
+    if s.objective.name == "nll":
+        problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")
+    if not s.credit.terms:
+        problems.append(f"{name}.credit.terms is empty: nothing would be trained")
+    for phase, reward, weight in s.credit.terms:
+        if phase not in ("slate", "rank"):
+            problems.append(f"{name}.credit.terms: phase {phase!r} is not slate or rank")
+        problems += _unknown(f"{name}.credit.terms", [reward], known.rewards)
+        if not math.isfinite(weight):
+            problems.append(f"{name}.credit.terms: weight {weight} is not finite")
+    return problems
