@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -223,4 +224,8 @@ def _run_stage(experiment, name: str, stage, run_dir: Path, log, stop) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if code := main(sys.argv[1:]):
+        # At once: after a checkpoint that failed, threads of Orbax wait minutes for what never comes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

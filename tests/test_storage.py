@@ -89,6 +89,26 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(made, tmp_path)
     assert contents(tmp_path / "run" / "eval") == contents(whole / "eval")
 
 
+WAITING = """
+    import runpy, sys, threading, time
+    from fgrpo_jax import config
+    from fgrpo_jax.run import validation
+    def refuse(*arguments):
+        threading.Thread(target=time.sleep, args=(500,)).start()
+        raise config.ConfigError("it cannot be")
+    validation.validate = refuse
+    sys.argv = [{program!r}]
+    runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def test_a_run_that_failed_waits_for_no_thread():
+    """As those that Orbax leaves after a checkpoint that could not be written."""
+    script = textwrap.dedent(WAITING).format(program=str(ROOT / "train.py"))
+    child = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=120)
+    assert (child.returncode, child.stderr) == (2, "error: it cannot be\n")
+
+
 @pytest.fixture
 def full(monkeypatch):
     """No file can be put in its place."""

@@ -176,10 +176,11 @@ def end_together(run: Callable[[], int]) -> int:
 
 
 def _leave(code: int) -> None:
-    """Return once the others leave too, or end the process."""
+    """Return once the others leave too and none of them is connected, or end the process."""
     sys.stdout.flush(), sys.stderr.flush()
     try:
         ocp.multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * _PATIENCE)
+        jax.distributed.shutdown()  # or one that ends first would make JAX abort the others
     except jax.errors.JaxRuntimeError:
         os._exit(code)
 
