@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import runpy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from fgrpo_jax.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot run; the message says which field to change, and how."""
 
 
@@ -145,8 +148,15 @@ class TargetConfig:
 class StageConfig:
     steps: int = 0
     """Rollout batches; 0 skips the stage."""
-    source: Literal["logged", "sampled"] = "sampled"
-    """Transcripts written from the relevance labels, or sampled from the policy."""
+    policy: str = "llm"
+    """Which of the system's policies it trains (a language model's run has one, `llm`)."""
+    starts_from: str = "previous"
+    """Where its parameters come from: the best checkpoint of the stage of this name; `previous`: of the last
+    one before it that trains the same policy; `initial`: the policy's own start, also where none does."""
+    frozen_from: tuple[str, ...] = ()
+    """Earlier stages whose best parameters rewards and proposals read while it trains, unchanged."""
+    source: Literal["logged", "sampled", "mixed"] = "sampled"
+    """Rollouts written from the labels of the data, sampled from the policy, or sampled and proposed."""
     batch_queries: int = 64
     """Queries per step, over all devices and hosts."""
     group_size: int = 8
@@ -222,22 +232,18 @@ _SFT = StageConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class RunConfig:
+    """What every run has. A system (SYSTEMS) adds its policies' settings, and its stages in their order."""
+
     seed: int = 0
     run_dir: str = "runs/synthetic"
     """Everything the run writes; a run directory that is not empty is resumed."""
     start_from: str = ""
-    """Run directory whose best SFT checkpoint `rl` starts from, where sft.steps = 0. Where it lies from
-    `run_dir` is noted at the start, so the two can be moved together."""
-    tokenizer: str = "catalogue"
-    """`catalogue` (each candidate text is one token) or a Hugging Face tokenizer directory."""
+    """Run directory that stages start from whose own start is not trained here (its steps are 0): as `rl`
+    from the best SFT checkpoint there. Where it lies from `run_dir` is noted at the start, so the two can be
+    moved together."""
     data: DataConfig = DataConfig()
-    prompt: PromptConfig = PromptConfig()
-    transcript: TranscriptConfig = TranscriptConfig()
-    model: ModelConfig = ModelConfig()
     reward: RewardConfig = RewardConfig()
-    sft: StageConfig = _SFT
-    rl: StageConfig = StageConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -251,11 +257,73 @@ class Config:
     """On a CPU, with the GNU C library: give no memory back until the program ends, which saves every
     step its page faults."""
 
+    def limits(self) -> tuple[int, int]:
+        """The most items of a slate and of a ranking: what methods that are compared have in common."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """A language model that writes slate and ranking."""
+
+    SYSTEM: ClassVar[str] = "llm"
+
+    tokenizer: str = "catalogue"
+    """`catalogue` (each candidate text is one token) or a Hugging Face tokenizer directory."""
+    prompt: PromptConfig = PromptConfig()
+    transcript: TranscriptConfig = TranscriptConfig()
+    model: ModelConfig = ModelConfig()
+    sft: StageConfig = _SFT
+    rl: StageConfig = StageConfig()
+
+    def limits(self) -> tuple[int, int]:
+        return self.transcript.slate_max, self.transcript.rank_max
+
+
+# Module and class of a system's configuration, by its name.
+SYSTEMS = {"llm": "fgrpo_jax.config:Config", "ranker": "fgrpo_jax.policies.ranker.config:RankerConfig"}
+
+
+# --------------------------------------------------------------------- stages
+
+
+def stages(config: RunConfig) -> dict[str, StageConfig]:
+    """The stages by name, in their order: every field that is one."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if isinstance(value, StageConfig)}
+
+
+def start_of(config: RunConfig, name: str) -> str | None:
+    """The stage whose best parameters stage `name` starts from; None: its policy's own start.
+
+    That stage is trained in this run if it has steps, and else in `config.start_from`.
+    """
+    known = stages(config)
+    wanted = known[name].starts_from
+    if wanted == "initial":
+        return None
+    if wanted != "previous":
+        return wanted
+    before = list(known)[: list(known).index(name)]
+    same = [other for other in before if known[other].policy == known[name].policy]
+    trained = [other for other in same if known[other].steps]
+    return (trained or (same if config.start_from else []) or [None])[-1]
+
+
+def from_start(config: RunConfig) -> tuple[str, ...]:
+    """The stages whose parameters are taken from the run `start_from`: those read here and not trained here."""
+    if not config.start_from:
+        return ()
+    known = stages(config)
+    trained = [name for name, stage in known.items() if stage.steps]
+    read = {start_of(config, name) for name in trained}.union(*(known[name].frozen_from for name in trained))
+    return tuple(name for name in known if name in read and name not in trained)
+
 
 # --------------------------------------------------------------------- loading and saving
 
 
-def load_file(path: str | Path) -> Config:
+def load_file(path: str | Path) -> RunConfig:
     """The Config that a configs/NAME.py file's `get_config()` returns.
 
     Raises ConfigError when the file is missing, has no get_config, or returns another type.
@@ -270,16 +338,20 @@ def load_file(path: str | Path) -> Config:
         config = names["get_config"]()
     except TypeError as error:  # a field that does not exist, most often
         raise ConfigError(f"{path}: get_config() failed: {error}") from error
-    if type(config).__name__ != "Config" or not dataclasses.is_dataclass(config):
+    if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
     return config
 
 
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"system": config.SYSTEM}
 
 
-def from_json(text: str) -> Config:
+def to_json(config: RunConfig) -> str:
+    return json.dumps(as_dict(config), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> RunConfig:
     """Inverse of `to_json`. A field that the text lacks (see `absent`) has its default.
 
     So a new field must come with the default under which earlier runs were made. Raises
@@ -293,19 +365,28 @@ def absent(text: str) -> list[str]:
     return _read(text)[1]
 
 
-def _read(text: str) -> tuple[Config, list[str]]:
+def _read(text: str) -> tuple[RunConfig, list[str]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error}") from None
     lacking: list[str] = []
     unknown: list[str] = []
-    config = _build(Config(), value, "", lacking, unknown)
+    config = _build(_system(value)(), value, "", lacking, unknown)
     if unknown:
         raise ConfigError(
             f"unknown field(s) {', '.join(unknown)}: take them out of it, or use the version that wrote it"
         )
     return config, lacking
+
+
+def _system(value: Any) -> type[RunConfig]:
+    """The class of a configuration's JSON, from which its name is taken; of an earlier version: Config."""
+    name = value.pop("system", Config.SYSTEM) if isinstance(value, dict) else Config.SYSTEM
+    if name not in SYSTEMS:
+        raise ConfigError(f"system: {name!r} is not one of {', '.join(SYSTEMS)}")
+    module, _, attribute = SYSTEMS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _build(default: Any, value: Any, where: str, lacking: list[str], unknown: list[str]) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.errors import UserError
 
 _NUMBERS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
@@ -19,7 +20,7 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """Something could not be written; the message says what, why, and what to do."""
 
 

@@ -65,16 +65,17 @@ def place(mesh: Any, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec
 # --------------------------------------------------------------------- around the shards
 
 
-def by_query(mesh: Mesh, table: PyTree, function: Callable) -> Callable:
+def by_query(mesh: Mesh, table: PyTree, function: Callable, beside: dict[str, PyTree] | None = None) -> Callable:
     """`function(params, frozen, *batch)`, run by every query shard on its own queries.
 
-    table: the policy's Params. frozen: a dict of trees like params. batch: pytrees of arrays
-    [B, ...], and random keys, which all shards get. The results are arrays [B, ...].
+    table: the policy's Params. frozen: a dict of trees of parameters; beside: the Params of those that
+    are not like params, by name. batch: pytrees of arrays [B, ...], and random keys, which all shards
+    get. The results are arrays [B, ...].
     """
-    return _mapped(mesh, table, function, lambda params_at: PartitionSpec(QUERY_AXES))
+    return _mapped(mesh, table, beside, function, lambda params_at: PartitionSpec(QUERY_AXES))
 
 
-def summed(mesh: Mesh, table: PyTree, function: Callable) -> Callable:
+def summed(mesh: Mesh, table: PyTree, function: Callable, beside: dict[str, PyTree] | None = None) -> Callable:
     """As `by_query`, for `function -> (values, gradient)`, which are summed over all queries.
 
     The gradient, a tree like params, comes to lie where the parameters do.
@@ -91,13 +92,20 @@ def summed(mesh: Mesh, table: PyTree, function: Callable) -> Callable:
 
         return jax.lax.psum(values, several), map_params(over_others, table, gradient)
 
-    return _mapped(mesh, table, add if mesh.size > 1 else function, lambda params_at: (PartitionSpec(), params_at))
+    own = add if mesh.size > 1 else function
+    return _mapped(mesh, table, beside, own, lambda params_at: (PartitionSpec(), params_at))
 
 
-def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) -> Callable:
+def _mapped(
+    mesh: Mesh, table: PyTree, beside: dict[str, PyTree] | None, function: Callable, out_specs: Callable
+) -> Callable:
     if mesh.size == 1:
         return function
-    params_at = map_params(lambda p: _manual(place(mesh, p.axes, p.shape)), table)
+
+    def manual(table: PyTree) -> PyTree:
+        return map_params(lambda p: _manual(place(mesh, p.axes, p.shape)), table)
+
+    params_at, beside_at = manual(table), {name: manual(other) for name, other in (beside or {}).items()}
     # An axis of one is ours too: kernels can only be where nothing is left for XLA to split.
     ours = {*QUERY_AXES, *(axis for axis in AXES if mesh.shape[axis] == 1)}
 
@@ -107,7 +115,7 @@ def _mapped(mesh: Mesh, table: PyTree, function: Callable, out_specs: Callable) 
         return jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(params_at, dict.fromkeys(frozen, params_at), *rows),
+            in_specs=(params_at, {name: beside_at.get(name, params_at) for name in frozen}, *rows),
             out_specs=out_specs(params_at),
             axis_names=ours,
             check_vma=False,  # see over_tensor

@@ -51,10 +51,6 @@ def map_params(function: Callable, table: PyTree, *trees: PyTree) -> PyTree:
     return jax.tree.map(function, table, *trees, is_leaf=lambda x: isinstance(x, Param))
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; nothing bad was written into parameters or checkpoints."""
-
-
 @dataclasses.dataclass(frozen=True)
 class RankingExample:
     """One query and its pool, on the host.
@@ -71,21 +67,6 @@ class RankingExample:
     candidates: tuple[tuple[str, str], ...]
     relevance: tuple[float, ...]
     history: tuple[tuple[str, str], ...] = ()
-
-
-@flax.struct.dataclass
-class Query:
-    """A batch of encoded queries, on the device.
-
-    Prompts are right-padded; a mask always comes from `prompt_len`, never from a token
-    value. `identifiers` and `relevance` are padded with -1 and 0 beyond `n_candidates`.
-    """
-
-    prompt: Array  # [B,S] int32
-    prompt_len: Array  # [B] int32, >= 1
-    identifiers: Array  # [B,C,W] int32, -1 padded: how each candidate is named
-    relevance: Array  # [B,C] float32
-    n_candidates: Array  # [B] int32, >= 1
 
 
 @flax.struct.dataclass
@@ -127,7 +108,7 @@ OK = Outcome("ok", None)
 class Batch:
     """Everything an update needs. `old_logp` and `ref_logp` are None unless used."""
 
-    query: Query
+    query: PyTree
     rollout: Rollout
     reward: Array  # [B,G,R] float32: one per credit term, unweighted
     advantage: Array  # [B,G,T] float32
@@ -173,26 +154,64 @@ class Mean:
         return float(self.sum) / count if count else 0.0
 
 
-class Policy(NamedTuple):
-    """What training and evaluation know of a policy.
+class PolicyFiles(NamedTuple):
+    """What describes a policy in a run directory, so that the directory can be moved and used alone.
 
-    `frozen` holds what is never updated (a reference policy); it is always passed explicitly.
-
-    outcomes: what Lists.outcome counts in; the first is OK.
-    encode: (list of RankingExample) -> Query, as numpy arrays as small as these examples
-        allow; raises DataError naming the query id.
-    blank: a Query of numpy arrays [1,...]: what each array may be padded with, so that hosts
-        that encode parts of a batch can make their shapes equal.
-    rollout: (params, frozen, query, key) -> (Rollout, Lists); pure, to be jitted. As logprobs and
-        greedy it sees the queries of one shard (shards.by_query), and treats them one by one: it
-        asks for weights with shards.whole and for random numbers with shards.uniform.
-    logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
-    greedy: as rollout with G = 1 and the most probable action everywhere.
+    save: (run_dir) -> None: writes what is not there yet.
+    check: (run_dir) -> None: raises ConfigError where that run's policy is another one, so that its
+        parameters do not fit or mean something else.
+    export: (out_dir, params) -> None: for other programs.
     """
 
+    save: Callable
+    check: Callable
+    export: Callable
+
+
+class Policy(NamedTuple):
+    """What training and evaluation know of a policy: everything that only it knows is behind these.
+
+    `frozen` holds what is never updated, by name: "reference", the parameters that the stage started
+    from, where it has a KL term, and those of the stages in `frozen_from`. It is always passed explicitly.
+
+    table: its parameters, a tree of Param. dtype: of the stored ones.
+    init: (key, shardings) -> params, in their places: random ones, or those of a checkpoint.
+    outcomes: what Lists.outcome counts in; the first is OK.
+    encode: (list of RankingExample) -> a query: a pytree of numpy arrays [B,...] as small as these
+        examples allow, with `relevance` [B,C] and `n_candidates` [B] among them; raises DataError
+        naming the query id.
+    blank: a query of numpy arrays [1,...]: what each array may be padded with, so that hosts
+        that encode parts of a batch can make their shapes equal.
+    sources: where rollouts come from, by name: (a stage's configuration) -> (params, frozen, query,
+        key) -> (Rollout, Lists); pure, to be jitted. As logprobs and greedy that sees the queries of
+        one shard (shards.by_query), and treats them one by one: it asks for weights with
+        shards.whole and for random numbers with shards.uniform.
+    logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
+    greedy: (params, frozen, query) -> (Rollout, Lists) with G = 1, the most probable action everywhere.
+    rewards: learned ones by name, beside rewards.REWARDS: k -> (lists, query, frozen) -> [B,G].
+    summary: its size in words, for the plan.
+    sizes: (query) -> {"S": ..., "T": ...}: how long an encoded query and a rollout are.
+    check: (mesh, dataset, split) -> None: refuses, before anything compiles, what it cannot be
+        trained on: raises ConfigError for this machine, DataError for queries of any split; `split`
+        is the one that the run ends on.
+    files: how a run directory describes it.
+    """
+
+    table: PyTree
+    dtype: str
+    init: Callable
     outcomes: tuple[Outcome, ...]
-    encode: Any
-    blank: Query
-    rollout: Any
-    logprobs: Any
-    greedy: Any
+    encode: Callable
+    blank: PyTree
+    sources: dict[str, Callable]
+    logprobs: Callable
+    greedy: Callable
+    rewards: dict[str, Callable]
+    summary: str
+    sizes: Callable
+    check: Callable
+    files: PolicyFiles
+
+    def shapes(self) -> PyTree:
+        """Its parameters as ShapeDtypeStructs."""
+        return map_params(lambda p: jax.ShapeDtypeStruct(p.shape, self.dtype), self.table)

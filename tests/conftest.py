@@ -12,8 +12,8 @@ import pytest
 from helpers import quick_jit
 
 from fgrpo_jax.models import decoder
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.policies.llm.transcript import Grammar
-from fgrpo_jax.types import Query
 
 
 def pytest_configure(config):

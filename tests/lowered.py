@@ -19,12 +19,12 @@ from tiny import ROOT, changed
 
 import train
 from fgrpo_jax.algorithm.rewards import REWARDS
-from fgrpo_jax.config import DataConfig, load_file
+from fgrpo_jax.config import DataConfig, load_file, stages
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.run import processes, sharding
 from fgrpo_jax.run.checkpoint import placed
-from fgrpo_jax.run.experiment import KNOWN, Predictor, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.run.experiment import KNOWN, Predictor, assemble, encode, initial_params, random_key
 from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TrainState
 
@@ -69,13 +69,12 @@ def programs(config):
     """Name -> text. Nothing is compiled but the initialisation of the parameters."""
     validate(config, KNOWN)
     experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
-    params = jax.eval_shape(lambda: initial_params(experiment))
-    params = placed(params, experiment.param_shardings)
+    policy = experiment.policy("rl")
+    params = placed(jax.eval_shape(lambda: initial_params(experiment, policy)), experiment.shardings(policy))
     texts = {}
-    for name, stage in (("sft", config.sft), ("rl", config.rl)):
+    for name, stage in stages(config).items():
         if not stage.steps:
             continue
-        policy = make_policy(experiment, stage)
         collect, update, optimizer, places = train.make_step(experiment, policy, stage)
         batches = make_batches(experiment.dataset, config, name, stage)
         query = encode(experiment, policy, batches.batch_at(0))
@@ -85,7 +84,7 @@ def programs(config):
         state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)
         batch = on_queries(experiment.mesh, lowered.out_info[0])
         texts[f"{name} update"] = update.lower(placed(state, places), frozen, batch).as_text()
-    texts["greedy"] = Predictor(experiment)._greedy.lower(params, query).as_text()
+    texts["greedy"] = Predictor(experiment, policy)._greedy.lower(params, query).as_text()
     return texts
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from tiny import changed, tiny_config, write_world
 
 import train
+from fgrpo_jax.config import stages
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.run.experiment import KNOWN, assemble, encode, initial_params, make_policy, random_key
+from fgrpo_jax.run.experiment import KNOWN, assemble, encode, initial_params, random_key
 from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TrainState
 
@@ -38,10 +39,9 @@ def build(folder, **fields):
 def two_steps(experiment, name):
     """(state, the last batch, a row of metrics per step, how often the update was compiled)."""
     config = experiment.config
-    stage = {"sft": config.sft, "rl": config.rl}[name]
-    policy = make_policy(experiment, stage)
+    stage, policy = stages(config)[name], experiment.policy(name)
     collect, update, optimizer, places = train.make_step(experiment, policy, stage)
-    params = initial_params(experiment)
+    params = initial_params(experiment, policy)
     frozen = {"reference": jax.tree.map(jnp.copy, params)}
     state = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=places)(params)
     batches = make_batches(experiment.dataset, config, name, stage)
@@ -63,11 +63,12 @@ def main(folder, data, fsdp, tensor, out):
     experiment = build(folder, mesh__data=int(data), mesh__fsdp=int(fsdp), mesh__tensor=int(tensor))
     assert len(jax.devices()) == 8
     steps = {name: two_steps(experiment, name) for name in ("sft", "rl")}
+    shardings = experiment.shardings(experiment.policy("rl"))
     for state, *_, compiled in steps.values():
         assert compiled == 1, "the second step compiled again: its state lies elsewhere than the first one's"
         (moments,) = (x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(x))
         for tree in (state.params, moments.mu, moments.nu):
-            jax.tree.map(_check_place, tree, experiment.param_shardings)
+            jax.tree.map(_check_place, tree, shardings)
     np.savez(out, **numbers(steps))
 
 

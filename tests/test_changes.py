@@ -10,7 +10,7 @@ from tiny import changed, contents, quick_programs, rows, run_training, tiny_con
 
 from fgrpo_jax.config import Config, to_json
 from fgrpo_jax.evaluation import report
-from fgrpo_jax.run import changes, stage
+from fgrpo_jax.run import changes, meter
 from fgrpo_jax.run import directory as run
 from fgrpo_jax.run.changes import Reached
 from fgrpo_jax.run.checkpoint import Checkpoints
@@ -113,7 +113,7 @@ CASES = {
 def measured(monkeypatch):
     """Step 7 is the best one, as long as it is one that is evaluated; then step 4."""
     told = {0: 0.1, 4: 0.5, 7: 0.9, 8: 0.3, 12: 0.4, 14: 0.2}
-    evaluate, score, steps = Stage._evaluate_and_save, stage.score, []
+    evaluate, score, steps = Stage._evaluate_and_save, meter.score, []
 
     def scored(*arguments):
         return score(*arguments) | {"ndcg@2": np.full(12, told[steps[-1]])}
@@ -123,7 +123,7 @@ def measured(monkeypatch):
         evaluate(self, state, step)
 
     def use():
-        monkeypatch.setattr(stage, "score", scored)
+        monkeypatch.setattr(meter, "score", scored)
         monkeypatch.setattr(Stage, "_evaluate_and_save", noted)
 
     return use

@@ -30,15 +30,16 @@ FLAGS = (
 
 SCRIPT = """
 import dataclasses, json, sys
+from pathlib import Path
 from tempfile import TemporaryDirectory
 import jax, jax.numpy as jnp
 from one_step import build
 import train
 from fgrpo_jax.bench import hlo
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.run.experiment import encode, initial_params, make_policy, random_key
-from fgrpo_jax.models.decoder import param_table
-from fgrpo_jax.run.sharding import param_shardings
+from fgrpo_jax.policies.llm import files
+from fgrpo_jax.policies.llm import policy as llm
+from fgrpo_jax.run.experiment import encode, initial_params, random_key
 from fgrpo_jax.types import Param, TrainState
 
 sizes, batch, fields = json.loads(sys.argv[1])
@@ -46,13 +47,13 @@ mesh = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
 model = dict(model__hidden_size=16, model__num_layers=3, model__mlp_size=24)
 with TemporaryDirectory() as folder:
     experiment = build(folder, rl__batch_queries=batch, **mesh, **model, **fields)
-    spec = experiment.spec._replace(vocab_size=256)  # of which every mesh here has equal parts
-    table = param_table(spec)
-    experiment = experiment._replace(spec=spec, param_shardings=param_shardings(experiment.mesh, table))
-    stage = experiment.config.rl
-    policy = make_policy(experiment, stage)
+    config, dataset, folder = experiment.config, experiment.dataset, Path(experiment.config.run_dir)
+    spec = files.make_spec(config.model, 256, folder)  # a vocabulary of which every mesh here has equal parts
+    tokenizer = files.load_tokenizer(config, dataset, folder)
+    policy = llm.make(config, spec, tokenizer, dataset.kind, dataset.instruction)
+    experiment, stage = experiment._replace(policies={"llm": policy}), config.rl
     collect, update, optimizer, places = train.make_step(experiment, policy, stage)
-    params = initial_params(experiment)
+    params = initial_params(experiment, policy)
     frozen = {"reference": params} if stage.objective.kl_weight else {}
     state = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=places)(params)
     batches = make_batches(experiment.dataset, experiment.config, "rl", stage)
@@ -61,11 +62,11 @@ with TemporaryDirectory() as folder:
     made, _ = collected(params, frozen, query, random_key(0, "rl", "rollout", 0))
     programs = {"collect": collected, "update": update.lower(state, frozen, made).compile()}
 
-leaves = jax.tree_util.tree_leaves_with_path(experiment.param_shardings)
+leaves = jax.tree_util.tree_leaves_with_path(experiment.shardings(policy))
 found = {
     "params": [
         [jax.tree_util.keystr(path), p.shape, list(place.spec)]
-        for (path, place), p in zip(leaves, jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Param)))
+        for (path, place), p in zip(leaves, jax.tree.leaves(policy.table, is_leaf=lambda x: isinstance(x, Param)))
     ],
 }
 for name, program in programs.items():

@@ -8,7 +8,7 @@ from raw_files import lines
 from tiny import changed, quick_programs, run_training, tiny_config, write_world
 
 import eval as evaluation
-from fgrpo_jax.data.datasets import jsonl
+from fgrpo_jax.data import jsonl
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.policies.llm import policy as llm
 
@@ -80,9 +80,9 @@ def test_other_data_do_not_change_the_template(runs, tmp_path, monkeypatch, caps
     """MuSiQue's own instruction and order are not those this run was trained on."""
     told, make = [], llm.make
 
-    def spy(config, spec, tokenizer, kind, instruction, group_size):
+    def spy(config, spec, tokenizer, kind, instruction, run_dir):
         told.append((kind, instruction))
-        return make(config, spec, tokenizer, kind, instruction, group_size)
+        return make(config, spec, tokenizer, kind, instruction, run_dir)
 
     monkeypatch.setattr(llm, "make", spy)
     paragraphs = [{"idx": i, "title": "T", "paragraph_text": f"{i}", "is_supporting": i < 2} for i in range(4)]

@@ -12,6 +12,7 @@ from tiny import ROOT, changed
 import train
 from fgrpo_jax import config as config_lib
 from fgrpo_jax.config import Config, ConfigError, absent, differences, from_json, load_file, to_json
+from fgrpo_jax.run.command import parse_training
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.validation import check_evaluation, validate
 
@@ -33,9 +34,9 @@ def test_the_configs_that_come_along_are_possible(path):
 
 
 def test_a_file_and_flags():
-    assert train.parse([]) == DEFAULT
+    assert parse_training([], "") == DEFAULT
     path = str(ROOT / "configs" / "lastfm.py")
-    found = train.parse([path, "--rl.optim.learning-rate", "3e-6", "--rl.credit.terms", "slate", "f1", "2"])
+    found = parse_training([path, "--rl.optim.learning-rate", "3e-6", "--rl.credit.terms", "slate", "f1", "2"], "")
     expected = changed(load_file(path), {"rl.optim.learning_rate": 3e-6, "rl.credit.terms": (("slate", "f1", 2.0),)})
     assert found == expected
     assert list(differences(load_file(path), found).values()) == [
@@ -150,10 +151,13 @@ def test_values_of_the_wrong_type():
         (dict(reward__k=0), "reward.k=0 must be at least 1"),
         (dict(reward__broken=float("-inf")), "the reward of 'broken', -inf, is not finite"),
         (dict(reward__rules=(("slate_wrong", -1.0),)), "reward.rules: 'slate_wrong' is not one of rank_duplicate,"),
-        (dict(sft__steps=0, rl__steps=0), "sft.steps and rl.steps are both 0"),
+        (dict(sft__steps=0, rl__steps=0), "sft.steps, rl.steps are all 0"),
         (dict(sft__steps=-1), "sft.steps=-1 is negative"),
         (dict(sft__group_size=2), "sft.source='logged' needs sft.group_size=1 and sft.objective.name='nll'"),
-        (dict(sft__objective__kl_weight=0.1), "has no KL term: set sft.objective.kl_weight=0"),
+        (
+            dict(sft__objective__kl_weight=0.1),
+            "sft.objective.kl_weight=0.1: 'nll' has no such term or option: leave",
+        ),
         (dict(start_from="runs/other"), "start_from replaces the sft stage: set sft.steps=0"),
         (dict(rl__group_size=1), "rl.group_size=1: an advantage centred by its group is then always 0; use 2"),
         (dict(rl__batch_queries=10, rl__microbatches=4), "rl.batch_queries=10 is not divisible by rl.microbatches=4"),
@@ -163,6 +167,12 @@ def test_values_of_the_wrong_type():
         (dict(rl__objective__name="ppo"), "rl.objective.name: 'ppo' is not one of clipped_pg, nll"),
         (dict(rl__objective__name="nll"), "rl.objective.name='nll' ignores rewards"),
         (dict(rl__objective__epochs=0), "rl.objective.epochs must be at least 1"),
+        (dict(rl__starts_from="dpo"), "rl.starts_from: 'dpo' is not one of sft"),
+        (
+            dict(rl__starts_from="sft", sft__steps=0, eval__versus="rl"),
+            "rl.starts_from: stage 'sft' is skipped, its steps are 0",
+        ),
+        (dict(sft__frozen_from=("rl",)), "sft.frozen_from: 'rl' is not one of "),
         (dict(rl__objective__kl_weight=float("nan")), "rl.objective: kl_weight and clips must be >= 0"),
         (dict(rl__objective__clip_low=1.0), "rl.objective: .* clip_low < 1"),
         (dict(rl__credit__terms=()), "rl.credit.terms is empty: nothing would be trained"),

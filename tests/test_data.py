@@ -10,7 +10,8 @@ import pytest
 
 from fgrpo_jax.config import Config, DataConfig, StageConfig
 from fgrpo_jax.data import batches as data
-from fgrpo_jax.data.datasets import DataError, Dataset, in_memory, lastfm, synthetic
+from fgrpo_jax.data import lastfm, synthetic
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.types import RankingExample
 
 ITEMS = tuple((str(i), f"item {i}") for i in range(40))

@@ -10,8 +10,8 @@ import pytest
 from raw_files import RAW, lengths, lines, load, real
 
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.data import datasets
-from fgrpo_jax.data.datasets import DataError, builder, synthetic
+from fgrpo_jax.data import builder, datasets, synthetic
+from fgrpo_jax.data.datasets import DataError
 
 
 def ndcg5(score_BC, relevance_BC):

@@ -1,7 +1,6 @@
 """The kernels, interpreted, against the blocks and against one softmax written out."""
 
 import functools
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,8 @@ from test_attention import (
 
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.models import attention, flash
-from fgrpo_jax.run import experiment, stage
+from fgrpo_jax.policies.llm.checks import check_training
+from fgrpo_jax.policies.llm.files import attention_of
 
 causal = functools.partial(attention.causal, kind="flash")
 
@@ -160,15 +160,14 @@ def test_where_it_runs(device, runs, monkeypatch):
     assert flash.runs_on(device) == runs
     monkeypatch.setattr(jax, "devices", lambda: [device])
     for kind in ("auto", "flash", "blocks"):
-        assert experiment.attention_of(ModelConfig(attention=kind)) == (kind if runs else "blocks")
+        assert attention_of(ModelConfig(attention=kind)) == (kind if runs else "blocks")
 
 
-def test_training_with_it_on_a_cpu_is_refused(tmp_path):
+def test_training_with_it_on_a_cpu_is_refused():
     """Evaluation and export of what it trained are not: they attend in blocks."""
     config = Config(model=ModelConfig(attention="flash"))
-    asked = experiment.Experiment(config, SimpleNamespace(name="none", splits={}), None, None, None, None)
     with pytest.raises(ConfigError, match="model.attention='flash' needs an NVIDIA GPU .* and this is a cpu"):
-        stage.check_training(asked, tmp_path)
+        check_training(config, None, None, None, None, "validation")
 
 
 def test_devices_share_queries_and_heads():

@@ -13,11 +13,11 @@ from helpers import quick_jit
 from fgrpo_jax.algorithm import objectives, rewards
 from fgrpo_jax.algorithm.advantages import make_batch
 from fgrpo_jax.algorithm.update import make_optimizer, make_update
-from fgrpo_jax.config import Config, DataConfig, TranscriptConfig
+from fgrpo_jax.config import Config, DataConfig, StageConfig, TranscriptConfig
 from fgrpo_jax.models import decoder, head, hf
 from fgrpo_jax.policies.llm import policy as llm
 from fgrpo_jax.policies.llm import transcript
-from fgrpo_jax.policies.llm.targets import logged
+from fgrpo_jax.policies.llm.targets import rollout as target_rollout
 from fgrpo_jax.types import Credit, RankingExample, TrainState
 
 WORDS = "amber basil cedar delta ember fjord grove heron ivory jetty kelp lotus maple north olive".split()
@@ -203,8 +203,8 @@ def examples(n=4, pool=6):
     return made
 
 
-def make_policy(config, spec, tokenizer, group):
-    return llm.make(config, spec, tokenizer, "qa", "Choose and rank.", group)
+def make_policy(config, spec, tokenizer):
+    return llm.make(config, spec, tokenizer, "qa", "Choose and rank.")
 
 
 def new_state(params, optimizer):
@@ -221,7 +221,8 @@ def test_hf_directory_in_one_fgrpo_step_out(torch_model, tokenizer, tmp_path):
     model, _, several = torch_model
     spec = hf.read_spec(several, **NUMERICS)
     config = dataclasses.replace(CONFIG, transcript=dataclasses.replace(CONFIG.transcript, constrained=True))
-    policy = make_policy(config, spec, tokenizer, group=4)
+    policy = make_policy(config, spec, tokenizer)
+    sample = policy.sources["sampled"](StageConfig(group_size=4))
     optimizer = optimizer_of(1e-3)
     credit = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 1.0)))
     query = policy.encode(examples())
@@ -229,7 +230,7 @@ def test_hf_directory_in_one_fgrpo_step_out(torch_model, tokenizer, tmp_path):
 
     @quick_jit
     def step(state, query, key):
-        rollout, lists = policy.rollout(state.params, {}, query, key)
+        rollout, lists = sample(state.params, {}, query, key)
         reward = rewards.term_rewards(credit, lists, query, {}, 2, rewards.broken_values(-0.1, (), transcript.OUTCOMES))
         batch = make_batch(query, rollout, reward, credit, "token")
         return (*update(state, {}, batch), lists, batch)
@@ -255,13 +256,13 @@ def test_greedy_tokens_equal_generate(torch, torch_model, tokenizer, tmp_path):
     """
     _, one, _ = torch_model
     spec = hf.read_spec(one, **NUMERICS)
-    policy = make_policy(CONFIG, spec, tokenizer, group=1)
+    policy = make_policy(CONFIG, spec, tokenizer)
     grammar = llm.make_grammar(CONFIG, tokenizer)
-    teacher = logged(policy, grammar, False, "first", True)
+    write = target_rollout(grammar, False, "first", True)
     optimizer = optimizer_of(3e-3)
-    update = make_update(teacher, objectives.OBJECTIVES["nll"](), optimizer)
+    update = make_update(policy, objectives.OBJECTIVES["nll"](), optimizer)
     query = policy.encode(examples())
-    rollout, _ = quick_jit(teacher.rollout)({}, {}, query, jax.random.key(0))
+    rollout, _ = quick_jit(write)({}, {}, query, jax.random.key(0))
     no_reward = jnp.zeros((*rollout.actions.shape[:2], 0))
     batch = make_batch(query, rollout, no_reward, Credit(()), "token")
 

@@ -3,7 +3,8 @@
 import pytest
 from raw_files import lines, load
 
-from fgrpo_jax.data.datasets import DataError, jsonl
+from fgrpo_jax.data import jsonl
+from fgrpo_jax.data.datasets import DataError
 
 
 def item(n):

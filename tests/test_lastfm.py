@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from raw_files import RAW, lengths, load, real
 
-from fgrpo_jax.data.datasets import DataError, lastfm
+from fgrpo_jax.data import lastfm
+from fgrpo_jax.data.datasets import DataError
 
 N = 60
 NAMES = [f"Artist {n}" for n in range(N - 2)] + ["Florence + the Machine", "+44"]

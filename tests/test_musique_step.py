@@ -20,7 +20,7 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import policy as llm
 from fgrpo_jax.policies.llm import prompts, tokenizers
-from fgrpo_jax.policies.llm.targets import logged
+from fgrpo_jax.policies.llm.targets import rollout as target_rollout
 from fgrpo_jax.policies.llm.transcript import OUTCOMES
 from fgrpo_jax.types import Credit, TrainState
 
@@ -82,12 +82,12 @@ def query(config, dataset, tokenizer):
     for step in range(100):
         batch = batches.batch_at(step)
         if all(SHORTEST <= prompt_length(config, dataset, tokenizer, e) <= PROMPT for e in batch):
-            return make_policy(config, dataset, tokenizer, G).encode(batch)
+            return make_policy(config, dataset, tokenizer).encode(batch)
     raise AssertionError("no batch of ordinary prompts among the first 100")
 
 
-def make_policy(config, dataset, tokenizer, group):
-    return llm.make(config, SPEC, tokenizer, dataset.kind, dataset.instruction, group)
+def make_policy(config, dataset, tokenizer):
+    return llm.make(config, SPEC, tokenizer, dataset.kind, dataset.instruction)
 
 
 OPTIMIZER = make_optimizer(1e-3, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
@@ -109,10 +109,11 @@ def compiled(config, dataset, tokenizer, query, start):
     """Compiled (rollout, update) of a group size."""
 
     def programs(group):
-        policy = make_policy(config, dataset, tokenizer, group)
+        policy = make_policy(config, dataset, tokenizer)
+        sample = policy.sources["sampled"](StageConfig(group_size=group))
         arguments = start.params, {}, query, jax.random.key(1)
-        rollout = quick_jit(policy.rollout).lower(*arguments).compile()
-        batch = jax.eval_shape(rl_batch, query, *jax.eval_shape(policy.rollout, *arguments))
+        rollout = quick_jit(sample).lower(*arguments).compile()
+        batch = jax.eval_shape(rl_batch, query, *jax.eval_shape(sample, *arguments))
         update = make_update(policy, objectives.OBJECTIVES["clipped_pg"](), OPTIMIZER)
         return rollout, quick_jit(update).lower(start, {}, batch).compile()
 
@@ -144,13 +145,13 @@ def test_the_published_files(config, dataset, tokenizer):
 
 
 def test_one_sft_step(config, dataset, tokenizer, query, start):
-    policy = make_policy(config, dataset, tokenizer, 1)
-    teacher = logged(policy, llm.make_grammar(config, tokenizer), True, "first", True)
-    update = make_update(teacher, objectives.OBJECTIVES["nll"](), OPTIMIZER)
+    policy = make_policy(config, dataset, tokenizer)
+    write = target_rollout(llm.make_grammar(config, tokenizer), True, "first", True)
+    update = make_update(policy, objectives.OBJECTIVES["nll"](), OPTIMIZER)
 
     @quick_jit
     def step(state, query, key):
-        rollout, lists = teacher.rollout(state.params, {}, query, key)
+        rollout, lists = write(state.params, {}, query, key)
         return (*update(state, {}, rl_batch(query, rollout, lists)), lists)
 
     state, metrics, lists = step(start, query, jax.random.key(0))

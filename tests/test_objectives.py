@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fgrpo_jax.algorithm.advantages import WEIGHTINGS, action_weights, group_advantage, make_batch, per_action
-from fgrpo_jax.algorithm.objectives import OBJECTIVES, RATIOS, clipped_pg, nll
+from fgrpo_jax.algorithm.objectives import OBJECTIVES, RATIOS, clipped_pg, nll, options
 from fgrpo_jax.types import PHASES, Batch, Credit, Rollout
 
 B, G, T = 4, 3, 8
@@ -125,11 +125,16 @@ def test_kl_gradient():
     np.testing.assert_array_equal(gradient(clipped_pg(kl_weight=0.7), logp, batch.replace(ref_logp=logp)), 0)
 
 
+def built(name, **given):
+    """With those of the given options that it has."""
+    return OBJECTIVES[name](**{option: given[option] for option in options(name) if option in given})
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_any_split_adds_up(name, weighting):
     batch, logp = make(5, weighting, old=0.2, ref=0.2)
-    objective = OBJECTIVES[name](ratio="phase", clip_low=0.1, clip_high=0.2, kl_weight=0.1)
+    objective = built(name, ratio="phase", clip_low=0.1, clip_high=0.2, kl_weight=0.1)
     loss, metrics = objective(logp, batch)
     whole = gradient(objective, logp, batch)
     for cuts in ([0, 1, 4], [0, 2, 3, 4]):
@@ -190,7 +195,7 @@ def test_dead_group_has_no_gradient():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_untrained_actions_may_hold_anything(name):
     batch, logp = make(9, old=0.2, ref=0.2)
-    objective = OBJECTIVES[name](ratio="sequence", kl_weight=0.1)
+    objective = built(name, ratio="sequence", kl_weight=0.1)
     off = batch.weight == 0
     wild = batch.replace(
         old_logp=jnp.where(off, jnp.nan, batch.old_logp), ref_logp=jnp.where(off, -jnp.inf, batch.ref_logp)

@@ -20,9 +20,12 @@ from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import policy as llm
 from fgrpo_jax.policies.llm import prompts, tokenizers, transcript
-from fgrpo_jax.policies.llm.targets import logged, target_lists
+from fgrpo_jax.policies.llm.checks import warn_of_merges
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.policies.llm.targets import rollout as target_rollout
+from fgrpo_jax.policies.llm.targets import target_lists
 from fgrpo_jax.run import processes
-from fgrpo_jax.types import UNTRAINED, Credit, Query, RankingExample, TrainState
+from fgrpo_jax.types import UNTRAINED, Credit, RankingExample, TrainState
 
 ITEMS = tuple((f"i{n}", f"song {n}") for n in range(9))
 CONFIG = Config(
@@ -59,9 +62,9 @@ def bpe():
 
 @pytest.fixture
 def make(catalogue, spec):
-    def of(config=CONFIG, tokenizer=catalogue, group_size=2):
+    def of(config=CONFIG, tokenizer=catalogue):
         sized = spec._replace(vocab_size=len(tokenizer))
-        return llm.make(config, sized, tokenizer, "recommendation", "Choose.", group_size)
+        return llm.make(config, sized, tokenizer, "recommendation", "Choose.")
 
     return of
 
@@ -204,10 +207,10 @@ def test_a_tokenizer_without_eos_is_refused(bpe):
 def test_merges_across_pieces_are_warned_of(bpe, catalogue):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        llm.warn_of_merges(CONFIG, catalogue, LONG)
-        llm.warn_of_merges(changed(NUMBERED, separator="<RANK>"), bpe, LONG)
+        warn_of_merges(CONFIG, catalogue, LONG)
+        warn_of_merges(changed(NUMBERED, separator="<RANK>"), bpe, LONG)
     with pytest.warns(UserWarning, match="the tokenizer merges"):
-        llm.warn_of_merges(changed(NUMBERED, separator=" > ["), train_bpe(["[1] > [[2] > [[3]"] * 9, 300), LONG)
+        warn_of_merges(changed(NUMBERED, separator=" > ["), train_bpe(["[1] > [[2] > [[3]"] * 9, 300), LONG)
 
 
 # --------------------------------------------------------------------- targets
@@ -264,11 +267,11 @@ def test_slates_grow_with_the_relevant_candidates(labelled):
 
 @pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("train_fill", [True, False])
-def test_logged_rollouts(labelled, make, constrained, train_fill):
+def test_logged_rollouts(labelled, constrained, train_fill):
     """All read back as ok; forced tokens (constrained) and fill (on request) are not trained."""
     grammar = grammar_of(3)
-    policy = logged(make(), grammar, constrained, "first", train_fill)
-    rollout, lists = jax.device_get(quick_jit(policy.rollout)({}, {}, labelled, jax.random.key(0)))
+    write = target_rollout(grammar, constrained, "first", train_fill)
+    rollout, lists = jax.device_get(quick_jit(write)({}, {}, labelled, jax.random.key(0)))
     assert (lists.outcome == 0).all() and (rollout.logp == 0).all()
     for b, gains in enumerate(relevances):
         n, items = len(gains), [c for c in lists.slate[b, 0] if c >= 0]
@@ -289,8 +292,8 @@ def test_logged_rollouts(labelled, make, constrained, train_fill):
 
 def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
     """Thirty updates on two queries: decoding then writes their relevant candidates first."""
-    model = make()
-    policy = logged(model, llm.make_grammar(CONFIG, catalogue), True, "first", True)
+    policy = make()
+    write = target_rollout(llm.make_grammar(CONFIG, catalogue), True, "first", True)
     query = policy.encode([LONG, SHORT])
     optimizer = make_optimizer(0.03, 30, 2, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
     update = make_update(policy, nll(), optimizer)
@@ -299,7 +302,7 @@ def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
 
     @quick_jit
     def step(state, query, key):
-        rollout, _ = policy.rollout(state.params, frozen, query, key)
+        rollout, _ = write(state.params, frozen, query, key)
         reward = jnp.zeros((2, 1, 0))
         return update(state, frozen, make_batch(query, rollout, reward, Credit(()), "token"))
 
@@ -308,7 +311,7 @@ def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
         state, metrics = step(state, query, jax.random.key(t))
         losses.append(metrics["loss"].value())
     assert losses[-1] < 0.5 * losses[0] and int(state.step) == 30
-    rollout, lists = quick_jit(model.greedy)(state.params, frozen, query)
+    rollout, lists = quick_jit(policy.greedy)(state.params, frozen, query)
     assert rollout.actions.shape[1] == 1
     assert lists.slate[0, 0, :2].tolist() == [1, 3] and lists.slate[1, 0, 0] == 0
     assert lists.ranking[:, 0, 0].tolist() == [1, 0]

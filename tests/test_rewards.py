@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgrpo_jax.algorithm.rewards import COVERAGE, REWARDS, UTILITY, broken_values, phase_rewards, term_rewards
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.policies.llm.transcript import OUTCOMES
-from fgrpo_jax.types import Credit, Lists, Query
+from fgrpo_jax.types import Credit, Lists
 
 B, G, C, N, K = 3, 4, 8, 5, 3
 ALL_TERMS = tuple(("slate", name, 1.0) for name in COVERAGE) + tuple(("rank", name, 1.0) for name in UTILITY)

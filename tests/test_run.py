@@ -11,9 +11,9 @@ from tiny import changed, run_training, tiny_config
 
 from fgrpo_jax.config import ConfigError, to_json
 from fgrpo_jax.files import StorageError
+from fgrpo_jax.policies.llm.files import saved_spec
 from fgrpo_jax.run import directory as run
 from fgrpo_jax.run import log as log_lib
-from fgrpo_jax.run.experiment import saved_spec
 
 
 @pytest.fixture

@@ -105,7 +105,9 @@ WAITING = """
 def test_a_run_that_failed_waits_for_no_thread():
     """As those that Orbax leaves after a checkpoint that could not be written."""
     script = textwrap.dedent(WAITING).format(program=str(ROOT / "train.py"))
-    child = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=120)
+    child = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert (child.returncode, child.stderr) == (2, "error: it cannot be\n")
 
 

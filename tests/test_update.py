@@ -1,5 +1,7 @@
 """The update: any split of a batch gives the same step, and a bad gradient gives none."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from fgrpo_jax.algorithm.objectives import clipped_pg
 from fgrpo_jax.algorithm.update import _apply_in_place, _apply_or_keep, describe, make_optimizer, make_update
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm import sampling
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.policies.llm.transcript import CODE, OUTCOMES
-from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Policy, Query, Rollout, TrainState, map_params
+from fgrpo_jax.types import RANK, UNTRAINED, Credit, Lists, Rollout, TrainState, map_params
 
 B, G, T, V = 8, 3, 4, 6
 CREDIT = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 0.5)))
@@ -28,7 +31,7 @@ def table_logprobs(params, frozen, query, rollout):
     return jnp.take_along_axis(logp_BV[:, None, None], rollout.actions[..., None], -1)[..., 0]
 
 
-TABLE = Policy(outcomes=OUTCOMES, encode=None, blank=None, rollout=None, logprobs=table_logprobs, greedy=None)
+TABLE = SimpleNamespace(logprobs=table_logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -225,20 +228,15 @@ def test_golden_step(spec, grammar, params, query):
     A change here is a change of results: of the random streams, the model or the algorithm.
     """
     sampler = sampling.Sampler(spec, grammar, constrained=True)
-    policy = Policy(
-        outcomes=OUTCOMES,
-        encode=None,
-        blank=None,
-        rollout=lambda params, frozen, query, key: sampling.sample(sampler, params, query, key, 4),
-        logprobs=lambda params, frozen, query, rollout: sampling.logprobs(sampler, params, query, rollout),
-        greedy=None,
+    policy = SimpleNamespace(
+        logprobs=lambda params, frozen, query, rollout: sampling.logprobs(sampler, params, query, rollout)
     )
     optimizer = optimizer_of(0.01, clip=1.0)
     update = make_update(policy, clipped_pg(), optimizer)
 
     @quick_jit
     def step(params, query, key):
-        rollout, lists = policy.rollout(params, {}, query, key)
+        rollout, lists = sampling.sample(sampler, params, query, key, 4)
         broken = rewards.broken_values(-0.1, (), OUTCOMES)
         reward_BGR = rewards.term_rewards(CREDIT, lists, query, {}, 5, broken)
         batch = advantages.make_batch(query, rollout, reward_BGR, CREDIT, "token")

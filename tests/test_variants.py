@@ -17,8 +17,8 @@ from tiny import changed, quick_programs
 
 import train
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.run.experiment import KNOWN, initial_params, make_policy
-from fgrpo_jax.run.stage import check_training
+from fgrpo_jax.run.checks import check_training
+from fgrpo_jax.run.experiment import KNOWN, assemble, initial_params
 from fgrpo_jax.run.validation import validate
 from fgrpo_jax.types import TRAINED
 
@@ -39,7 +39,7 @@ def experiment(tmp_path_factory):
 def run_variant(experiment, fields):
     config = changed(experiment.config, fields)
     validate(config, KNOWN)
-    return two_steps(experiment._replace(config=config), "rl")
+    return two_steps(assemble(config, experiment.dataset, Path(config.run_dir)), "rl")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def fgrpo(experiment):
 
 
 def moved(state, experiment):
-    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, initial_params(experiment))
+    start = initial_params(experiment, experiment.policy("rl"))
+    changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, start)
     return max(jax.tree.leaves(changes))
 
 
@@ -120,8 +121,9 @@ def test_a_warm_up_is_as_long_whatever_the_epochs(experiment):
         fields = {"rl.objective.epochs": epochs, "rl.optim.warmup_steps": 2, "rl.optim.learning_rate": 0.1}
         config = changed(experiment.config, fields)
         validate(config, KNOWN)
-        optimizer = train.make_step(experiment, make_policy(experiment, config.rl), config.rl)[2]
-        rates = learning_rates(optimizer, len(expected), initial_params(experiment))
+        policy = experiment.policy("rl")
+        optimizer = train.make_step(experiment, policy, config.rl)[2]
+        rates = learning_rates(optimizer, len(expected), initial_params(experiment, policy))
         np.testing.assert_allclose(rates, np.multiply(0.1, expected), rtol=1e-4)
 
 
@@ -141,7 +143,8 @@ def test_weights_that_cpus_cannot_sum_are_refused_before_training(experiment, si
     narrow = changed(experiment.config, {"model.param_dtype": "bfloat16"})
     mesh = types.SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     with pytest.raises(ConfigError, match="set mesh.tensor=1, or model.param_dtype=") if refused else nullcontext():
-        check_training(experiment._replace(mesh=mesh, config=narrow), Path(narrow.run_dir))
+        built = assemble(narrow, experiment.dataset, Path(narrow.run_dir))
+        check_training(built._replace(mesh=mesh), Path(narrow.run_dir))
 
 
 def test_sft(experiment, sft):

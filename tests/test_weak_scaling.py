@@ -15,15 +15,13 @@ def test_as_many_queries_a_device_on_1_2_4_8_devices(tmp_path):
         sys.path[:0] = [{str(Path(__file__).parent)!r}]
         import jax, numpy as np
         from one_step import build, numbers, two_steps
-        from fgrpo_jax.models.decoder import param_table
-        from fgrpo_jax.run.sharding import make_mesh, param_shardings
+        from fgrpo_jax.run.sharding import make_mesh
         jax.config.update("jax_disable_most_optimizations", True)
 
         def steps(queries, *sizes):
             experiment = build({str(tmp_path)!r}, sft__batch_queries=queries)
             mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-            places = param_shardings(mesh, param_table(experiment.spec))
-            return two_steps(experiment._replace(mesh=mesh, param_shardings=places), "sft")
+            return two_steps(experiment._replace(mesh=mesh), "sft")
 
         seen = set()
         for devices, sizes in ((1, (1, 1, 1)), (2, (1, 2, 1)), (4, (2, 2, 1)), (8, (2, 4, 1))):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.policies.llm.transcript import Grammar
-from fgrpo_jax.types import Query
 
 EOS, TEXT = 1, 2  # TEXT: a token that occurs in no literal and no name
 B, G = 4, 64

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from fgrpo_jax.types import PHASES, TRAINED, UNTRAINED, Array, Batch, Credit, Query, Rollout
+from fgrpo_jax.types import PHASES, TRAINED, UNTRAINED, Array, Batch, Credit, PyTree, Rollout
 
 NORMALISE = ("none", "each", "sum")
 
@@ -145,7 +145,7 @@ def action_weights(phase_BGT: Array, weighting: str) -> Array:
 
 
 def make_batch(
-    query: Query,
+    query: PyTree,
     rollout: Rollout,
     reward_BGR: Array,
     credit: Credit,

@@ -9,12 +9,13 @@ pass multiplies infinities by the zeros sent from here.)
 Every logged value is a `Mean`, so microbatches and hosts add exactly. "loss" is the mean by
 action weight: the optimised value itself where the weights sum to 1 (token, phase).
 
-To add an objective, write its builder and add one line to OBJECTIVES. All builders take the
-same keywords, and train.py calls `OBJECTIVES[name](ratio=, clip_low=, clip_high=, kl_weight=)`.
+To add an objective, write its builder and add one line to OBJECTIVES. A builder's keywords are its
+options (`options`), each a field of config.ObjectiveConfig.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -132,12 +133,11 @@ def clipped_pg(
     return objective
 
 
-def nll(ratio: str = "phase", clip_low: float = 0.2, clip_high: float = 0.2, kl_weight: float = 0.0) -> Objective:
+def nll() -> Objective:
     """Weighted negative log-likelihood, − Σ w·logp: supervised fine-tuning on logged lists.
 
-    Takes the keywords all builders share and reads none of them. Metrics: loss.
+    Metrics: loss.
     """
-    del ratio, clip_low, clip_high, kl_weight
 
     def objective(logp_BGT: Array, batch: Batch) -> tuple[Array, dict[str, Mean]]:
         loss = _weighted_mean(-jnp.where(batch.weight > 0, logp_BGT, 0.0), batch.weight)
@@ -147,3 +147,8 @@ def nll(ratio: str = "phase", clip_low: float = 0.2, clip_high: float = 0.2, kl_
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"clipped_pg": clipped_pg, "nll": nll}
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The keywords that the builder of this name takes. Raises KeyError on one that OBJECTIVES lacks."""
+    return tuple(inspect.signature(OBJECTIVES[name]).parameters)

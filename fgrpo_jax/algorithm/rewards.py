@@ -11,21 +11,22 @@ Sources: coverage trains generation and utility trains ranking as in F-GRPO (arX
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from fgrpo_jax import metrics
-from fgrpo_jax.types import PHASES, Array, Credit, Lists, Outcome, PyTree, Query
+from fgrpo_jax.types import PHASES, Array, Credit, Lists, Outcome, PyTree
 
-Reward = Callable[[Lists, Query, PyTree], Array]
+Reward = Callable[[Lists, PyTree, PyTree], Array]
 
 
 def _coverage(metric: metrics.Metric) -> Callable[[int], Reward]:
     """The metric of the whole slate as a set: cut at the slate's own length, k is not read."""
 
-    def reward(lists: Lists, query: Query, frozen: PyTree) -> Array:
+    def reward(lists: Lists, query: PyTree, frozen: PyTree) -> Array:
         pool_B1C = query.relevance[:, None, :]
         size_BG = (lists.slate >= 0).sum(-1)
         return metric(metrics.take_gains(pool_B1C, lists.slate), pool_B1C, size_BG).astype(jnp.float32)
@@ -37,7 +38,7 @@ def _utility(metric: metrics.Metric) -> Callable[[int], Reward]:
     """The metric of the ranking, cut at k."""
 
     def build(k: int) -> Reward:
-        def reward(lists: Lists, query: Query, frozen: PyTree) -> Array:
+        def reward(lists: Lists, query: PyTree, frozen: PyTree) -> Array:
             pool_B1C = query.relevance[:, None, :]
             return metric(metrics.take_gains(pool_B1C, lists.ranking), pool_B1C, k).astype(jnp.float32)
 
@@ -78,21 +79,30 @@ def broken_values(default: float, rules: tuple[tuple[str, float], ...], outcomes
     return Broken(value, tuple(outcome.breaks != "slate" for outcome in outcomes))
 
 
-def term_rewards(credit: Credit, lists: Lists, query: Query, frozen: PyTree, k: int, broken: Broken) -> Array:
+def term_rewards(
+    credit: Credit,
+    lists: Lists,
+    query: PyTree,
+    frozen: PyTree,
+    k: int,
+    broken: Broken,
+    learned: Mapping[str, Callable[[int], Reward]] = MappingProxyType({}),
+) -> Array:
     """The reward of each credit term, `reward_BGR` in the order of `credit.terms`, unweighted.
 
     A rollout that broke in the slate gets its outcome's value in every term: it never reached a
     ranking. One that broke in the rank phase keeps its coverage rewards and gets the value in the
     utility ones.
 
-    credit, k, broken: static under jit. broken: see `broken_values`.
+    credit, k, broken: static under jit. broken: see `broken_values`. learned: a policy's own rewards,
+    beside REWARDS.
     """
     value_BG = jnp.asarray(broken.value, jnp.float32)[lists.outcome]
     keeps_slate_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
-    distinct = {}
+    known, distinct = REWARDS | dict(learned), {}
     for name in dict.fromkeys(name for _, name, _ in credit.terms):  # in their order: a set has another on every host
         counts_BG = keeps_slate_BG if name in COVERAGE else ok_BG
-        distinct[name] = jnp.where(counts_BG, REWARDS[name](k)(lists, query, frozen), value_BG)
+        distinct[name] = jnp.where(counts_BG, known[name](k)(lists, query, frozen), value_BG)
     columns = [distinct[name] for _, name, _ in credit.terms]
     return jnp.stack(columns, -1) if columns else jnp.zeros((*lists.outcome.shape, 0), jnp.float32)
 

@@ -26,7 +26,7 @@ from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
 from fgrpo_jax.models import decoder
-from fgrpo_jax.run.experiment import attention_of
+from fgrpo_jax.policies.llm.files import attention_of
 from fgrpo_jax.run.launch import keep_memory
 
 # --------------------------------------------------------------------- one workload, reported

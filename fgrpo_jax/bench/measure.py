@@ -31,6 +31,7 @@ from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.models.layers import linear
 from fgrpo_jax.policies.llm import sampling, transcript
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.run.sharding import make_mesh
 from fgrpo_jax.types import (
     SLATE,
@@ -38,7 +39,6 @@ from fgrpo_jax.types import (
     Batch,
     Policy,
     PyTree,
-    Query,
     Rollout,
     TrainState,
 )

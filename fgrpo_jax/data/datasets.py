@@ -16,6 +16,8 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fgrpo_jax.errors import UserError
+
 if TYPE_CHECKING:
     from fgrpo_jax.config import DataConfig
     from fgrpo_jax.types import RankingExample
@@ -31,7 +33,7 @@ DATASETS = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; the message says what is wrong, where, and what to do."""
 
 
@@ -122,7 +124,7 @@ def load(config: DataConfig, catalogue: Sequence[Item] | None = None) -> Dataset
     with the list of them (a test file on its own).
     Raises DataError for raw files that are missing or malformed.
     """
-    from fgrpo_jax.data.datasets import builder
+    from fgrpo_jax.data import builder
 
     chosen = builder_class(config.name)
     given = None if catalogue is None else tuple((str(i), str(t)) for i, t in catalogue)

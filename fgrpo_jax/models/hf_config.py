@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fgrpo_jax.errors import UserError
 from fgrpo_jax.models.decoder import DecoderSpec
 
 
-class ModelFilesError(ValueError):
+class ModelFilesError(UserError, ValueError):
     """A checkpoint directory that cannot be read or written; says which file, tensor or field."""
 
 

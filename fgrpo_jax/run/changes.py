@@ -14,16 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fgrpo_jax.config import Config, StageConfig, differences
+from fgrpo_jax.config import RunConfig, StageConfig, differences
 
-STAGES = ("sft", "rl")
 ALWAYS = {
     "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
     "model.attention", "model.remat", "model.logit_chunk", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.batch_queries", "eval.baselines", "eval.bootstrap", "eval.versus",
     "checkpoint.every", "checkpoint.keep",
-    *(f"{stage}.{field}" for stage in STAGES for field in ("eval_every", "microbatches")),
 }  # fmt: skip
+OF_A_STAGE = {"eval_every", "microbatches"}  # at any time
 
 
 class Reached(NamedTuple):
@@ -33,8 +32,11 @@ class Reached(NamedTuple):
     ended: int | None
 
 
-def refused(old: Config, new: Config, reached: Mapping[str, Reached]) -> list[str]:
-    """Every difference that is not allowed, as `rl.steps: 100 -> 200`, with its reason where it has one."""
+def refused(old: RunConfig, new: RunConfig, reached: Mapping[str, Reached]) -> list[str]:
+    """Every difference that is not allowed, as `rl.steps: 100 -> 200`, with its reason where it has one.
+
+    reached: of every stage, in their order.
+    """
     lines = []
     for name, line in differences(old, new).items():
         reason = _reason(name, old, new, reached)
@@ -43,14 +45,17 @@ def refused(old: Config, new: Config, reached: Mapping[str, Reached]) -> list[st
     return lines
 
 
-def _reason(name: str, old: Config, new: Config, reached: Mapping[str, Reached]) -> str | None:
+def _reason(name: str, old: RunConfig, new: RunConfig, reached: Mapping[str, Reached]) -> str | None:
     """Why a field may not change, perhaps empty; None where it may."""
     stage, _, field = name.partition(".")
     if name in ALWAYS:
         return None
-    if stage not in STAGES:
+    if stage not in reached:
         return ""
-    later = [other for other in STAGES[STAGES.index(stage) + 1 :] if reached[other].latest is not None]
+    if field in OF_A_STAGE:
+        return None
+    known = list(reached)
+    later = [other for other in known[known.index(stage) + 1 :] if reached[other].latest is not None]
     if reached[stage].latest is None and not later:
         return None
     before, after, here = getattr(old, stage), getattr(new, stage), reached[stage]

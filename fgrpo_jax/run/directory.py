@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax import config as config_lib
-from fgrpo_jax.config import Config, ConfigError
+from fgrpo_jax.config import ConfigError, RunConfig, from_start, stages
 from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
 from fgrpo_jax.run import changes
 from fgrpo_jax.run.checkpoint import steps_in, unpin
@@ -36,7 +36,7 @@ _LOCK = ".lock"
 _DATA = ("kind", "fingerprints", "catalogue")  # what data.json holds
 
 
-def check(config: Config) -> Path:
+def check(config: RunConfig) -> Path:
     """The run directory of a configuration, which may be entered; nothing is written.
 
     Raises ConfigError when it holds something that is no run, or belongs to another
@@ -45,7 +45,9 @@ def check(config: Config) -> Path:
     run_dir = Path(config.run_dir).expanduser()
     saved = run_dir / "config.json"
     if saved.is_file():
-        if lines := changes.refused(_before(run_dir, config), config, _reached(run_dir)):
+        if (system := read_config(run_dir).SYSTEM) != config.SYSTEM:
+            raise ConfigError(f"{run_dir} belongs to a run of {system!r}, not {config.SYSTEM!r}: choose another")
+        if lines := changes.refused(_before(run_dir, config), config, _reached(run_dir, config)):
             raise ConfigError(
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
                 + "\n".join(f"  - {line}" for line in lines)
@@ -55,7 +57,7 @@ def check(config: Config) -> Path:
     return run_dir
 
 
-def enter(config: Config) -> Path:
+def enter(config: RunConfig) -> Path:
     """Enter a run directory that is locked: what changed in its configuration is said and written.
 
     Raises what `check` raises, and StorageError.
@@ -100,25 +102,25 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _before(run_dir: Path, config: Config) -> Config:
+def _before(run_dir: Path, config: RunConfig) -> RunConfig:
     """The configuration in a run directory; a start that only lies elsewhere now is not another."""
     before, record = read_config(run_dir), _read_start(run_dir)
-    if record and record["mark"] == _mark(Path(config.start_from).expanduser()):
+    if record and record["mark"] == _mark(Path(config.start_from).expanduser(), config):
         before = dataclasses.replace(before, start_from=config.start_from)
     return before
 
 
-def _reached(run_dir: Path) -> dict[str, changes.Reached]:
+def _reached(run_dir: Path, config: RunConfig) -> dict[str, changes.Reached]:
     return {
         name: changes.Reached(
             latest=max(steps_in(run_dir / name / "checkpoints"), default=None),
             ended=read_done(run_dir, name)["step"] if is_done(run_dir, name) else None,
         )
-        for name in changes.STAGES
+        for name in stages(config)
     }
 
 
-def _announce(run_dir: Path, config: Config) -> None:
+def _announce(run_dir: Path, config: RunConfig) -> None:
     if note := earlier_version(run_dir):
         print(f"note: {note}")
     before = dataclasses.replace(read_config(run_dir), run_dir=config.run_dir)
@@ -126,16 +128,16 @@ def _announce(run_dir: Path, config: Config) -> None:
         print(f"changed   {line}")
 
 
-def _reopen(run_dir: Path, config: Config) -> None:
+def _reopen(run_dir: Path, config: RunConfig) -> None:
     """Undo what stages that are to go on did only because they had come to their end.
 
     Done before the new configuration is written, and the same when it is done again: killed
     in between, the run is still that of the old one, or of the new one once it is given again.
     """
-    before, reached = read_config(run_dir), _reached(run_dir)
-    for name in changes.STAGES:
-        stage, here = getattr(before, name), reached[name]
-        if not changes.reopens(stage, getattr(config, name), here):
+    before, reached = read_config(run_dir), _reached(run_dir, config)
+    for name, new in stages(config).items():
+        stage, here = stages(before)[name], reached[name]
+        if not changes.reopens(stage, new, here):
             continue
         (run_dir / name / "done.json").unlink(missing_ok=True)
         unpin(run_dir / name / "checkpoints")
@@ -144,7 +146,7 @@ def _reopen(run_dir: Path, config: Config) -> None:
         print(f"{name}: goes on from step {here.latest}")
 
 
-def read_config(run_dir: Path) -> Config:
+def read_config(run_dir: Path) -> RunConfig:
     """Raises ConfigError when the directory is no run, of an incompatible version, or was edited into nonsense."""
     path = run_dir / "config.json"
     if not path.is_file():
@@ -181,7 +183,7 @@ def read_done(run_dir: Path, name: str) -> dict[str, Any]:
 # --------------------------------------------------------------------- the run it started from
 
 
-def start_dir(run_dir: Path, config: Config) -> Path:
+def start_dir(run_dir: Path, config: RunConfig) -> Path:
     """Where the run that `start_from` names lies: as recorded, from the run directory on, or as given.
 
     Recorded, because then the working directory does not matter and two runs that are moved
@@ -191,26 +193,27 @@ def start_dir(run_dir: Path, config: Config) -> Path:
     if record is None:
         return given
     recorded = (run_dir / record["run"]).resolve()
-    return given if _mark(given) == record["mark"] != _mark(recorded) else recorded
+    return given if _mark(given, config) == record["mark"] != _mark(recorded, config) else recorded
 
 
-def record_start(run_dir: Path, config: Config) -> None:
+def record_start(run_dir: Path, config: RunConfig) -> None:
     """Note which run this one starts from, and where it lies; nothing where it is gone or another."""
     given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
-    mark = _mark(given)
+    mark = _mark(given, config)
     if mark and (record is None or record["mark"] == mark):
         place = os.path.relpath(given.resolve(), run_dir.resolve())
         write_atomically(run_dir / "start.json", json.dumps({"run": place, "mark": mark}, indent=1) + "\n")
 
 
-def lacking_start(run_dir: Path, config: Config) -> str:
+def lacking_start(run_dir: Path, config: RunConfig) -> str:
     """Why the run that this one started from cannot be had; empty where it can."""
     start, record = start_dir(run_dir, config), _read_start(run_dir)
-    mark = _mark(start)
+    mark = _mark(start, config)
     if mark is None:
-        return f"there is no run with a finished sft stage at {start}"
+        return f"there is no run with a finished {' and '.join(from_start(config))} stage at {start}"
     if record and record["mark"] != mark:
-        return f"{start} is not, or no more, the run that {run_dir} started from: its sft stage ended otherwise"
+        names = " or ".join(from_start(config))
+        return f"{start} is not, or no more, the run that {run_dir} started from: its {names} stage ended otherwise"
     return ""
 
 
@@ -219,11 +222,12 @@ def _read_start(run_dir: Path) -> dict[str, Any] | None:
     return read_json(path, ("run", "mark")) if path.is_file() else None
 
 
-def _mark(start: Path) -> dict[str, Any] | None:
-    """What tells a start from another: its seed, and how its sft stage ended; None where it did not."""
-    if not ((start / "config.json").is_file() and is_done(start, "sft")):
+def _mark(start: Path, config: RunConfig) -> dict[str, Any] | None:
+    """What tells a start from another: its seed, and how the stages taken from it ended; None: they did not."""
+    names = from_start(config)
+    if not names or not (start / "config.json").is_file() or not all(is_done(start, name) for name in names):
         return None
-    return {"seed": read_config(start).seed, "sft": read_done(start, "sft")}
+    return {"seed": read_config(start).seed, **{name: read_done(start, name) for name in names}}
 
 
 # --------------------------------------------------------------------- data

@@ -8,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from fgrpo_jax import policies
 from fgrpo_jax.config import (
-    Config,
     ConfigError,
     EvalConfig,
-    ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     RewardConfig,
+    RunConfig,
     StageConfig,
+    from_start,
+    stages,
 )
 
 
@@ -27,17 +30,17 @@ class Registries(NamedTuple):
 
     datasets: frozenset[str]
     rewards: frozenset[str]
-    objectives: frozenset[str]
+    objectives: Mapping[str, Sequence[str]]  # with the options each one reads
     baselines: frozenset[str]
-    outcomes: frozenset[str]
     cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"
     whole_metrics: frozenset[str]
 
 
 def wrong_types(config: Any, where: str = "") -> list[str]:
     """What is wrong with each field whose value is not of its annotated type."""
-    problems = []
-    for name, kind in typing.get_type_hints(type(config)).items():
+    problems, kinds = [], typing.get_type_hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        kind = kinds[name]
         value, path = getattr(config, name), f"{where}.{name}" if where else name
         if dataclasses.is_dataclass(kind) and isinstance(value, kind):
             problems += wrong_types(value, path)
@@ -61,20 +64,23 @@ def _is_a(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def validate(config: Config, known: Registries) -> None:
+def validate(config: RunConfig, known: Registries) -> None:
     """Refuse a config that cannot run, before anything compiles.
+
+    known: without the learned rewards of the system's own policies.
 
     Raises ConfigError listing every problem found, each with what to change.
     """
+    known = known._replace(rewards=known.rewards | policies.learned_rewards(config))
     _refuse(wrong_types(config) or _impossible(config, known))
 
 
-def check_types(config: Config) -> None:
+def check_types(config: RunConfig) -> None:
     """Raises ConfigError naming every field of the wrong type: a configs/*.py file can hold anything."""
     _refuse(wrong_types(config))
 
 
-def check_evaluation(config: Config, known: Registries) -> None:
+def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
     _refuse(_check_data(config, known) + _check_eval(config.eval, known))
 
@@ -84,21 +90,16 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _impossible(config: Config, known: Registries) -> list[str]:
+def _impossible(config: RunConfig, known: Registries) -> list[str]:
     problems = [
-        *_check_names(config, known),
-        *_check_transcript(config),
-        *_check_model(config.model),
+        *_check_versus(config),
+        *policies.problems(config),
         *_check_data(config, known),
         *_check_eval(config.eval, known),
         *_check_reward(config.reward),
-        *_check_stage("sft", config.sft, known),
-        *_check_stage("rl", config.rl, known),
+        *(line for name, stage in stages(config).items() for line in _check_stage(name, stage, known)),
+        *_check_starts(config),
     ]
-    if not config.sft.steps and not config.rl.steps:
-        problems.append("sft.steps and rl.steps are both 0: nothing would be trained; set one of them")
-    if config.start_from and config.sft.steps:
-        problems.append("start_from replaces the sft stage: set sft.steps=0, or leave start_from empty")
     if config.seed < 0:
         problems.append(f"seed={config.seed} must not be negative")
     if "://" in config.run_dir:
@@ -113,62 +114,37 @@ def _unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[st
     return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
 
 
-def _check_names(config: Config, known: Registries) -> list[str]:
-    trained = {"sft": config.sft.steps or config.start_from, "rl": config.rl.steps}
-    methods = {*config.eval.baselines, *(name for name, steps in trained.items() if steps)}
-    return [
-        *_unknown("eval.versus", [config.eval.versus], frozenset(methods)),
-        *_unknown("reward.rules", [outcome for outcome, _ in config.reward.rules], known.outcomes),
-    ]
+def _check_versus(config: RunConfig) -> list[str]:
+    trained = [name for name, stage in stages(config).items() if stage.steps]
+    methods = [*trained, *from_start(config), *config.eval.baselines]
+    return _unknown("eval.versus", [config.eval.versus], frozenset(methods))
 
 
-def _check_transcript(config: Config) -> list[str]:
-    t, problems = config.transcript, []
-    for phase, low, high in (("slate", t.slate_min, t.slate_max), ("rank", t.rank_min, t.rank_max)):
-        if not 1 <= low <= high:
-            problems.append(f"transcript.{phase}_min={low} and transcript.{phase}_max={high}: need 1 <= min <= max")
-    if t.rank_max > t.slate_max:
-        problems.append(
-            f"transcript.rank_max={t.rank_max} exceeds transcript.slate_max={t.slate_max}: "
-            "only items of the slate can be ranked"
-        )
-    if t.rank_min > t.slate_min:
-        problems.append(
-            f"transcript.rank_min={t.rank_min} exceeds transcript.slate_min={t.slate_min}: "
-            "a slate of the least length could not be ranked; lower rank_min or raise slate_min"
-        )
-    for name in ("slate_open", "slate_close", "rank_close"):
-        if not getattr(t, name):
-            problems.append(f"transcript.{name} must not be empty")
-    if t.identifier == "index" and config.tokenizer == "catalogue":
-        problems.append(
-            "tokenizer='catalogue' makes each candidate one token and has no numbers: "
-            "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
-        )
-    if config.prompt.chat and config.tokenizer == "catalogue":
-        problems.append("prompt.chat needs a tokenizer with a chat template; the catalogue has none")
+def _check_starts(config: RunConfig) -> list[str]:
+    """Whether the stages are trained from, and with, what there is by then."""
+    problems, known = [], stages(config)
+    trained = [name for name, stage in known.items() if stage.steps]
+    if not trained:
+        problems.append(f"{', '.join(f'{name}.steps' for name in known)} are all 0: nothing would be trained; set one")
+    if config.start_from and not from_start(config):
+        first = trained[0] if trained else next(iter(known))
+        problems.append(f"start_from replaces the {first} stage: set {first}.steps=0, or leave start_from empty")
+    for name in trained:
+        stage, before = known[name], list(known)[: list(known).index(name)]
+        earlier = {f"{name}.frozen_from": stage.frozen_from}
+        if stage.starts_from not in ("previous", "initial"):
+            earlier[f"{name}.starts_from"] = (stage.starts_from,)
+        for field, others in earlier.items():
+            problems += _unknown(field, others, frozenset(before))
+            if not config.start_from:
+                skipped = [other for other in others if other in before and not known[other].steps]
+                problems += [f"{field}: stage {other!r} is skipped, its steps are 0" for other in skipped]
+        if stage.starts_from in before and known[stage.starts_from].policy != stage.policy:
+            problems.append(f"{name}.starts_from={stage.starts_from!r} trains another policy than {stage.policy!r}")
     return problems
 
 
-def _check_model(m: ModelConfig) -> list[str]:
-    problems = []
-    if not m.checkpoint:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
-            if getattr(m, name) < 1:
-                problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            if not (math.isfinite(getattr(m, name)) and getattr(m, name) > 0):
-                problems.append(f"model.{name}={getattr(m, name)} must be positive")
-        if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
-            problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
-        if m.head_dim % 2:
-            problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
-    if m.logit_chunk < 1:
-        problems.append("model.logit_chunk must be at least 1")
-    return problems
-
-
-def _check_data(config: Config, known: Registries) -> list[str]:
+def _check_data(config: RunConfig, known: Registries) -> list[str]:
     d, problems = config.data, _unknown("data.name", [config.data.name], known.datasets)
     if not d.prompt_buckets or list(d.prompt_buckets) != sorted({*d.prompt_buckets}) or d.prompt_buckets[0] < 1:
         problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
@@ -217,10 +193,10 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(
             f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
         )
-    problems += _unknown(f"{name}.objective.name", [s.objective.name], known.objectives)
+    problems += _unknown(f"{name}.objective.name", [s.objective.name], frozenset(known.objectives))
     if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
         problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
-    if s.source == "sampled":
+    if s.source != "logged":
         problems += _check_credit(name, s, known)
     if not 0 <= s.subset[0] < s.subset[1] <= 1:
         problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
@@ -231,9 +207,21 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
     o = s.objective
     if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
         problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
-    if o.name == "nll" and o.kl_weight:
-        problems.append(f"{name}.objective.name='nll' has no KL term: set {name}.objective.kl_weight=0")
+    problems += _unread_options(f"{name}.objective", o, known)
     return problems + _check_optim(f"{name}.optim", s.optim)
+
+
+def _unread_options(where: str, o: ObjectiveConfig, known: Registries) -> list[str]:
+    """Options of other objectives, set although this one does not read them."""
+    if o.name not in known.objectives:
+        return []
+    others = {option for options in known.objectives.values() for option in options} - {*known.objectives[o.name]}
+    values = {option: (getattr(o, option), getattr(ObjectiveConfig(), option)) for option in sorted(others)}
+    return [
+        f"{where}.{option}={value!r}: {o.name!r} has no such term or option: leave it at {default!r}"
+        for option, (value, default) in values.items()
+        if value != default
+    ]
 
 
 def _check_optim(where: str, o: OptimConfig) -> list[str]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from fgrpo_jax.types import OK, Array, Outcome, Query
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import OK, Array, Outcome
 
 _SLATE_RULES = "empty", "duplicate", "out_of_pool", "too_short", "too_long", "missing_tag", "truncated"
 _RANK_RULES = "empty", "duplicate", "out_of_pool", "not_in_slate", "too_short", "too_long", "missing_tag", "truncated"

@@ -16,7 +16,8 @@ import numpy as np
 
 from fgrpo_jax.policies.llm import transcript
 from fgrpo_jax.policies.llm.grammar import Grammar
-from fgrpo_jax.types import RANK, SLATE, Array, Lists, Query
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import RANK, SLATE, Array, Lists
 
 
 @flax.struct.dataclass

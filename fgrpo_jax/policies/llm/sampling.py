@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from fgrpo_jax.models import decoder, draw, head
 from fgrpo_jax.policies.llm import masks, transcript
-from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Query, Rollout
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Rollout
 
 
 class Sampler(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fgrpo_jax import shards
 from fgrpo_jax.policies.llm import masks, transcript
-from fgrpo_jax.types import UNTRAINED, Array, Lists, Policy, Query, Rollout
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import UNTRAINED, Array, Lists, Rollout
 
 
 def target_lists(grammar: transcript.Grammar, query: Query, key: Array, fill: str) -> tuple[Array, Array]:
@@ -44,14 +47,14 @@ def target_lists(grammar: transcript.Grammar, query: Query, key: Array, fill: st
     return slate_BN[:, None], ranking_BK[:, None]
 
 
-def logged(policy: Policy, grammar: transcript.Grammar, constrained: bool, fill: str, train_fill: bool) -> Policy:
-    """`policy` with sampling replaced by target transcripts, G = 1.
+def rollout(grammar: transcript.Grammar, constrained: bool, fill: str, train_fill: bool) -> Callable:
+    """Target transcripts as a source of rollouts, G = 1.
 
     Labelled UNTRAINED: tokens with a single allowed choice, and fill items unless
     `train_fill`. `logp` is 0: a target was not sampled from any policy.
     """
 
-    def rollout(params, frozen, query: Query, key) -> tuple[Rollout, Lists]:
+    def write(params, frozen, query: Query, key) -> tuple[Rollout, Lists]:
         slate, ranking = target_lists(grammar, query, key, fill)
         actions, named = transcript.render(grammar, query, slate, ranking)
         if constrained:
@@ -64,4 +67,4 @@ def logged(policy: Policy, grammar: transcript.Grammar, constrained: bool, fill:
             phase = jnp.where((named >= 0) & (gain == 0), UNTRAINED, phase)
         return Rollout(actions, phase, jnp.zeros(actions.shape, jnp.float32)), lists
 
-    return policy._replace(rollout=rollout)
+    return write

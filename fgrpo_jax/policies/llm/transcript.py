@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrpo_jax.policies.llm.grammar import CODE, OUTCOMES, Grammar, check_grammar, check_identifiers, render
-from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Query
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree
 
 __all__ = [
     "CODE", "OUTCOMES", "Grammar", "check_grammar", "check_identifiers", "render",

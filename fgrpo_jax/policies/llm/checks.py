@@ -1,0 +1,87 @@
+"""What a language model cannot be trained on: this machine, these queries; asked before anything compiles."""
+
+from __future__ import annotations
+
+import heapq
+import warnings
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from fgrpo_jax.config import Config, ConfigError, ModelConfig
+from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.policies.llm import prompts
+from fgrpo_jax.policies.llm.files import attention_of
+from fgrpo_jax.types import RankingExample
+
+
+def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, dataset: Dataset, split: str) -> None:
+    """See Policy.check; `encode` is the policy's.
+
+    Raises ConfigError for attention or weights that this machine cannot compute, DataError for the
+    longest queries of every split where they fit no bucket. Warns of a tokenizer that merges pieces
+    of transcripts, as a query of `split` shows them.
+    """
+    if config.model.attention == "flash" and attention_of(config.model) != "flash":
+        raise ConfigError(
+            "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
+            f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
+        )
+    _check_bfloat16(config.model, mesh)
+    _check_longest(encode, dataset)
+    warn_of_merges(config, tokenizer, dataset.splits[split][0])
+
+
+def _check_bfloat16(model: ModelConfig, mesh: Mesh) -> None:
+    """XLA's CPU compiler aborts on sums of bfloat16 over some axes of a mesh, where others are its own to split."""
+    if model.param_dtype != "bfloat16" or jax.default_backend() != "cpu":
+        return
+    if mesh.shape["tensor"] > 1 and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        raise ConfigError(
+            "model.param_dtype='bfloat16' on CPUs cannot be compiled with mesh.tensor above 1 and queries split too "
+            "(mesh.data, mesh.fsdp): set mesh.tensor=1, or model.param_dtype='float32'"
+        )
+
+
+def _check_longest(encode: Callable, dataset: Dataset, how_many: int = 16) -> None:
+    """Encode the longest given pools of every split: one that fits no bucket is refused now.
+
+    The longest by characters; sampled pools are drawn anew every epoch and cannot be listed.
+    """
+    for name, split in dataset.splits.items():
+        if dataset.sampled_negatives and name == "train":
+            continue
+        encode(heapq.nlargest(how_many, split, key=_characters))
+
+
+def _characters(example: RankingExample) -> int:
+    return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+
+
+def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:
+    """Warn where the tokenizer, given a whole transcript, merges across a piece boundary.
+
+    Transcripts are built piece by piece; a model that was never fine-tuned on them prefers
+    the merged form, so its unconstrained zero-shot output will break the grammar there. The
+    catalogue, in which every piece is a word, only ever reads pieces.
+    """
+    t = config.transcript
+    if config.tokenizer == "catalogue":
+        return
+    names = prompts.identifier_texts(example, t.identifier)[: t.slate_min]
+    ranked = names[: t.rank_min]
+    pieces = [t.slate_open]
+    for items, close in ((names, t.slate_close), (ranked, t.rank_close)):
+        for i, name in enumerate(items):
+            pieces += [t.separator] * bool(i and t.separator) + [name]
+        pieces.append(close)
+    for left, right in zip(pieces, pieces[1:]):
+        apart = [*tokenizer.encode(left, add_special_tokens=False), *tokenizer.encode(right, add_special_tokens=False)]
+        if tokenizer.encode(left + right, add_special_tokens=False) != apart:
+            warnings.warn(
+                f"the tokenizer merges {left!r} and {right!r} when they meet; transcripts keep them apart, "
+                "which a model not yet fine-tuned does not expect (see transcript.separator and the tags)",
+                stacklevel=2,
+            )
+            return

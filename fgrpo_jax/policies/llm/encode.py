@@ -1,0 +1,90 @@
+"""Queries as arrays: the only place where text becomes token ids.
+
+What cannot be encoded is refused here, by query id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fgrpo_jax.config import Config
+from fgrpo_jax.data.batches import bucket
+from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.policies.llm import prompts, transcript
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.types import RankingExample
+
+_REMEMBERED = 100_000  # identifier texts whose token ids are kept
+
+
+def blank(grammar: transcript.Grammar) -> Query:
+    """A query of nothing, as numpy arrays [1,...]: what arrays are padded with."""
+    return Query(
+        prompt=np.full((1, 1), grammar.eos, np.int32),
+        prompt_len=np.ones(1, np.int32),
+        identifiers=np.full((1, 1, 1), -1, np.int32),
+        relevance=np.zeros((1, 1), np.float32),
+        n_candidates=np.ones(1, np.int32),
+    )
+
+
+def encode(
+    config: Config,
+    grammar: transcript.Grammar,
+    tokenizer,
+    kind: str,
+    instruction: str,
+    known: dict[str, list[int]],
+    examples: Sequence[RankingExample],
+) -> Query:
+    """Arrays of a batch, or of a host's part of one, whose shapes depend on these examples alone.
+
+    kind, instruction: of the data set's prompts. known: remembers identifiers from call to call.
+
+    Raises DataError naming the query when a prompt fits no bucket, or when the grammar
+    cannot tell two candidates apart.
+    """
+    t = config.transcript
+    texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in examples]
+    tokens = prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
+    size = max(bucket(len(ids), config.data.prompt_buckets, e.query_id) for ids, e in zip(tokens, examples))
+    names = [_identifiers(grammar, tokenizer, t.identifier, known, e) for e in examples]
+    n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
+    width = _round_up(max(len(name) for pool in names for name in pool))
+    most = _round_up(int(n_candidates.max()))
+    nothing = blank(grammar)
+    prompt = np.full((len(examples), size), nothing.prompt)
+    identifiers = np.full((len(examples), most, width), nothing.identifiers)
+    relevance = np.full((len(examples), most), nothing.relevance)
+    for i, example in enumerate(examples):
+        prompt[i, : len(tokens[i])] = tokens[i]
+        relevance[i, : n_candidates[i]] = example.relevance
+        for j, name in enumerate(names[i]):
+            identifiers[i, j, : len(name)] = name
+    lengths = np.array([len(ids) for ids in tokens], np.int32)
+    return Query(prompt, lengths, identifiers, relevance, n_candidates)
+
+
+def _identifiers(
+    grammar: transcript.Grammar, tokenizer, identifier: str, known: dict[str, list[int]], example: RankingExample
+) -> list[list[int]]:
+    """Token ids naming each candidate; `known` remembers texts, which recur in most data sets."""
+    texts = prompts.identifier_texts(example, identifier)
+    if new := [text for text in texts if text not in known]:
+        if len(known) > _REMEMBERED:
+            known.clear()
+            new = texts
+        known.update(zip(new, tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+    names = [known[text] for text in texts]
+    try:
+        transcript.check_identifiers(grammar, example.query_id, [c for c, _ in example.candidates], names)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return names
+
+
+def _round_up(n: int) -> int:
+    """A multiple of 4 from 4 on, so that few array shapes (and programs) occur."""
+    return n if n < 4 else -(-n // 4) * 4

@@ -1,0 +1,147 @@
+"""What a run directory says of its language model: tokenizer/, model.json, hf_config.json.
+
+With them the directory can be moved and used where the files that training began with are not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fgrpo_jax.config import Config, ConfigError, ModelConfig
+from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.files import read_json, storing, write_atomically
+from fgrpo_jax.models import decoder, flash, hf
+from fgrpo_jax.policies.llm import tokenizers
+from fgrpo_jax.types import PolicyFiles, PyTree
+
+_ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
+
+
+def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> Any:
+    """The run's own tokenizer once it has one, or the configured one, which may need the data set."""
+    saved = run_dir / "tokenizer"
+    if saved.is_dir():
+        return tokenizers.from_directory(str(saved))
+    return tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+
+
+# --------------------------------------------------------------------- sizes
+
+
+def attention_of(model: ModelConfig) -> str:
+    """How the devices here attend: a run trained with flash may be evaluated where it does not run."""
+    return model.attention if flash.runs_on(jax.devices()[0]) else "blocks"
+
+
+def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.DecoderSpec:
+    """The run's own sizes once it has them, or the configured ones.
+
+    Raises ConfigError when the tokenizer has more tokens than the checkpoint.
+    """
+    if saved := saved_spec(run_dir, model):
+        return saved
+    numerics = _numerics(model)
+    if model.checkpoint:
+        spec = hf.read_spec(model.checkpoint, **numerics)
+        if vocab_size > spec.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {vocab_size} tokens, model.checkpoint {model.checkpoint} only "
+                f"{spec.vocab_size}: they do not belong together; set `tokenizer` to the checkpoint's directory"
+            )
+        return spec
+    return decoder.DecoderSpec(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        mlp_size=model.mlp_size,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        tie_embeddings=model.tie_embeddings,
+        init_std=model.init_std,
+        **numerics,
+    )
+
+
+def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
+    """The sizes in a run's model.json, to be computed as configured; None for a run that has none yet.
+
+    Raises ConfigError for sizes unknown to this version, and for a file that is damaged.
+    """
+    sizes = _saved_sizes(run_dir)
+    return decoder.DecoderSpec(**(sizes | _numerics(model))) if sizes else None
+
+
+def _saved_sizes(run_dir: Path) -> dict[str, Any] | None:
+    """What the file does not name, because it is of an earlier version, has its default."""
+    path = run_dir / "model.json"
+    if not path.is_file():
+        return None
+    fields, defaults = decoder.DecoderSpec._fields, decoder.DecoderSpec._field_defaults
+    sizes = read_json(path, [name for name in fields if name not in defaults])
+    if unknown := sorted(set(sizes) - set(fields)):
+        raise ConfigError(f"{path} describes a model of another version of fgrpo_jax, with {', '.join(unknown)}")
+    return defaults | sizes
+
+
+def _numerics(model: ModelConfig) -> dict[str, Any]:
+    """How the model is computed, here."""
+    return {
+        "dtype": model.dtype,
+        "param_dtype": model.param_dtype,
+        "remat": model.remat,
+        "attention": attention_of(model),
+        "logit_chunk": model.logit_chunk,
+        "rows_first": jax.default_backend() == "cpu",
+    }
+
+
+# --------------------------------------------------------------------- out and in
+
+
+def policy_files(config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path) -> PolicyFiles:
+    """`run_dir`: where an export finds what else the checkpoint said of itself."""
+
+    def save(run_dir: Path) -> None:
+        if not (run_dir / "tokenizer").is_dir():
+            partial = run_dir / ".tokenizer.partial"
+            with storing(run_dir / "tokenizer", Exception):  # the library raises plain Exceptions
+                tokenizer.save_pretrained(str(partial))
+                partial.rename(run_dir / "tokenizer")
+        source = config.model.checkpoint
+        if source and not (run_dir / _ORIGINAL).is_file() and Path(source).expanduser().is_dir():
+            write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")
+        if not (run_dir / "model.json").is_file():
+            write_atomically(run_dir / "model.json", json.dumps(spec._asdict(), indent=1) + "\n")
+
+    def check(run_dir: Path) -> None:
+        sizes, ours = _saved_sizes(run_dir), spec._asdict()
+        if sizes is None:
+            raise ConfigError(f"{run_dir} holds no model.json: give its training command again, which writes it")
+        if differing := [
+            f"{name}: {sizes[name]} -> {ours[name]}" for name in decoder.SHAPING if sizes[name] != ours[name]
+        ]:
+            raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
+        theirs = tokenizers.from_directory(str(run_dir / "tokenizer"))
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"{run_dir} has another tokenizer, so its model cannot read these data")
+
+    def export(out_dir: Path, params: PyTree) -> None:
+        hf.save(out_dir, spec, params, original_config(config, run_dir), tokenizer)
+
+    return PolicyFiles(save, check, export)
+
+
+def original_config(config: Config, run_dir: Path) -> dict[str, Any] | None:
+    """config.json of the Hugging Face checkpoint the model started from; None for random weights."""
+    if not config.model.checkpoint:
+        return None
+    if (run_dir / _ORIGINAL).is_file():
+        return read_json(run_dir / _ORIGINAL)
+    return hf.read_config(config.model.checkpoint)  # a run of an earlier version

@@ -1,0 +1,66 @@
+"""What makes a language model's configuration impossible."""
+
+from __future__ import annotations
+
+import math
+
+from fgrpo_jax.config import Config, ModelConfig
+from fgrpo_jax.policies.llm.grammar import OUTCOMES
+
+REWARDS = frozenset()  # the learned rewards of its policies
+
+
+def problems(config: Config) -> list[str]:
+    return [*_rules(config), *_transcript(config), *_model(config.model)]
+
+
+def _rules(config: Config) -> list[str]:
+    known = sorted(outcome.name for outcome in OUTCOMES if outcome.breaks)
+    unknown = [name for name, _ in config.reward.rules if name not in known]
+    return [f"reward.rules: {name!r} is not one of {', '.join(known)}" for name in unknown]
+
+
+def _transcript(config: Config) -> list[str]:
+    t, problems = config.transcript, []
+    for phase, low, high in (("slate", t.slate_min, t.slate_max), ("rank", t.rank_min, t.rank_max)):
+        if not 1 <= low <= high:
+            problems.append(f"transcript.{phase}_min={low} and transcript.{phase}_max={high}: need 1 <= min <= max")
+    if t.rank_max > t.slate_max:
+        problems.append(
+            f"transcript.rank_max={t.rank_max} exceeds transcript.slate_max={t.slate_max}: "
+            "only items of the slate can be ranked"
+        )
+    if t.rank_min > t.slate_min:
+        problems.append(
+            f"transcript.rank_min={t.rank_min} exceeds transcript.slate_min={t.slate_min}: "
+            "a slate of the least length could not be ranked; lower rank_min or raise slate_min"
+        )
+    for name in ("slate_open", "slate_close", "rank_close"):
+        if not getattr(t, name):
+            problems.append(f"transcript.{name} must not be empty")
+    if t.identifier == "index" and config.tokenizer == "catalogue":
+        problems.append(
+            "tokenizer='catalogue' makes each candidate one token and has no numbers: "
+            "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
+        )
+    if config.prompt.chat and config.tokenizer == "catalogue":
+        problems.append("prompt.chat needs a tokenizer with a chat template; the catalogue has none")
+    return problems
+
+
+def _model(m: ModelConfig) -> list[str]:
+    problems = []
+    if not m.checkpoint:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+            if getattr(m, name) < 1:
+                problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not (math.isfinite(getattr(m, name)) and getattr(m, name) > 0):
+                problems.append(f"model.{name}={getattr(m, name)} must be positive")
+        if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
+            problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
+        if m.head_dim % 2:
+            problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
+    if m.logit_chunk < 1:
+        problems.append("model.logit_chunk must be at least 1")
+    return problems

@@ -1,0 +1,88 @@
+"""The command lines of train.py and eval.py. Nothing here imports JAX, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, RunConfig, load_file
+from fgrpo_jax.errors import UserError
+from fgrpo_jax.run.validation import check_types
+
+DEFAULT = Path(__file__).parents[2] / "configs" / "synthetic.py"
+
+
+def parse_training(argv: list[str], description: str) -> RunConfig:
+    """The configuration: a file's `get_config()` (first argument; else DEFAULT), overridden by flags.
+
+    Raises ConfigError for a file that cannot be read; exits as tyro does for flags.
+    """
+    rest, path = list(argv), DEFAULT
+    if rest and not rest[0].startswith("-"):
+        path = Path(rest.pop(0))
+    default = load_file(path)
+    check_types(default)
+    return tyro.cli(type(default), default=default, args=rest, prog="train.py", description=description)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Where the queries and candidates come from."""
+
+    name: str
+    """Data set: synthetic, lastfm, musique or jsonl."""
+    manual_dir: str
+    """Folder with the raw files of the data set (not used by synthetic)."""
+    prepared_dir: str
+    """Where prepared data sets are kept."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Padded prompt lengths, ascending; empty: those each policy was trained with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    split: str
+    """Split to evaluate on, as test; empty: eval.split."""
+    compare: tuple[str, ...]
+    """Other run directories, evaluated on the same candidates as NAME.STAGE."""
+    data: Judged
+    eval: EvalConfig
+    mesh: MeshConfig
+
+
+def parse_evaluation(argv: list[str], description: str) -> tuple[Path, Arguments]:
+    """The run directory, and the arguments over the run's own configuration."""
+    run_dir, config = Path("RUN_DIR"), Config()
+    if argv and not argv[0].startswith("-"):
+        from fgrpo_jax.run.directory import read_config  # slow to import, and help needs none of it
+
+        run_dir = Path(argv[0]).expanduser()
+        config = read_config(run_dir)
+        argv = argv[1:]
+    elif not {"-h", "--help"} & set(argv):
+        raise ConfigError("give the run directory first: python eval.py RUN_DIR [--split test]")
+    default = Arguments(split="", compare=(), data=source_of_data(config), eval=config.eval, mesh=config.mesh)
+    prog = "eval.py RUN_DIR"
+    return run_dir, tyro.cli(Arguments, default=default, args=argv, prog=prog, description=description)
+
+
+def source_of_data(config: RunConfig) -> Judged:
+    return Judged(config.data.name, config.data.manual_dir, config.data.prepared_dir)
+
+
+def parse_or_exit(parse: Callable, argv: list[str], description: str) -> Any:
+    """What `parse` returns; where it refuses, the program ends with its line and code 2."""
+    try:
+        return parse(argv, description)
+    except UserError as error:
+        sys.exit(refuse(error))
+
+
+def refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

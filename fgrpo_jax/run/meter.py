@@ -1,0 +1,127 @@
+"""What is measured while a stage trains: its steps, and its parameters on the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fgrpo_jax.config import stages
+from fgrpo_jax.data.batches import evaluation_examples
+from fgrpo_jax.errors import TrainingError
+from fgrpo_jax.evaluation.evaluate import score
+from fgrpo_jax.run.experiment import Experiment, Predictor
+from fgrpo_jax.run.log import MetricsLog, Progress
+from fgrpo_jax.types import Mean, PyTree, RankingExample
+
+
+class Meter:
+    """The metrics of the steps since the last logged row.
+
+    Whether a step was finite is asked one step late, so that the host never waits for the step under
+    way (where XLA runs beside it: not with keep_memory on a CPU).
+    """
+
+    def __init__(self, experiment: Experiment, name: str, log: MetricsLog, progress: Progress):
+        self._name, self._every, self._log, self.progress = name, experiment.config.log_every, log, progress
+        self._last: tuple[int, dict[str, Mean], Sequence[RankingExample]] | None = None
+        self._since: list[dict[str, Mean]] = []
+
+    def add(self, step: int, metrics: dict[str, Mean], examples: Sequence[RankingExample]) -> None:
+        self._last = (step, metrics, examples)
+        self._since.append(metrics)
+
+    def check(self, kept: Callable[[], str]) -> None:
+        """Raises TrainingError when the last step added was not finite; `kept` says what is saved of before."""
+        if self._last is None:
+            return
+        step, metrics, examples = self._last
+        if float(metrics["nonfinite"].sum) == 0:
+            return
+        ids = ", ".join(e.query_id for e in examples[:16]) + (", ..." if len(examples) > 16 else "")
+        raise TrainingError(
+            f"{self._name} step {step}: loss or gradient is not finite (loss {metrics['loss'].value():g}, "
+            f"gradient norm {metrics['grad_norm'].value():g}). Its update was not applied; {kept()}. "
+            f"Queries: {ids}. Lower {self._name}.optim.learning_rate or clip_norm, or look at these queries."
+        )
+
+    def total(self) -> dict[str, Mean]:
+        """Of the steps since the last row: sums and counts, added one step after the other."""
+        total: dict[str, Mean] = {}
+        for metrics in jax.device_get(self._since):
+            total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
+        self._since = [total] if total else []
+        return total
+
+    def unlogged(self) -> dict[str, list[float]]:
+        """The same as JSON, for a checkpoint between two rows."""
+        return {name: [float(mean.sum), float(mean.count)] for name, mean in self.total().items()}
+
+    def restore(self, unlogged: dict[str, list[float]]) -> None:
+        if unlogged:
+            self._since = [{name: Mean(*map(np.float32, pair)) for name, pair in unlogged.items()}]
+
+    def write(self, step: int) -> None:
+        """A row, and a line on the terminal."""
+        values = {name: mean.value() for name, mean in self.total().items()}
+        if step % self._every == 0:  # or the row is there only because the step is the last
+            self._since = []
+        rate = self.progress.rate(step)
+        values["queries_per_s"] = round(rate, 1)
+        self._log.write(self._name, step, values)
+        shown = {name: values[name] for name in ("loss", "reward/slate", "reward/rank") if name in values}
+        self.progress.line(step, shown, rate)
+
+
+class Validation:
+    """The policy on its way, on the validation split; without such a split it measures nothing."""
+
+    def __init__(self, experiment: Experiment, name: str, log: MetricsLog):
+        self._config, self._name, self._log = experiment.config, name, log
+        self._stage = stages(experiment.config)[name]
+        self._predict = Predictor(experiment, experiment.policy(name))
+        self.examples = _examples(experiment)
+        self.measured: dict[int, float] = {}
+
+    def resume(self, latest: int | None) -> None:
+        """Read once what was logged up to the checkpoint: every host has to decide alike."""
+        kept, metric = -1 if latest is None else latest, f"eval/{self._config.eval.metric}"
+        rows: list[dict[str, Any]] = self._log.rows(self._name)
+        self.measured = {row["step"]: row[metric] for row in rows if row["step"] <= kept and metric in row}
+        self._log.forget_after(self._name, kept)
+
+    def measure(self, params: PyTree, step: int) -> float | None:
+        """Evaluate and log; the metric that chooses the best checkpoint."""
+        if not self.examples:
+            return None
+        settings = self._config.eval
+        scores = score(self.examples, self._predict(params, self.examples), settings.cutoffs)
+        values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
+        self._log.write(self._name, step, values)
+        self.measured[step] = values[f"eval/{settings.metric}"]
+        if jax.process_index() == 0:
+            k = max(settings.cutoffs)
+            shown = f"{settings.metric} {self.measured[step]:.4f}  recall@{k} {values[f'eval/recall@{k}']:.4f}"
+            slate = f"slate recall {values['eval/slate_recall']:.4f}"
+            print(f"{self._name} {step}: validation {shown}  {slate}", flush=True)
+        return self.measured[step]
+
+    def is_over(self, step: int) -> bool:
+        """At its end, or out of patience: which holds from the evaluation on that exhausted it."""
+        if step == self._stage.steps:
+            return True
+        if not self._stage.patience or step % self._stage.eval_every:
+            return False
+        measured = list(self.measured.values())
+        return len(measured) - 1 - int(np.argmax(measured)) >= self._stage.patience
+
+
+def _examples(experiment: Experiment) -> list[RankingExample]:
+    """The first queries of the validation split; none where the data set has no such split."""
+    if "validation" not in experiment.dataset.splits:
+        return []
+    examples = evaluation_examples(experiment.dataset, experiment.config, "validation")
+    limit = experiment.config.eval.train_queries
+    return examples[:limit] if limit else examples
