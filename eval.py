@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before what takes seconds to import, so that --hel
 
 import jax
 
+from fgrpo_jax import policies
 from fgrpo_jax.config import ConfigError, EvalConfig, MeshConfig, RunConfig, as_dict, from_start, stages
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
@@ -177,20 +178,39 @@ def _training_split(run_dir: Path, config: RunConfig, dataset):
 
 
 def _predict(finished: dict[str, Finished], dataset, examples) -> dict[str, list]:
-    """Greedy predictions with the best parameters of every stage, as indices into `examples`."""
-    predicted, built, programs = {}, {}, {}
+    """Predictions with the best parameters of every stage, as indices into `examples`; then selections among them."""
+    runs: dict[str, dict[str, Finished]] = {}  # by what their rows begin with
     for method, one in finished.items():
-        if one.run_dir not in built:
-            seen = dataset._replace(kind=directory.read_kind(one.run_dir), instruction=one.instruction)
-            shown = evaluation_examples(seen, one.config, one.config.eval.split)
-            built[one.run_dir] = experiments.assemble(one.config, seen, one.run_dir), shown
-        experiment, shown = built[one.run_dir]
-        policy = experiment.policy(one.name)
-        program = one.run_dir, stages(one.config)[one.name].policy  # shared by stages of the same policy
-        if program not in programs:
-            programs[program] = experiments.Predictor(experiment, policy)
-        predictions = programs[program](best_params(experiment, one.place, one.name), shown)
-        predicted[method] = list(map(_reindexed, examples, shown, predictions))
+        runs.setdefault(method.removesuffix(one.name), {})[one.name] = one
+    predicted = {}
+    for prefix, stages_of in runs.items():
+        first = next(iter(stages_of.values()))
+        seen = dataset._replace(kind=directory.read_kind(first.run_dir), instruction=first.instruction)
+        shown = evaluation_examples(seen, first.config, first.config.eval.split)
+        experiment = experiments.assemble(first.config, seen, first.run_dir)
+        for name, predictions in _of_run(experiment, stages_of, shown).items():
+            predicted[prefix + name] = list(map(_reindexed, examples, shown, predictions))
+    return predicted
+
+
+def _of_run(experiment, stages_of: dict[str, Finished], shown) -> dict[str, list]:
+    """Predictions of the finished stages of one run, by name, then of the selections that they allow."""
+    known, programs, predicted = stages(experiment.config), {}, {}
+
+    def params(name: str):
+        return best_params(experiment, stages_of[name].place, name)
+
+    for name in stages_of:
+        policy = known[name].policy
+        if policy not in programs:  # shared by the stages of a policy
+            programs[policy] = experiments.Predictor(experiment, experiment.policy(name))
+        predicted[name] = programs[policy](params(name), shown)
+    for name, selection in policies.selections(experiment.config, experiment.policies).items():
+        if set(selection.stages) <= set(stages_of):
+            table = {other: experiment.policy(other).table for other in selection.stages}
+            policy = experiment.policy(selection.stages[0])
+            program = experiments.Predictor(experiment, policy, selection.greedy, table)
+            predicted[name] = program({other: params(other) for other in selection.stages}, shown)
     return predicted
 
 

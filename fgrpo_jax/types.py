@@ -154,6 +154,16 @@ class Mean:
         return float(self.sum) / count if count else 0.0
 
 
+class Selection(NamedTuple):
+    """A way to make lists with what several finished stages learnt, as a generator-evaluator does.
+
+    stages: whose parameters it reads. greedy: ({stage: params}, {}, query) -> (Rollout or None, Lists), G = 1.
+    """
+
+    stages: tuple[str, ...]
+    greedy: Callable
+
+
 class PolicyFiles(NamedTuple):
     """What describes a policy in a run directory, so that the directory can be moved and used alone.
 

@@ -1,7 +1,7 @@
 """The systems: each makes the policies of its runs, and knows what its configuration may not be.
 
-To add one: a package here with `policy.policies`, `validation.problems` and `validation.REWARDS` as
-llm/ has them, a configuration (config.SYSTEMS), and a line in SYSTEMS.
+To add one: a package here with a `system` module that has the functions below, a configuration
+(config.SYSTEMS), and a line in SYSTEMS.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fgrpo_jax.config import RunConfig
 
 if TYPE_CHECKING:
     from fgrpo_jax.data.datasets import Dataset
-    from fgrpo_jax.types import Policy
+    from fgrpo_jax.types import Policy, Selection
 
-# Packages, by name: only the one that is used is imported.
-SYSTEMS = {"llm": "fgrpo_jax.policies.llm", "ranker": "fgrpo_jax.policies.ranker"}
+# Modules, by name: only the one that is used is imported.
+SYSTEMS = {"llm": "fgrpo_jax.policies.llm.system", "ranker": "fgrpo_jax.policies.ranker.system"}
 
 
-def _module(config: RunConfig, name: str) -> Any:
-    return importlib.import_module(f"{SYSTEMS[config.SYSTEM]}.{name}")
+def _of(config: RunConfig) -> Any:
+    return importlib.import_module(SYSTEMS[config.SYSTEM])
 
 
 def make(config: RunConfig, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
@@ -30,14 +30,19 @@ def make(config: RunConfig, dataset: Dataset | None, run_dir: Path) -> dict[str,
     dataset: None where no query is to be encoded, for a run that describes its policies.
     Raises ConfigError, DataError or ModelFilesError where the parts do not fit each other.
     """
-    return _module(config, "policy").policies(config, dataset, run_dir)
+    return _of(config).policies(config, dataset, run_dir)
 
 
 def problems(config: RunConfig) -> list[str]:
     """What is impossible in the settings of the system's own, each with what to change."""
-    return _module(config, "validation").problems(config)
+    return _of(config).problems(config)
 
 
 def learned_rewards(config: RunConfig) -> frozenset[str]:
-    """Names of the rewards that its policies have."""
-    return _module(config, "validation").REWARDS
+    """Names of the rewards that its policies have (Policy.rewards)."""
+    return _of(config).REWARDS
+
+
+def selections(config: RunConfig, policies: dict[str, Policy]) -> dict[str, Selection]:
+    """Rows of an evaluation that no stage trains: lists made with the parameters of several stages."""
+    return _of(config).selections(config, policies)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +90,9 @@ def assemble(config: RunConfig, dataset: datasets.Dataset | None, run_dir: Path)
     return Experiment(config, dataset, made, mesh)
 
 
-def initial_params(experiment: Experiment, policy: Policy) -> PyTree:
-    """What a policy starts from when no stage came before, in its places."""
-    return policy.init(random_key(experiment.config.seed, "model", "init", 0), experiment.shardings(policy))
+def initial_params(experiment: Experiment, policy: Policy, start: int = 0) -> PyTree:
+    """What a policy starts from when no stage came before, in its places; `start`: see StageConfig."""
+    return policy.init(random_key(experiment.config.seed, "model", "init", start), experiment.shardings(policy))
 
 
 def random_key(seed: int, stage: str, stream: str, step: int) -> jax.Array:
@@ -111,18 +111,26 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
 
 
 class Predictor:
-    """Greedy predictions of a policy's parameters, compiled once per shape."""
+    """Predictions of a policy's parameters, compiled once per shape.
 
-    def __init__(self, experiment: Experiment, policy: Policy):
+    policy: that encodes the queries. greedy, table: as the policy's where they are not given.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        policy: Policy,
+        greedy: Callable | None = None,
+        table: PyTree | None = None,
+    ):
         self._experiment, self._policy = experiment, policy
-        replicated = sharding.replicated(experiment.mesh)
-        of_shard = shards.by_query(experiment.mesh, policy.table, policy.greedy)
+        of_shard = shards.by_query(experiment.mesh, table or policy.table, greedy or policy.greedy)
 
-        @functools.partial(jax.jit, out_shardings=replicated)
-        def greedy(params: PyTree, query: PyTree) -> Lists:
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(experiment.mesh))
+        def decode(params: PyTree, query: PyTree) -> Lists:
             return of_shard(params, {}, query)[1]
 
-        self._greedy = greedy
+        self._greedy = decode
         parts = sharding.query_shards(experiment.mesh)
         self._size = -(-experiment.config.eval.batch_queries // parts) * parts
 

@@ -9,26 +9,12 @@ from typing import Any
 import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
-from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.models import decoder, hf
 from fgrpo_jax.policies.llm import checks, sampling, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
-from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec, policy_files
+from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.types import Policy, PyTree
-
-
-def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
-    """The one policy of a language model's run, under the name that its stages have by default.
-
-    dataset: None for a run that has its tokenizer, where no query is to be encoded.
-    Raises ConfigError when tokenizer, transcript and model do not fit each other, DataError for a
-    catalogue that cannot be a vocabulary, ModelFilesError for a checkpoint that cannot be read.
-    """
-    tokenizer = load_tokenizer(config, dataset, run_dir)
-    spec = make_spec(config.model, len(tokenizer), run_dir)
-    kind, instruction = (dataset.kind, dataset.instruction) if dataset else ("", "")
-    return {StageConfig().policy: make(config, spec, tokenizer, kind, instruction, run_dir)}
 
 
 def make(

@@ -7,8 +7,6 @@ import math
 from fgrpo_jax.config import Config, ModelConfig
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
 
-REWARDS = frozenset()  # the learned rewards of its policies
-
 
 def problems(config: Config) -> list[str]:
     return [*_rules(config), *_transcript(config), *_model(config.model)]

@@ -1,0 +1,33 @@
+"""The language model as a system: see policies/__init__.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fgrpo_jax.config import Config, StageConfig
+from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec
+from fgrpo_jax.policies.llm.policy import make
+from fgrpo_jax.policies.llm.validation import problems
+from fgrpo_jax.types import Policy, Selection
+
+__all__ = ["REWARDS", "policies", "problems", "selections"]
+
+REWARDS = frozenset()
+
+
+def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
+    """The one policy of a language model's run, under the name that its stages have by default.
+
+    dataset: None for a run that has its tokenizer, where no query is to be encoded.
+    Raises ConfigError when tokenizer, transcript and model do not fit each other, DataError for a
+    catalogue that cannot be a vocabulary, ModelFilesError for a checkpoint that cannot be read.
+    """
+    tokenizer = load_tokenizer(config, dataset, run_dir)
+    spec = make_spec(config.model, len(tokenizer), run_dir)
+    kind, instruction = (dataset.kind, dataset.instruction) if dataset else ("", "")
+    return {StageConfig().policy: make(config, spec, tokenizer, kind, instruction, run_dir)}
+
+
+def selections(config: Config, policies: dict[str, Policy]) -> dict[str, Selection]:
+    return {}

@@ -1,0 +1,125 @@
+"""The configuration of a ranker's run. Nothing here imports JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from fgrpo_jax.config import CreditConfig, EvalConfig, ObjectiveConfig, OptimConfig, RunConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes that generator, evaluator and point-wise network have in common."""
+
+    hidden_size: int = 64
+    num_layers: int = 1
+    """Of the trunk, which reads histories and pools."""
+    list_layers: int = 1
+    """Of the generator over the steps of a list; the other networks have as many more in the trunk."""
+    num_heads: int = 4
+    mlp_size: int = 128
+    list_length: int = 6
+    """L: items of a list."""
+    sees_retrieval: bool = True
+    """Whether the first stage's score of a candidate is read: by all networks, or by none."""
+    causal_history: bool = False
+    """An item of the history sees only the ones before it."""
+    labels: Literal["relevance", "feedback"] = "relevance"
+    """What imitation and the point-wise network learn: all labels of a pool, or the feedback in shown lists."""
+    beam: int = 1
+    """Lists kept in decoding for evaluation; 1: the most probable item at each step."""
+    init_std: float = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProposalsConfig:
+    mix: tuple[tuple[str, int], ...] = (
+        ("retriever", 2),
+        ("pointwise", 2),
+        ("mmr_topics", 2),
+        ("evaluator", 1),
+        ("perturbed", 4),
+        ("random", 1),
+    )
+    """(proposal, lists), repeated: the auxiliary set M of a "mixed" group (proposals.py says what they are);
+    the rest of the group are the generator's own samples, which come first."""
+    noise: float = 0.5
+    """Of further lists of one proposal, in standard deviations of its scores."""
+    mmr_lambda: float = 0.7
+    """Weight of relevance against redundancy in maximal marginal relevance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """Generators and an evaluator: the lists of one or several, the evaluator's best of them."""
+
+    lists: int = 20
+    """Of all generators together: the most probable one of each, the others sampled."""
+    few: tuple[str, ...] = ("imitation",)
+    """Stages of the row `g_e`."""
+    several: tuple[str, ...] = ("imitation", "imitation_2", "imitation_3")
+    """Stages of the row `mg_e`."""
+
+
+_JUDGE = StageConfig(
+    source="logged",
+    group_size=1,
+    starts_from="initial",
+    objective=ObjectiveConfig(name="nll"),
+    optim=OptimConfig(learning_rate=1e-3),
+)
+_IMITATION = dataclasses.replace(_JUDGE, policy="generator")
+_LEARNED = CreditConfig(terms=(("rank", "reward_model", 1.0),))
+_GROUPS = StageConfig(
+    policy="generator",
+    source="mixed",
+    group_size=20,
+    starts_from="initial",
+    frozen_from=("evaluator", "pointwise"),
+    credit=_LEARNED,
+    objective=ObjectiveConfig(name="group_softmax", weighting="constant"),
+    optim=OptimConfig(learning_rate=1e-3),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerConfig(RunConfig):
+    """Rankers of catalogue items: a reward model of lists, and generators of lists that learn from it."""
+
+    SYSTEM: ClassVar[str] = "ranker"
+
+    run_dir: str = "runs/goalrank"
+    network: NetworkConfig = NetworkConfig()
+    proposals: ProposalsConfig = ProposalsConfig()
+    selection: SelectionConfig = SelectionConfig()
+    eval: EvalConfig = EvalConfig(versus="pointwise")
+    evaluator: StageConfig = dataclasses.replace(_JUDGE, policy="evaluator")
+    """The reward model, fitted to the feedback that shown lists had."""
+    pointwise: StageConfig = dataclasses.replace(_JUDGE, policy="pointwise")
+    """A score of each candidate by itself."""
+    imitation: StageConfig = _IMITATION
+    """The generator by imitation (nll) of the positive candidates."""
+    imitation_2: StageConfig = dataclasses.replace(_IMITATION, random_start=1)
+    imitation_3: StageConfig = dataclasses.replace(_IMITATION, random_start=2)
+    goalrank: StageConfig = _GROUPS
+    """The generator by GoalRank."""
+    grpo: StageConfig = dataclasses.replace(
+        _GROUPS, source="sampled", frozen_from=("evaluator",), objective=ObjectiveConfig()
+    )
+    """The generator by GRPO on the reward model."""
+    fgrpo: StageConfig = dataclasses.replace(
+        _GROUPS,
+        policy="two_phase",
+        source="sampled",
+        frozen_from=("evaluator",),
+        credit=CreditConfig(terms=(("slate", "recall", 1.0), ("rank", "reward_model", 1.0))),
+        objective=ObjectiveConfig(),
+    )
+    """A generator of slate, then ranking, by F-GRPO: coverage, then the reward model."""
+
+    def limits(self) -> tuple[int, int]:
+        return self.network.list_length, self.network.list_length

@@ -1,0 +1,78 @@
+"""What makes a ranker's configuration impossible."""
+
+from __future__ import annotations
+
+import math
+
+from fgrpo_jax.policies.ranker.proposals import PROPOSALS, READS
+
+from fgrpo_jax.config import StageConfig, stages
+from fgrpo_jax.policies.ranker.config import NetworkConfig, RankerConfig
+
+REWARDS = {"reward_model": "evaluator", "pointwise_reward": "pointwise"}  # and the stage that each one reads
+
+
+def problems(config: RankerConfig) -> list[str]:
+    found = [*_network(config.network), *_proposals(config), *_selection(config)]
+    for name, stage in stages(config).items():
+        if stage.steps:
+            found += _stage(config, name, stage)
+    if config.reward.rules:
+        found.append("reward.rules: a ranker's lists cannot break a rule; leave it empty")
+    return found
+
+
+def _network(n: NetworkConfig) -> list[str]:
+    found = []
+    for name in ("hidden_size", "num_layers", "num_heads", "mlp_size", "list_length", "beam"):
+        if getattr(n, name) < 1:
+            found.append(f"network.{name}={getattr(n, name)} must be at least 1")
+    if n.list_layers < 0:
+        found.append(f"network.list_layers={n.list_layers} must not be negative")
+    if n.num_heads > 0 and n.hidden_size % n.num_heads:
+        found.append(f"network.hidden_size={n.hidden_size} must be a multiple of num_heads={n.num_heads}")
+    if not (math.isfinite(n.init_std) and n.init_std > 0):
+        found.append(f"network.init_std={n.init_std} must be positive")
+    return found
+
+
+def _proposals(config: RankerConfig) -> list[str]:
+    p, found = config.proposals, []
+    for name, count in p.mix:
+        if name not in PROPOSALS:
+            found.append(f"proposals.mix: {name!r} is not one of {', '.join(PROPOSALS)}")
+        if count < 1 or (name == "evaluator" and count > 1):
+            found.append(f"proposals.mix: {count} lists of {name!r}; ask for at least one, and of 'evaluator' for one")
+    if not (0 <= p.noise < math.inf and 0 <= p.mmr_lambda <= 1):
+        found.append("proposals: noise must be >= 0 and finite, mmr_lambda in [0, 1]")
+    return found
+
+
+def _selection(config: RankerConfig) -> list[str]:
+    s, found = config.selection, []
+    for row, names in (("few", s.few), ("several", s.several)):
+        for name in names:
+            if name not in stages(config) or stages(config)[name].policy != "generator":
+                found.append(f"selection.{row}: {name!r} is no stage that trains the generator")
+    if s.lists < max(len(s.few), len(s.several)) or len(s.several) and s.lists % len(s.several) and s.lists < 1:
+        found.append(f"selection.lists={s.lists} must be at least one for every generator")
+    return found
+
+
+def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
+    """Whether what it proposes and what rewards it is frozen beside it."""
+    found, needs = [], {}
+    if stage.source == "mixed":
+        proposed = sum(count for _, count in config.proposals.mix)
+        if stage.group_size <= proposed:
+            found.append(
+                f"{name}.group_size={stage.group_size} has no room for own samples beside the {proposed} lists of "
+                "proposals.mix"
+            )
+        needs |= {f"proposal {one!r}": READS[one] for one, _ in config.proposals.mix if one in READS}
+    if stage.source != "logged":
+        needs |= {f"reward {reward!r}": REWARDS[reward] for _, reward, _ in stage.credit.terms if reward in REWARDS}
+    for what, network in needs.items():
+        if network not in stage.frozen_from:
+            found.append(f"{name}: {what} reads the stage {network!r}, so name it in {name}.frozen_from")
+    return found
