@@ -85,5 +85,33 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     return value
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, `{"stage", "step", name: number, ...}` each, in file order; none where there is no file.
+
+    A last line without its end is being written, or was when the run was killed, and is left out.
+    Raises ConfigError, naming the line, where any other line is not such a row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+            fits = _is_row(row)
+        except ValueError:  # of json, and of a text that is no UTF-8
+            fits = False
+        if not fits:
+            raise ConfigError(
+                f"{path}, line {number}, is not a row of metrics: {line[:60]!r}; copy the file again from where the "
+                "run was made, or remove the line"
+            )
+        rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("stage"), str):
+        return False
+    return all(type(value) in (int, float) for name, value in row.items() if name != "stage")
+
+
 def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")

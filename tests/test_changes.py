@@ -104,6 +104,7 @@ CASES = {
     "sft": ({"sft.steps": 7}, {"sft.steps": 14}, 7),
     "rl": ({"sft.steps": 2, "rl.steps": 4, "eval.versus": "sft"}, {"rl.steps": 9}, 4),
     "patience": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.patience": 0}, 4),
+    "sft of an earlier version": ({"sft.steps": 7}, {"sft.steps": 14}, 7),
     # Stays where it stopped: a run of more steps would have stopped there too.
     "stopped": ({"sft.steps": 16, "sft.patience": 1, "sft.optim.learning_rate": 1e-5}, {"sft.steps": 20}, None),
 }
@@ -111,8 +112,8 @@ CASES = {
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Step 7 is the best one, as long as it is one that is evaluated; then step 4."""
-    told = {0: 0.1, 4: 0.5, 7: 0.9, 8: 0.3, 12: 0.4, 14: 0.2}
+    """Step 7 is the best one, as long as it is one that is evaluated; then step 4, or step 12."""
+    told = {0: 0.1, 7: 0.9, 8: 0.3, 12: 0.4, 14: 0.2}
     evaluate, score, steps = Stage._evaluate_and_save, meter.score, []
 
     def scored(*arguments):
@@ -122,7 +123,8 @@ def measured(monkeypatch):
         steps.append(step)
         evaluate(self, state, step)
 
-    def use():
+    def use(at_4):
+        told[4] = at_4
         monkeypatch.setattr(meter, "score", scored)
         monkeypatch.setattr(Stage, "_evaluate_and_save", noted)
 
@@ -130,13 +132,17 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, measured, case):
+def test_extended_equals_longer_from_the_start(base, states, tmp_path, capsys, monkeypatch, measured, case):
     first, more, goes_on_from = CASES[case]
     config = changed(base, first)
-    if case == "sft":
-        measured()
-    assert run_training(changed(config, {"run_dir": str(tmp_path / "extended")})) == 0
-    assert case != "sft" or run.read_done(tmp_path / "extended", "sft")["best_step"] == 7
+    if first == {"sft.steps": 7}:
+        measured(at_4=0.5 if case == "sft" else 0.2)  # what an earlier version did not keep cannot be the best
+    with monkeypatch.context() as patch:
+        if case == "sft of an earlier version":  # which kept the metric of the last step, whatever its number
+            save = Checkpoints.save
+            patch.setattr(Checkpoints, "save", lambda *given: save(*given[:-1], 0.9 if given[1] == 7 else given[-1]))
+        assert run_training(changed(config, {"run_dir": str(tmp_path / "extended")})) == 0
+    assert first != {"sft.steps": 7} or run.read_done(tmp_path / "extended", "sft")["best_step"] == 7
     states.clear()
     assert run_training(changed(config, {**more, "run_dir": str(tmp_path / "long")})) == 0
     long = states.copy()

@@ -72,6 +72,11 @@ def test_keeps_latest_best_and_pinned(tmp_path):
         assert kept.steps() == [4, 7, 8, 9] and kept.best_step() == 7
         assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "7", "8", "9", "pinned.json"]
         assert kept.meta(4) == {"step": 4}
+        for step in range(10, 30):
+            kept.save(step, state, {}, None)
+        kept.wait()
+        assert kept.steps() == [4, 7, 28, 29] and kept.best_step() == 7
+        assert len(kept._metrics) < 10  # a run of many steps does not grow by them
 
 
 def test_refusals(tmp_path):

@@ -259,9 +259,6 @@ def test_curves_are_the_same_bytes_and_forgive_a_line_being_written(tmp_path):
     report.curves(log, tmp_path / "b.png")
     picture = (tmp_path / "a.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and picture == (tmp_path / "b.png").read_bytes()
-    log.write_text(json.dumps(METRICS_ROWS[0]) + "\n" + '{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2: not a row of metrics"):
-        report.curves(log, tmp_path / "c.png")
 
 
 def test_curves_draw_what_was_logged():

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tiny import changed, run_training, tiny_config
 
+import eval as evaluation
 from fgrpo_jax.config import ConfigError, to_json
+from fgrpo_jax.evaluation import report
 from fgrpo_jax.files import StorageError
 from fgrpo_jax.policies.llm.files import saved_spec
 from fgrpo_jax.run import directory as run
@@ -99,6 +101,42 @@ def test_files_that_were_damaged_are_named(config, tmp_path):
         run.read_config(where)
 
 
+@pytest.mark.parametrize(
+    "value, now, message",
+    [
+        ('"keep": 2', '"keep": 0', "log_every, checkpoint.every and checkpoint.keep must be at least 1"),
+        ('"learning_rate": 0.03', '"learning_rate": NaN', "sft.optim.learning_rate=nan must be positive"),
+        ('"versus": "sft"', '"versus": "als"', "eval.versus: 'als' is not one of bm25, random, sft"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(config, tmp_path, capsys, value, now, message):
+    """Edited by hand, it is of the right types."""
+    (tmp_path / "run").mkdir()
+    text = to_json(config)
+    assert value in text
+    (tmp_path / "run" / "config.json").write_text(text.replace(value, now))
+    assert evaluation.main([str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'run' / 'config.json'} is no configuration: {message}\n"
+    with pytest.raises(ConfigError, match="config.json is no configuration: "):
+        run.check(config)
+
+
+def test_no_start_is_not_the_run_in_the_working_directory(config, tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    (start / "sft").mkdir(parents=True)
+    (start / "config.json").write_text(to_json(config))
+    (start / "sft" / "done.json").write_text('{"step": 1, "best_step": 1}')
+    fields = {"start_from": str(start), "sft.steps": 0, "rl.steps": 1}
+    config = changed(config, fields)
+    (tmp_path / "run").mkdir()
+    run.enter(config)
+    run.record_start(tmp_path / "run", config)
+    monkeypatch.chdir(start)
+    run.check(changed(config, {"start_from": "."}))  # the same, called otherwise
+    with pytest.raises(ConfigError, match=f"start_from: '{start}' -> ''"):
+        run.check(changed(config, {"start_from": ""}))
+
+
 def test_mistakes_leave_no_directory_behind(config, tmp_path, capsys):
     """So that the command can be given again, corrected, without clearing anything away."""
     (tmp_path / "data").mkdir()
@@ -157,6 +195,34 @@ def test_a_log_forgets_what_came_after_a_checkpoint(tmp_path):
     assert log.rows("rl") == [{"stage": "rl", "step": s, "loss": x} for s, x in ((0, 0.0), (2, 0.5), (4, 5.0))]
     log.forget_after("rl", -1)
     assert [row["step"] for row in log.rows("sft")] == [0, 2, 4] and log.rows("rl") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"[]",
+        b'{"stage": "rl"}',
+        b'{"stage": "rl", "step": "2"}',
+        b"\xff",
+        b"",
+        b'{"stage": "rl", "step": 3, ',
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    """By all who read it; at its end a run does, too late to say so first."""
+    log = log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=True)
+    log.write("rl", 2, {"loss": 1.0})
+    log.path.write_bytes(log.path.read_bytes() + line + b"\n" + log.path.read_bytes())
+    before = log.path.read_bytes()
+    readers = (lambda: log.rows("sft"), lambda: log.forget_after("rl", 1), lambda: report.curves(log.path, "a.png"))
+    for read in readers:
+        with pytest.raises(ConfigError) as error:
+            read()
+        assert str(error.value).startswith(
+            f"{log.path}, line 2, is not a row of metrics: {line!r}; copy the file again"
+        )
+    assert log.path.read_bytes() == before
 
 
 def test_tensorboard_is_written_where_asked_for(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ import numpy as np
 
 import fgrpo_jax
 from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, DIGITS, ERRORS, WHOLE, Evaluation, counted
-from fgrpo_jax.files import storing, write_atomically
+from fgrpo_jax.files import read_rows, storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
@@ -243,32 +243,15 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 # --------------------------------------------------------------------- training curves
 
 
-def read_metrics(path: str | Path) -> list[dict]:
-    """Rows of a metrics.jsonl, `{"stage", "step", name: value, ...}` each, in file order.
-
-    A last line without its end is being written, or was when the run was killed, and is left out.
-    Raises ValueError, naming the line, on any other line that is not such a row.
-    """
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            row["stage"], row["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
-        rows.append(row)
-    return rows
-
-
 def curves(metrics_path: str | Path, png_path: str | Path) -> None:
     """Draw rewards of both phases, loss and validation metrics of every stage; same rows, same bytes.
 
-    Where a run was resumed, the last row of a step counts. Raises what `read_metrics` does.
+    Where a run was resumed, the last row of a step counts. Raises what `read_rows` does.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
     from matplotlib.figure import Figure
 
-    rows = read_metrics(metrics_path)
+    rows = read_rows(Path(metrics_path))
     stages = [stage for stage in _STAGES if any(row["stage"] == stage for row in rows)] or list(_STAGES)
     figure = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)

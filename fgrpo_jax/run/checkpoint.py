@@ -95,7 +95,8 @@ class Checkpoints:
             return False
         if latest is not None and step < latest:
             raise ValueError(f"step {step} comes after step {latest} was saved in {self._directory}")
-        self._metrics[step] = metric
+        there = set(self._manager.all_steps())  # of the others the metric is not asked again
+        self._metrics = {old: value for old, value in self._metrics.items() if old in there} | {step: metric}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"meta": meta, "metric": metric})
         )
@@ -154,6 +155,10 @@ class Checkpoints:
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of these steps stay."""
         return {*sorted(steps)[-self._keep_latest :], self._best(steps), *self.pinned()} & set(steps)
+
+    def forget_metric(self, step: int) -> None:
+        """It is no longer a candidate for the best, in this process."""
+        self._metrics[step] = None
 
     def metric(self, step: int) -> float | None:
         return self._metrics[step]
@@ -244,12 +249,13 @@ def preemption() -> Iterator[Callable[[], bool]]:
     service hears the signal on any host and picks a step for all of them: every process
     must ask equally often, from the same step on, and some more steps may pass.
     """
-    answers: list[bool] = []  # JAX says yes at one step only; we go on saying it
+    asked, reached = 0, False  # JAX says yes at one step only; we go on saying it
 
     def agreed() -> bool:
-        reached = multihost_utils.reached_preemption_sync_point(len(answers) + 1)
-        answers.append(reached or answers[-1:] == [True])
-        return answers[-1]
+        nonlocal asked, reached
+        asked += 1
+        reached = multihost_utils.reached_preemption_sync_point(asked) or reached
+        return reached
 
     if jax.process_count() > 1:
         yield agreed  # a handler of ours would take the signal away from JAX's service

@@ -29,8 +29,9 @@ from fgrpo_jax.config import ConfigError, RunConfig, from_start, stages
 from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
 from fgrpo_jax.run import changes
 from fgrpo_jax.run.checkpoint import steps_in, unpin
+from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.log import MetricsLog
-from fgrpo_jax.run.validation import wrong_types
+from fgrpo_jax.run.validation import problems_of
 
 _LOCK = ".lock"
 _DATA = ("kind", "fingerprints", "catalogue")  # what data.json holds
@@ -105,7 +106,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def _before(run_dir: Path, config: RunConfig) -> RunConfig:
     """The configuration in a run directory; a start that only lies elsewhere now is not another."""
     before, record = read_config(run_dir), _read_start(run_dir)
-    if record and record["mark"] == _mark(Path(config.start_from).expanduser(), config):
+    if record and config.start_from and record["mark"] == _mark(Path(config.start_from).expanduser(), config):
         before = dataclasses.replace(before, start_from=config.start_from)
     return before
 
@@ -155,7 +156,7 @@ def read_config(run_dir: Path) -> RunConfig:
         config = config_lib.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
-    if problems := wrong_types(config):
+    if problems := problems_of(config, KNOWN):
         raise ConfigError(f"{path} is no configuration: {'; '.join(problems)}")
     return config
 

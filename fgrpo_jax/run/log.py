@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.files import storing, write_atomically
+from fgrpo_jax.files import read_rows, storing, write_atomically
 
 
 class MetricsLog:
@@ -25,15 +25,9 @@ class MetricsLog:
                 raise ConfigError("tensorboard=True needs the `log` extra: pip install -e '.[log]'") from None
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def _lines(self) -> list[str]:
-        """Whole lines: a last one without its end was torn by a kill."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
-
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        return [row for line in self._lines() if (row := json.loads(line))["stage"] == stage]
+        """Raises ConfigError where a line is not a row."""
+        return [row for row in read_rows(self.path) if row["stage"] == stage]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what an interrupted run logged beyond the checkpoint it resumes from."""
@@ -46,13 +40,13 @@ class MetricsLog:
 
     def _forget(self, dropped: Callable[[dict[str, Any]], bool]) -> None:
         if self._is_main and self.path.is_file():
-            write_atomically(self.path, "".join(line for line in self._lines() if not dropped(json.loads(line))))
+            write_atomically(self.path, "".join(_line(row) for row in read_rows(self.path) if not dropped(row)))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         if not self._is_main:
             return
         with storing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+            file.write(_line({"stage": stage, "step": step, **values}))
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
@@ -60,6 +54,10 @@ class MetricsLog:
     def close(self) -> None:
         if self._board:
             self._board.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _is_evaluation(row: dict[str, Any]) -> bool:

@@ -54,6 +54,10 @@ class Stage:
             self._checkpoints = stack.enter_context(
                 Checkpoints(self._dir / "checkpoints", self._config.checkpoint.keep)
             )
+            for step in self._checkpoints.steps():
+                # An earlier version kept the metric of what was evaluated only because it was the last step.
+                if step % self._checkpoints.meta(step)["config"][self.name]["eval_every"]:
+                    self._checkpoints.forget_metric(step)
             latest = self._checkpoints.latest_step()
             self.state, self.frozen = self._start(latest)
             self._step = int(self.state.step)

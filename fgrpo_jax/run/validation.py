@@ -71,8 +71,13 @@ def validate(config: RunConfig, known: Registries) -> None:
 
     Raises ConfigError listing every problem found, each with what to change.
     """
+    _refuse(problems_of(config, known))
+
+
+def problems_of(config: RunConfig, known: Registries) -> list[str]:
+    """What is wrong with a configuration, each problem with what to change; empty where it can run."""
     known = known._replace(rewards=known.rewards | policies.learned_rewards(config))
-    _refuse(wrong_types(config) or _impossible(config, known))
+    return wrong_types(config) or _impossible(config, known)
 
 
 def check_types(config: RunConfig) -> None:
