@@ -51,6 +51,17 @@ def map_params(function: Callable, table: PyTree, *trees: PyTree) -> PyTree:
     return jax.tree.map(function, table, *trees, is_leaf=lambda x: isinstance(x, Param))
 
 
+class LoggedList(NamedTuple):
+    """A list that was shown, and what the user did with it.
+
+    items: indices into the example's candidates, in the order shown, distinct.
+    feedback: of each position, from 0 (passed over) to 1 (taken); as long as `items`.
+    """
+
+    items: tuple[int, ...]
+    feedback: tuple[float, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class RankingExample:
     """One query and its pool, on the host.
@@ -60,6 +71,13 @@ class RankingExample:
     candidates: the pool, `(id, text)` each; ids and texts are unique within a pool.
     relevance: graded gain of each candidate, >= 0, finite; 0 is not relevant.
     history: items the user consumed before, oldest first, `(id, text)` each.
+
+    What only some data sets have, () elsewhere:
+    retrieval: score of each candidate by the first stage that proposed the pool, finite, higher is better.
+    topics: group of each candidate (a genre), >= 0, for redundancy and diversity.
+    logged: lists of candidates that were shown.
+    missed: relevant items that the pool lacks, `(id, gain)` each; no list can hold them, and they count in
+        what could have been found.
     """
 
     query_id: str
@@ -67,6 +85,10 @@ class RankingExample:
     candidates: tuple[tuple[str, str], ...]
     relevance: tuple[float, ...]
     history: tuple[tuple[str, str], ...] = ()
+    retrieval: tuple[float, ...] = ()
+    topics: tuple[int, ...] = ()
+    logged: tuple[LoggedList, ...] = ()
+    missed: tuple[tuple[str, float], ...] = ()
 
 
 @flax.struct.dataclass

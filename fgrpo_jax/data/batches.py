@@ -10,6 +10,7 @@ numbers come from SHA-256 of their names, never from Python's `hash`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -110,7 +111,15 @@ class Batches:
         return batch
 
     def _with_negatives(self, example: RankingExample, epoch: int) -> RankingExample:
-        """Fills the pool by (seed, query id, epoch), never by the answer."""
+        """Fills the pool by (seed, query id, epoch), never by the answer.
+
+        Raises DataError where the relevant items are too many, or have scores or topics: drawn ones have none.
+        """
+        if example.retrieval or example.topics:
+            raise DataError(
+                f"query {example.query_id!r} has retrieval scores or topics of its candidates, but its negatives "
+                "are drawn, and drawn items have neither: give whole pools (sampled_negatives = False)"
+            )
         rng = generator(self._seed, "negatives", example.query_id, epoch)
         seen = {item for item, _ in (*example.history, *example.candidates)}
         count = self._data.pool_size - len(example.candidates)
@@ -120,12 +129,8 @@ class Batches:
                 f"data.pool_size={self._data.pool_size}; raise it"
             )
         drawn = negatives(self._dataset.catalogue, seen, count, rng, example.query_id)
-        return RankingExample(
-            query_id=example.query_id,
-            query=example.query,
-            candidates=example.candidates + drawn,
-            relevance=example.relevance + (0.0,) * count,
-            history=example.history,
+        return dataclasses.replace(
+            example, candidates=example.candidates + drawn, relevance=example.relevance + (0.0,) * count
         )
 
     def _shown(self, history: tuple[Item, ...], rng: np.random.Generator) -> tuple[Item, ...]:
@@ -161,12 +166,16 @@ def evaluation_examples(dataset: Dataset, cfg: Config, split: str) -> list[Ranki
 
 
 def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, ...]) -> RankingExample:
-    return RankingExample(
-        query_id=example.query_id,
-        query=example.query,
+    """The candidates in another order: place p shows candidate order[p]; all that is said of them follows."""
+    place = np.argsort(order).tolist()
+    return dataclasses.replace(
+        example,
         candidates=tuple(example.candidates[i] for i in order),
         relevance=tuple(example.relevance[i] for i in order),
         history=history,
+        retrieval=tuple(example.retrieval[i] for i in order) if example.retrieval else (),
+        topics=tuple(example.topics[i] for i in order) if example.topics else (),
+        logged=tuple(shown._replace(items=tuple(place[i] for i in shown.items)) for shown in example.logged),
     )
 
 

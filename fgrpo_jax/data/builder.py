@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fgrpo_jax.config import DataConfig, fingerprint
+from fgrpo_jax.data import records
 from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split
 from fgrpo_jax.files import reason
 from fgrpo_jax.types import RankingExample
@@ -44,6 +45,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     instruction = ""
     takes_catalogue = False  # raw files may name items of a catalogue that is not among them
     sampled_negatives = False  # training rows hold relevant items only; the rest of the pool is drawn
+    optional: tuple[str, ...] = ()  # which of records.OPTIONAL its rows have
 
     def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
         """files: as `find` returned them. given: a run's catalogue, or None."""
@@ -74,19 +76,10 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # ------------------------------------------------------------------ the TFDS interface
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        items = tfds.features.Tensor(shape=(None, 2), dtype=np.str_)  # (id, text)
-        features = {
-            "query_id": text,
-            "query": text,
-            "candidates": items,
-            "relevance": tfds.features.Tensor(shape=(None,), dtype=np.float32),
-            "history": items,
-        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Queries with candidate pools and graded relevance.",
-            features=tfds.features.FeaturesDict(features),
+            features=tfds.features.FeaturesDict(records.features(self.optional)),
             disable_shuffling=True,
         )
 
@@ -98,12 +91,12 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if split == "train" and self.sampled_negatives:
             digest.update(_canonical(self.catalogue()))
         for row, example in enumerate(self.examples(split)):
-            digest.update(_canonical(_content(example)))
+            digest.update(_canonical(records.content(example)))
             ids.append(example.query_id)
             trainable.append(any(gain > 0 for gain in example.relevance))
             if split != "train":
                 pools[example.query_id] = [i for i, _ in example.candidates]
-            yield row, _encode(example)
+            yield row, records.encode(example, self.optional)
         if not ids:
             raise DataError(f"{self.files.get(split, split)}: there are no queries in it")
         if len(set(ids)) != len(ids):
@@ -120,30 +113,6 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
-
-
-def _content(e: RankingExample) -> list[Any]:
-    return [e.query_id, e.query, e.candidates, [float(np.float32(g)) for g in e.relevance], e.history]
-
-
-def _encode(e: RankingExample) -> dict[str, Any]:
-    return {
-        "query_id": e.query_id,
-        "query": e.query,
-        "candidates": np.array(e.candidates, np.object_).reshape(-1, 2),
-        "relevance": np.array(e.relevance, np.float32),
-        "history": np.array(e.history, np.object_).reshape(-1, 2),
-    }
-
-
-def _decode(row: dict[str, Any]) -> RankingExample:
-    return RankingExample(
-        query_id=row["query_id"].decode(),
-        query=row["query"].decode(),
-        candidates=tuple((i.decode(), t.decode()) for i, t in row["candidates"].tolist()),
-        relevance=tuple(row["relevance"].tolist()),
-        history=tuple((i.decode(), t.decode()) for i, t in row["history"].tolist()),
-    )
 
 
 # ---------------------------------------------------------------------- prepare and open
@@ -220,7 +189,7 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
 def _reader(source: Any, home: Path) -> Callable[[list[int]], list[RankingExample]]:
     def read(indices: list[int]) -> list[RankingExample]:
         with _reading(home):
-            return [_decode(row) for row in source.__getitems__(indices)]
+            return [records.decode(row) for row in source.__getitems__(indices)]
 
     return read
 

@@ -1,0 +1,120 @@
+"""Rows with first-stage scores, topics, shown lists and missed items, from the builder to the batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fgrpo_jax.config import Config, DataConfig, StageConfig
+from fgrpo_jax.data import batches, builder, records
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
+from fgrpo_jax.types import LoggedList, RankingExample
+
+ITEMS = tuple((f"i{n}", f"item {n}") for n in range(9))
+
+
+def example(number=0, **fields):
+    rng = np.random.default_rng(number)
+    order = rng.permutation(8)
+    shown = [rng.permutation(8)[:size] for size in (3, 2)]
+    whole = {
+        "query_id": f"q{number}",
+        "query": "",
+        "candidates": tuple(ITEMS[i] for i in order),
+        "relevance": tuple(float(i % 3) for i in order),
+        "history": ITEMS[8:],
+        "retrieval": tuple(i / 4 - 1 for i in order.tolist()),
+        "topics": tuple(i // 2 for i in order.tolist()),
+        "logged": tuple(
+            LoggedList(tuple(s.tolist()), tuple(float(order[i] > 4) for i in s)) for s in shown[: number % 3]
+        ),
+        "missed": (("elsewhere", 2.0),) * (number % 2),
+    }
+    return RankingExample(**{**whole, **fields})
+
+
+ROWS = [example(n) for n in range(6)]
+
+
+class Shown(builder.RankingBuilder, skip_registration=True):
+    optional = records.OPTIONAL
+
+    def split_names(self):
+        return ("train", "test")
+
+    def examples(self, split):
+        return iter(ROWS)
+
+    def frozen(self, split):
+        return {"seed": None, "negatives": "none"}
+
+
+def test_rows_come_back_from_prepared_files(tmp_path):
+    dataset = builder.load(Shown, DataConfig(name="shown", prepared_dir=str(tmp_path)), None)
+    assert list(dataset.splits["train"]) == list(dataset.splits["test"]) == ROWS
+    assert [len(row.logged) for row in ROWS] == [0, 1, 2, 0, 1, 2]
+
+
+def test_fields_that_are_absent_leave_no_trace():
+    plain = example(retrieval=(), topics=(), logged=(), missed=())
+    assert len(records.content(plain)) == 5 and list(records.encode(plain, ())) == list(records.features(()))
+    contents = {str(records.content(plain))}
+    for name in records.OPTIONAL:
+        only = dataclasses.replace(plain, **{name: getattr(example(5), name)})
+        contents.add(str(records.content(only)))
+        assert set(records.encode(only, (name,))) == set(records.features((name,)))
+    assert len(contents) == 5  # each of the fields is part of the fingerprint
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"retrieval": (1.0,)},
+        {"retrieval": (float("nan"),) * 8},
+        {"topics": (-1,) * 8},
+        {"logged": (LoggedList((0, 8), (1.0, 0.0)),)},
+        {"logged": (LoggedList((0, 0), (1.0, 0.0)),)},
+        {"logged": (LoggedList((0, 1), (1.0,)),)},
+        {"logged": (LoggedList((0, 1), (1.0, 2.0)),)},
+        {"missed": (("i3", 1.0),)},
+    ],
+)
+def test_fields_that_do_not_fit_the_candidates_are_refused(fields):
+    with pytest.raises(ValueError, match="'q1', 8 candidates: unsound"):
+        records.encode(example(1, **fields), records.OPTIONAL)
+    with pytest.raises(ValueError, match="'q5' has retrieval, missed, which its data set does not declare"):
+        records.encode(example(5), ("topics", "logged"))
+
+
+def said_of_items(e):
+    """Every statement of a row by item, not by place."""
+    values = {
+        e.candidates[c]: (e.relevance[c], e.retrieval[c], e.topics[c]) for c in range(len(e.candidates))
+    }
+    return values, [([e.candidates[i] for i in shown.items], shown.feedback) for shown in e.logged], e.missed
+
+
+def test_what_is_said_of_candidates_follows_them():
+    made = Dataset("shown", "recommendation", "", (), {"train": in_memory(ROWS), "test": in_memory(ROWS)}, False, {})
+    config = Config(data=DataConfig(history_max=5))
+    batch = batches.make_batches(made, config, "rl", StageConfig(batch_queries=6)).batch_at(0)
+    known = {row.query_id: row for row in ROWS}
+    for found in (batch, batches.evaluation_examples(made, config, "test")):
+        assert any(row.candidates != known[row.query_id].candidates for row in found)
+        for row in found:
+            assert said_of_items(row) == said_of_items(known[row.query_id])
+
+
+def test_shown_lists_stay_with_the_relevant_items_where_negatives_are_drawn():
+    taken = RankingExample("q", "", ITEMS[:2], (1.0, 1.0), ITEMS[8:], logged=(LoggedList((1, 0), (1.0, 0.0)),))
+    config = Config(data=DataConfig(pool_size=6))
+
+    def first(row):
+        made = Dataset("shown", "recommendation", "", ITEMS, {"train": in_memory([row])}, True, {})
+        return batches.make_batches(made, config, "rl", StageConfig(batch_queries=1)).batch_at(0)[0]
+
+    row = first(taken)
+    assert len(row.candidates) == 6
+    assert [row.candidates[i] for i in row.logged[0].items] == [ITEMS[1], ITEMS[0]]
+    with pytest.raises(DataError, match="drawn items have neither"):
+        first(dataclasses.replace(taken, topics=(0, 1)))
