@@ -144,6 +144,62 @@ def pool_auc(gains_xK: Array, pool_xC: Array, k: Any = None) -> Array:
     return _ratio((relevant_xK * below_xK).sum(-1) + 0.5 * unlisted_x, total_x * others_x)
 
 
+# --------------------------------------------------------------------- redundancy
+
+
+def take_topics(topics_xC: Array, list_xK: Array) -> Array:
+    """Topic of each listed candidate [x,K]; an empty slot has none, -1."""
+    xp = _xp(topics_xC, list_xK)
+    topics_xC, list_xK = xp.asarray(topics_xC), xp.asarray(list_xK)
+    return xp.where(list_xK >= 0, xp.take_along_axis(topics_xC, xp.maximum(list_xK, 0), axis=-1), -1)
+
+
+def _repeats(before_xKK: Array, gains_xK: Array, topics_xK: Array) -> Array:
+    """How many relevant items of its own topic come before each one; [i,j] of `before`: j comes before i."""
+    same_xKK = (topics_xK[..., :, None] == topics_xK[..., None, :]) & (topics_xK[..., :, None] >= 0)
+    return (before_xKK & same_xKK & (gains_xK[..., None, :] > 0)).sum(-1)
+
+
+def alpha_dcg(gains_xK: Array, topics_xK: Array, k: Any = None, alpha: float = 0.5) -> Array:
+    """DCG with a gain multiplied by (1 - alpha) for every relevant item of its topic before it."""
+    xp = _xp(gains_xK, topics_xK)
+    gains_xK, topics_xK = xp.asarray(gains_xK), xp.asarray(topics_xK)
+    place_K = xp.arange(gains_xK.shape[-1])
+    repeats_xK = _repeats(place_K[None, :] < place_K[:, None], gains_xK, topics_xK)
+    return dcg(gains_xK * (1.0 - alpha) ** repeats_xK, k)
+
+
+def alpha_ndcg(
+    gains_xK: Array, pool_xC: Array, k: Any, topics_xK: Array, topics_xC: Array, alpha: float = 0.5
+) -> Array:
+    """Alpha-DCG over that of the best list of the pool (Clarke et al., SIGIR 2008; alpha 0.5 as there).
+
+    topics: of the listed items and of the pool; -1: none, never redundant.
+
+    Deviations: a gain counts as it is, where theirs is 0 or 1, and an item has one topic at most, where
+    theirs may answer several. With one topic the best list, which they approximate greedily, is exact: within
+    a topic the larger gain comes first, which fixes what each item adds; the additions are sorted.
+    """
+    xp = _xp(gains_xK, pool_xC, topics_xK, topics_xC)
+    pool_xC, topics_xC = xp.asarray(pool_xC), xp.asarray(topics_xC)
+    place_C = xp.arange(pool_xC.shape[-1])
+    mine_xCC, other_xCC = pool_xC[..., :, None], pool_xC[..., None, :]
+    earlier_xCC = (other_xCC > mine_xCC) | ((other_xCC == mine_xCC) & (place_C[None, :] < place_C[:, None]))
+    adds_xC = pool_xC * (1.0 - alpha) ** _repeats(earlier_xCC, pool_xC, topics_xC)
+    best_xC = xp.flip(xp.sort(adds_xC, axis=-1), axis=-1)
+    return _ratio(alpha_dcg(gains_xK, topics_xK, k, alpha), dcg(best_xC, k))
+
+
+def diversity(gains_xK: Array, pool_xC: Array, k: Any, topics_xK: Array, topics_xC: Array) -> Array:
+    """Different topics among the first k, relevant or not, over k (K when k is None); -1 is no topic."""
+    xp = _xp(topics_xK, k)
+    topics_xK = xp.asarray(topics_xK)
+    place_K = xp.arange(topics_xK.shape[-1])
+    again_xK = _repeats(place_K[None, :] < place_K[:, None], xp.ones_like(topics_xK), topics_xK) > 0
+    new_xK = _first((topics_xK >= 0) * 1.0 * ~again_xK, k)
+    return _ratio(new_xK.sum(-1), xp.asarray(topics_xK.shape[-1] if k is None else k))
+
+
 METRICS: dict[str, Metric] = {
     "ndcg": ndcg,
     "recall": recall,
@@ -154,4 +210,9 @@ METRICS: dict[str, Metric] = {
     "map": average_precision,
     "list_auc": list_auc,
     "pool_auc": pool_auc,
+}
+# Of lists whose items have topics: (gains_xK, pool_xC, k, topics_xK, topics_xC) -> [x].
+TOPIC_METRICS: dict[str, Callable[[Array, Array, Any, Array, Array], Array]] = {
+    "alpha_ndcg": alpha_ndcg,
+    "diversity": diversity,
 }
