@@ -88,9 +88,7 @@ def test_fields_that_do_not_fit_the_candidates_are_refused(fields):
 
 def said_of_items(e):
     """Every statement of a row by item, not by place."""
-    values = {
-        e.candidates[c]: (e.relevance[c], e.retrieval[c], e.topics[c]) for c in range(len(e.candidates))
-    }
+    values = {e.candidates[c]: (e.relevance[c], e.retrieval[c], e.topics[c]) for c in range(len(e.candidates))}
     return values, [([e.candidates[i] for i in shown.items], shown.feedback) for shown in e.logged], e.missed
 
 

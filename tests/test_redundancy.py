@@ -33,7 +33,8 @@ def test_numbers_by_hand():
     assert metrics.alpha_ndcg(gains, pool, 4, topics, pool_topics) == pytest.approx(found / best)
     assert metrics.alpha_ndcg(gains, pool, 1, topics, pool_topics) == 1
     assert metrics.alpha_ndcg(gains * 0, pool * 0, 4, topics, pool_topics) == 0
-    assert [metrics.diversity(gains, pool, k, topics, pool_topics) for k in (1, 2, 3, 4, None)] == [1, 0.5, 2 / 3, 0.5, 0.5]
+    found = [metrics.diversity(gains, pool, k, topics, pool_topics) for k in (1, 2, 3, 4, None)]
+    assert found == [1, 0.5, 2 / 3, 0.5, 0.5]
     assert metrics.diversity(gains, pool, 4, np.array([2, -1, -1, 5]), pool_topics) == 0.5
 
 
@@ -82,7 +83,9 @@ def test_jit_equals_numpy_and_leading_axes_broadcast(name):
     for k in (1, 9, (list_BGK >= 0).sum(-1)):
         expected = metric(gains_BGK, pool_B1C, k, topics_BGK, topics_B1C)
         one_by_one = [
-            metric(gains_BGK[i], pool_B1C[i[0], 0], k if isinstance(k, int) else k[i], topics_BGK[i], topics_B1C[i[0], 0])
+            metric(
+                gains_BGK[i], pool_B1C[i[0], 0], k if isinstance(k, int) else k[i], topics_BGK[i], topics_B1C[i[0], 0]
+            )
             for i in itertools.product(range(4), range(3))
         ]
         np.testing.assert_allclose(expected.ravel(), one_by_one, rtol=1e-6)
