@@ -30,6 +30,7 @@ DATASETS = {
     "lastfm": "fgrpo_jax.data.lastfm:Lastfm",
     "musique": "fgrpo_jax.data.musique:Musique",
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
+    "goalrank_world": "fgrpo_jax.data.goalrank_world:GoalrankWorld",
 }
 
 
