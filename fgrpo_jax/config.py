@@ -23,13 +23,20 @@ class ConfigError(UserError, ValueError):
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "synthetic"
-    """Data set: synthetic, lastfm, musique or jsonl."""
+    """Data set: synthetic, lastfm, musique, jsonl, goalrank_world, goalrank_ml1m or goalrank_book."""
     manual_dir: str = ""
-    """Folder with the raw files of the data set (not used by synthetic)."""
+    """Folder with the raw files of the data set (not used by synthetic and goalrank_world)."""
     prepared_dir: str = "~/.cache/fgrpo_jax"
     """Where prepared data sets are kept, one folder per data set and content fingerprint."""
     pool_size: int = 20
     """Candidates per training query where negatives are sampled (synthetic, lastfm)."""
+    kcore: int = 20
+    """Interactions that every user and every item must have (goalrank_ml1m, goalrank_book)."""
+    retrieved: int = 50
+    """Candidates that the first stage proposes (goalrank_ml1m, goalrank_book)."""
+    pool: Literal["open", "closed"] = "open"
+    """Targets that the first stage missed: lost, or put into the pool, where it shows that they were
+    (goalrank_ml1m, goalrank_book)."""
     history_max: int = 10
     """History items shown in the prompt: the most recent ones."""
     history_dropout: float = 0.0

@@ -46,16 +46,27 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     sampled_negatives = False  # training rows hold relevant items only; the rest of the pool is drawn
     optional: tuple[str, ...] = ()  # which of records.OPTIONAL its rows have
 
-    def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
-        """files: as `find` returned them. given: a run's catalogue, or None."""
+    def __init__(
+        self,
+        files: dict[str, Path],
+        given: tuple[Item, ...] | None,
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """files: as `find` returned them. given: a run's catalogue, or None. options: as `options_of` returned them."""
         super().__init__(file_format="array_record", **kwargs)
-        self.files, self.given = files, given
+        self.files, self.given, self.options = files, given, options or {}
         self.records: dict[str, dict[str, Any]] = {}
         self.pools: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
         """The raw files by role. Raises DataError when none is there."""
+        return {}
+
+    @classmethod
+    def options_of(cls, config: DataConfig) -> dict[str, Any]:
+        """What of the configuration the prepared data depend on."""
         return {}
 
     def split_names(self) -> tuple[str, ...]:
@@ -127,10 +138,12 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
         "files": {role: sha256(path) for role, path in files.items()},
         "catalogue": None if used is None else fingerprint(used),
     }
+    if options := builder.options_of(config):
+        depends["options"] = options
     name = config.name
     home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
     if not home.is_dir():
-        _prepare(builder, files, used, folder, home)
+        _prepare(builder, files, used, options, folder, home)
     with _reading(home):
         dataset = _open(name, builder, home)
     if given is not None and builder.takes_catalogue and dataset.catalogue != given:
@@ -141,11 +154,11 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
     return dataset
 
 
-def _prepare(builder, files, given, folder: Path | None, home: Path) -> None:
+def _prepare(builder, files, given, options, folder: Path | None, home: Path) -> None:
     temporary = home.parent / f".{home.name}-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
-        made = builder(files, given, data_dir=str(temporary))
+        made = builder(files, given, options=options, data_dir=str(temporary))
         manual = str(folder) if folder and builder.MANUAL_DOWNLOAD_INSTRUCTIONS else None
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none

@@ -31,6 +31,8 @@ DATASETS = {
     "musique": "fgrpo_jax.data.musique:Musique",
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
     "goalrank_world": "fgrpo_jax.data.goalrank_world:GoalrankWorld",
+    "goalrank_ml1m": "fgrpo_jax.data.goalrank:GoalrankMl1m",
+    "goalrank_book": "fgrpo_jax.data.goalrank:GoalrankBook",
 }
 
 

@@ -155,6 +155,10 @@ def _check_data(config: RunConfig, known: Registries) -> list[str]:
         problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
     if d.pool_size < 2:
         problems.append(f"data.pool_size={d.pool_size} must be at least 2")
+    if d.kcore < 1:
+        problems.append(f"data.kcore={d.kcore} must be positive")
+    if d.retrieved < 12:
+        problems.append(f"data.retrieved={d.retrieved} must be at least 12, two lists of six")
     if not 0 <= d.history_dropout < 1:
         problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
     if d.history_max < 1:
