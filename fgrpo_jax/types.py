@@ -62,6 +62,14 @@ class LoggedList(NamedTuple):
     feedback: tuple[float, ...]
 
 
+class Missed(NamedTuple):
+    """A relevant item that the pool lacks: no list can hold it, and it counts in what could have been found."""
+
+    item: str  # its id
+    gain: float
+    topic: int = -1  # -1: none
+
+
 @dataclasses.dataclass(frozen=True)
 class RankingExample:
     """One query and its pool, on the host.
@@ -76,8 +84,7 @@ class RankingExample:
     retrieval: score of each candidate by the first stage that proposed the pool, finite, higher is better.
     topics: group of each candidate (a genre), >= 0, for redundancy and diversity.
     logged: lists of candidates that were shown.
-    missed: relevant items that the pool lacks, `(id, gain)` each; no list can hold them, and they count in
-        what could have been found.
+    missed: relevant items that the pool lacks.
     """
 
     query_id: str
@@ -88,7 +95,7 @@ class RankingExample:
     retrieval: tuple[float, ...] = ()
     topics: tuple[int, ...] = ()
     logged: tuple[LoggedList, ...] = ()
-    missed: tuple[tuple[str, float], ...] = ()
+    missed: tuple[Missed, ...] = ()
 
 
 @flax.struct.dataclass

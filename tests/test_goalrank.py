@@ -62,9 +62,10 @@ def test_targets_are_windows_of_six_with_all_before_them_as_history(small, kind)
             assert name == split and ids(e.history) == walks[int(user)][: end - 6]
             targets = walks[int(user)][end - 6 : end]
             relevant = [item for (item, _), gain in zip(e.candidates, e.relevance) if gain]
-            assert sorted(relevant + [item for item, gain in e.missed if gain == 1]) == sorted(targets)
+            assert sorted(relevant + [lost.item for lost in e.missed if lost.gain == 1]) == sorted(targets)
             assert not set(ids(e.candidates)) & set(ids(e.history)) and len(set(e.candidates)) == len(e.candidates)
             assert e.topics == tuple(int(item) % 18 for item in ids(e.candidates))
+            assert all(lost.topic == int(lost.item) % 18 for lost in e.missed)
             seen.add((int(user), int(offset)))
         offsets = {"test": {0}, "validation": {1}, "train": {2, 3, 4, 5}}[split]
         assert {offset for _, offset in seen} == offsets and len(seen) == len(rows)
@@ -81,7 +82,7 @@ def test_open_pools_are_what_was_retrieved_and_closed_ones_hold_every_target(sma
             scores = dict(zip(ids(whole.candidates), whole.retrieval))
             mine = dict(zip(ids(forced.candidates), forced.retrieval))
             inserted = set(mine) - set(scores)
-            assert inserted == {item for item, _ in whole.missed}
+            assert inserted == {lost.item for lost in whole.missed}
             assert all(mine[item] <= min(scores.values()) for item in inserted)  # what the docstring warns of
             out = set(scores) - set(mine)
             kept = [scores[i] for i, r in zip(ids(whole.candidates), whole.relevance) if i not in out and not r]

@@ -8,7 +8,7 @@ import pytest
 from fgrpo_jax.config import Config, DataConfig, StageConfig
 from fgrpo_jax.data import batches, builder, records
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
-from fgrpo_jax.types import LoggedList, RankingExample
+from fgrpo_jax.types import LoggedList, Missed, RankingExample
 
 ITEMS = tuple((f"i{n}", f"item {n}") for n in range(9))
 
@@ -28,7 +28,7 @@ def example(number=0, **fields):
         "logged": tuple(
             LoggedList(tuple(s.tolist()), tuple(float(order[i] > 4) for i in s)) for s in shown[: number % 3]
         ),
-        "missed": (("elsewhere", 2.0),) * (number % 2),
+        "missed": (Missed("elsewhere", 2.0, 7),) * (number % 2),
     }
     return RankingExample(**{**whole, **fields})
 
@@ -76,7 +76,7 @@ def test_fields_that_are_absent_leave_no_trace():
         {"logged": (LoggedList((0, 0), (1.0, 0.0)),)},
         {"logged": (LoggedList((0, 1), (1.0,)),)},
         {"logged": (LoggedList((0, 1), (1.0, 2.0)),)},
-        {"missed": (("i3", 1.0),)},
+        {"missed": (Missed("i3", 1.0),)},
     ],
 )
 def test_fields_that_do_not_fit_the_candidates_are_refused(fields):

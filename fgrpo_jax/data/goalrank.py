@@ -48,7 +48,7 @@ from fgrpo_jax.data import interactions
 from fgrpo_jax.data.builder import RankingBuilder, manual_folder
 from fgrpo_jax.data.datasets import DataError, Item
 from fgrpo_jax.data.retriever import Retriever, core
-from fgrpo_jax.types import LoggedList, RankingExample
+from fgrpo_jax.types import LoggedList, Missed, RankingExample
 
 LENGTH, WINDOWS, HISTORY, FOLDS = 6, 4, 50, 4
 SHOWN, SHOWN_NOISE = 3, 10.0  # lists; Gumbel noise in ranks
@@ -175,7 +175,7 @@ class _Retrieved(RankingBuilder, skip_registration=True):
                 retrieval=tuple(score_I[pool].tolist()),
                 topics=tuple(topics[i] for i in pool) if topics else (),
                 logged=shown_lists(pool, task.targets, score_I[pool], rng),
-                missed=tuple((items[i][0], 1.0) for i in missed),
+                missed=tuple(Missed(items[i][0], 1.0, topics[i] if topics else -1) for i in missed),
             )
 
     def frozen(self, split: str) -> dict[str, Any]:

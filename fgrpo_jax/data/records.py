@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fgrpo_jax.types import LoggedList, RankingExample
+from fgrpo_jax.types import LoggedList, Missed, RankingExample
 
 OPTIONAL = ("retrieval", "topics", "logged", "missed")  # fields of RankingExample
 
@@ -28,7 +28,7 @@ def features(optional: Collection[str]) -> dict[str, Any]:
         "retrieval": {"retrieval": numbers},
         "topics": {"topics": whole},
         "logged": {"logged_len": whole, "logged_items": whole, "logged_feedback": numbers},
-        "missed": {"missed_ids": names, "missed_gains": numbers},
+        "missed": {"missed_ids": names, "missed_gains": numbers, "missed_topics": whole},
     }
     found = {"query_id": text, "query": text, "candidates": items, "relevance": numbers, "history": items}
     for field in optional:
@@ -43,7 +43,7 @@ def content(e: RankingExample) -> list[Any]:
         "retrieval": _floats(e.retrieval),
         "topics": e.topics,
         "logged": [(shown.items, _floats(shown.feedback)) for shown in e.logged],
-        "missed": [(name, *_floats((gain,))) for name, gain in e.missed],
+        "missed": [(item, *_floats((gain,)), topic) for item, gain, topic in e.missed],
     }
     present = {name: value for name, value in more.items() if value}
     return [*found, present] if present else found
@@ -75,8 +75,9 @@ def encode(e: RankingExample, optional: Collection[str]) -> dict[str, Any]:
             "logged_feedback": np.array([f for shown in e.logged for f in shown.feedback], np.float32),
         },
         "missed": lambda: {
-            "missed_ids": np.array([name for name, _ in e.missed], np.object_),
-            "missed_gains": np.array([gain for _, gain in e.missed], np.float32),
+            "missed_ids": np.array([lost.item for lost in e.missed], np.object_),
+            "missed_gains": np.array([lost.gain for lost in e.missed], np.float32),
+            "missed_topics": np.array([lost.topic for lost in e.missed], np.int32),
         },
     }
     for field in optional:
@@ -94,7 +95,7 @@ def check(e: RankingExample) -> None:
         sound = len(items) == len(feedback) == len(set(items)) and all(0 <= i < size for i in items)
         if not sound or not all(0 <= value <= 1 for value in feedback):
             wrong.append(f"logged list {items} with feedback {feedback}")
-    if {name for name, _ in e.missed} & {name for name, _ in e.candidates}:
+    if {lost.item for lost in e.missed} & {item for item, _ in e.candidates}:
         wrong.append("missed, which names a candidate")
     if wrong:
         raise ValueError(f"query {e.query_id!r}, {size} candidates: unsound {'; '.join(wrong)}")
@@ -114,7 +115,8 @@ def decode(row: dict[str, Any]) -> RankingExample:
         more["logged"] = tuple(LoggedList(tuple(i.tolist()), tuple(f.tolist())) for i, f in shown)
     if "missed_ids" in row:
         ids = (name.decode() for name in row["missed_ids"].tolist())
-        more["missed"] = tuple(zip(ids, row["missed_gains"].tolist(), strict=True))
+        lost = zip(ids, row["missed_gains"].tolist(), row["missed_topics"].tolist(), strict=True)
+        more["missed"] = tuple(Missed(*values) for values in lost)
     return RankingExample(
         query_id=row["query_id"].decode(),
         query=row["query"].decode(),

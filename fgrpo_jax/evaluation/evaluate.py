@@ -14,11 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fgrpo_jax import metrics
+from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.evaluation.baselines import BASELINES, NotApplicable
 from fgrpo_jax.types import OK, Outcome, RankingExample
 
-AT_CUTOFF = ("recall", "precision", "hit", "ndcg")  # of the ranking, at every cut-off
-WHOLE = ("mrr", "slate_recall")  # of the whole ranking, of the slate
+AT_CUTOFF = ("recall", "precision", "hit", "ndcg")  # of the ranking, at every cut-off: what is reported by default
+WHOLE = ("mrr", "slate_recall")  # of the whole ranking, of the slate: always reported
+MORE_AT_CUTOFF = ("map", "f1", *metrics.TOPIC_METRICS)  # on request; the last need topics
+MORE_WHOLE = ("list_auc", "pool_auc")
 ERRORS = ("ok", "slate_miss", "rank_drop", "malformed", "no_relevant")
 DIGITS = 6  # decimals kept in everything written, so that files are the same bytes everywhere
 
@@ -87,35 +90,72 @@ def _pad(rows: Sequence[Sequence[float]], fill: float, dtype: type) -> np.ndarra
 
 
 def score(
-    examples: Sequence[RankingExample], predictions: Sequence[Prediction], cutoffs: Sequence[int]
+    examples: Sequence[RankingExample],
+    predictions: Sequence[Prediction],
+    cutoffs: Sequence[int],
+    names: Sequence[str] = AT_CUTOFF,
 ) -> dict[str, np.ndarray]:
-    """Metric name -> [Q] float64, in query order; queries without a relevant candidate score 0.
+    """Metric name -> [Q] float64, in query order; queries without a relevant item score 0.
 
-    Raises ValueError when the two differ in length, when a list that counts repeats an item or leaves its
-    pool, or a ranking its slate.
+    names: of AT_CUTOFF, MORE_AT_CUTOFF and MORE_WHOLE. What could have been found includes what the pool
+    missed. Raises ValueError when the two differ in length, when a list that counts repeats an item or leaves
+    its pool, or a ranking its slate; DataError for metrics of topics where candidates have none.
     """
     if len(examples) != len(predictions):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} queries")
     for example, prediction in zip(examples, predictions):
         _check(example, prediction)
     lists = [counted(prediction) for prediction in predictions]
-    pool_QC = _pad([example.relevance for example in examples], 0.0, np.float64)
+    pool_QC = _pad([(*e.relevance, *(lost.gain for lost in e.missed)) for e in examples], 0.0, np.float64)
     slate_QN = metrics.take_gains(pool_QC, _pad([slate for slate, _ in lists], -1, np.int64))
     ranking_QK = metrics.take_gains(pool_QC, _pad([ranking for _, ranking in lists], -1, np.int64))
     scores = {}
-    for name in AT_CUTOFF:
+    topics = _topics(examples, [ranking for _, ranking in lists]) if set(names) & set(metrics.TOPIC_METRICS) else ()
+    for name in (name for name in names if name not in MORE_WHOLE):
         for k in sorted(set(cutoffs)):
-            scores[f"{name}@{k}"] = metrics.METRICS[name](ranking_QK, pool_QC, k)
+            if name in metrics.TOPIC_METRICS:
+                scores[f"{name}@{k}"] = metrics.TOPIC_METRICS[name](ranking_QK, pool_QC, k, *topics)
+            else:
+                scores[f"{name}@{k}"] = metrics.METRICS[name](ranking_QK, pool_QC, k)
     scores["mrr"] = metrics.mrr(ranking_QK, pool_QC)
     scores["slate_recall"] = metrics.recall(slate_QN, pool_QC)
+    for name in (name for name in names if name in MORE_WHOLE):
+        scores[name] = _whole(metrics.METRICS[name], examples, ranking_QK, pool_QC, [len(r) for _, r in lists])
     return scores
+
+
+def _whole(
+    metric: metrics.Metric,
+    examples: Sequence[RankingExample],
+    ranking_QK: np.ndarray,
+    pool_QC: np.ndarray,
+    lengths: Sequence[int],
+) -> np.ndarray:
+    """[Q], pools of one size at a time: padding would count as candidates."""
+    size_Q = np.array([len(example.candidates) + len(example.missed) for example in examples])
+    found_Q, length_Q = np.zeros(len(examples)), np.array(lengths)
+    for size in set(size_Q.tolist()):
+        rows = size_Q == size
+        found_Q[rows] = metric(ranking_QK[rows], pool_QC[rows, :size], length_Q[rows])
+    return found_Q
+
+
+def _topics(examples: Sequence[RankingExample], rankings: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Topics of the listed items [Q,K] and of all that could have been found [Q,C]."""
+    if lacking := next((example for example in examples if len(example.topics) < len(example.candidates)), None):
+        raise DataError(
+            f"query {lacking.query_id}: its candidates have no topics, which {', '.join(metrics.TOPIC_METRICS)} are "
+            "about: take them out of eval.metrics"
+        )
+    topics_QC = _pad([(*e.topics, *(lost.topic for lost in e.missed)) for e in examples], -1, np.int64)
+    return metrics.take_topics(topics_QC, _pad(rankings, -1, np.int64)), topics_QC
 
 
 def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
     """Why the first k of the ranking are not the best possible; exactly one name of ERRORS.
 
     With n = min(relevant candidates, k), the relevant items the first k could hold, in this order:
-    no_relevant  n = 0: nothing could be found
+    no_relevant  n = 0: nothing could be found (what the pool missed is not this method's error)
     malformed    the transcript broke a rule
     slate_miss   fewer than n relevant items entered the slate
     rank_drop    n or more entered it, but fewer than n stand in the first k of the ranking
@@ -194,6 +234,7 @@ def compare(
     versus: str,
     resamples: int = 2000,
     seed: int = 0,
+    names: Sequence[str] = AT_CUTOFF,
 ) -> Evaluation:
     """All methods on the same examples; the summary also counts errors and broken rules.
 
@@ -204,7 +245,7 @@ def compare(
     for method in predictions:
         if not re.fullmatch(r"[\w.+-]+", method):
             raise ValueError(f"method {method!r}: use letters, digits and _ . + - only; it names a file")
-    scores = {method: score(examples, predicted, cutoffs) for method, predicted in predictions.items()}
+    scores = {method: score(examples, predicted, cutoffs, names) for method, predicted in predictions.items()}
     k = max(cutoffs)
     errors = {
         method: [error_class(example, prediction, k) for example, prediction in zip(examples, predicted)]

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 import fgrpo_jax
-from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, DIGITS, ERRORS, WHOLE, Evaluation, counted
+from fgrpo_jax.evaluation.evaluate import DIGITS, ERRORS, Evaluation, counted
 from fgrpo_jax.files import read_rows, storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
@@ -142,7 +142,8 @@ def _per_query(evaluation: Evaluation) -> list[dict[str, object]]:
                 "metrics": {k: round(float(v[q]), DIGITS) for k, v in evaluation.scores[method].items()},
             }
         gains = {item: gain for item, gain in zip(ids, example.relevance) if gain > 0}
-        rows.append({"query_id": example.query_id, "candidates": ids, "gains": gains, "methods": methods})
+        row = {"query_id": example.query_id, "candidates": ids, "gains": gains, "methods": methods}
+        rows.append({**row, "missed": {lost.item: lost.gain for lost in example.missed}} if example.missed else row)
     return rows
 
 
@@ -154,9 +155,15 @@ def trec_id(name: str) -> str:
     return re.sub(r"[\s%]", lambda found: quote(found.group()), name)
 
 
+def _judged(example: RankingExample) -> list[tuple[str, float]]:
+    """Every item whose gain is known."""
+    pool = [(item, gain) for (item, _), gain in zip(example.candidates, example.relevance)]
+    return pool + [(lost.item, lost.gain) for lost in example.missed]
+
+
 def gain_scale(examples: Sequence[RankingExample]) -> int:
     """Power of ten that makes every gain a whole number (nDCG does not change); at most 10^6."""
-    gains = np.array(sorted({gain for example in examples for gain in example.relevance}))
+    gains = np.array(sorted({gain for example in examples for _, gain in _judged(example)}))
     scale = 1
     while scale < _MAX_GAIN and not np.allclose(gains * scale, np.round(gains * scale), atol=1e-9):
         scale *= 10
@@ -164,10 +171,10 @@ def gain_scale(examples: Sequence[RankingExample]) -> int:
 
 
 def qrels(examples: Sequence[RankingExample], scale: int) -> str:
-    """`query 0 candidate gain` for every candidate, relevant or not."""
+    """`query 0 candidate gain` for every candidate, relevant or not, and for what the pool missed."""
     lines = []
     for example in examples:
-        for (item, _), gain in zip(example.candidates, example.relevance):
+        for item, gain in _judged(example):
             whole = max(round(gain * scale), 1) if gain > 0 else 0
             lines.append(f"{trec_id(example.query_id)} 0 {trec_id(item)} {whole}\n")
     return "".join(lines)
@@ -196,15 +203,18 @@ def table(evaluation: Evaluation, left_out: Mapping[str, str]) -> str:
     """Methods as rows: metrics in percent with half of their 95 % interval, differences, errors."""
     summary = evaluation.summary
     cutoffs, versus = summary["cutoffs"], summary["versus"]
-    groups = [[f"{name}@{k}" for name in AT_CUTOFF[i : i + 2] for k in cutoffs] for i in (0, 2)]
+    found = list(summary["methods"][versus])
+    cut = list(dict.fromkeys(name.split("@")[0] for name in found if "@" in name))
+    groups = [[f"{name}@{k}" for name in cut[i : i + 2] for k in cutoffs] for i in range(0, len(cut), 2)]
+    whole = [name for name in found if "@" not in name]
     blocks = [f"{summary['queries']} queries, percent, ± half of the 95 % bootstrap interval"]
-    for names in (*groups, list(WHOLE)):
+    for names in (*groups, whole):
         rows = [
             [method, *(_plus_minus(values[name]) for name in names)] for method, values in summary["methods"].items()
         ]
         blocks.append(_align([["", *names], *rows]))
     if summary["paired"]:
-        names = [f"ndcg@{max(cutoffs)}", f"recall@{max(cutoffs)}", "recall@1", *WHOLE]
+        names = [f"{name}@{max(cutoffs)}" for name in ("ndcg", "alpha_ndcg", "recall")] + ["recall@1", *whole]
         names = [name for name in names if name in summary["methods"][versus]]
         rows = [
             [method, *(_difference(values[name]) for name in names)] for method, values in summary["paired"].items()
