@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import jax
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from fgrpo_jax import metrics
+from fgrpo_jax.algorithm.rewards import TOPICAL
+from fgrpo_jax.types import Lists
 
 
 def plain_alpha_dcg(gains, topics, k, alpha=0.5):
@@ -91,6 +94,25 @@ def test_jit_equals_numpy_and_leading_axes_broadcast(name):
         np.testing.assert_allclose(expected.ravel(), one_by_one, rtol=1e-6)
         arrays = map(jnp.asarray, (gains_BGK, pool_B1C, k, topics_BGK, topics_B1C))
         np.testing.assert_allclose(jax.jit(metric)(*arrays), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reward_reads_topics_of_the_ranking():
+    rng = np.random.default_rng(2)
+    relevance_BC, topics_BC = rng.integers(0, 3, (2, 6)).astype(np.float32), rng.integers(-1, 2, (2, 6))
+    ranking_BGK = np.stack([[rng.permutation(6)[:4] for _ in range(3)] for _ in range(2)])
+    ranking_BGK[0, 0, 2:] = -1
+    lists = Lists(ranking_BGK, ranking_BGK, np.zeros((2, 3), np.int32))
+    query = SimpleNamespace(relevance=jnp.asarray(relevance_BC), topics=jnp.asarray(topics_BC))
+    reward_BG = TOPICAL["alpha_ndcg"](3)(lists, query, {})
+    assert reward_BG.dtype == jnp.float32 and reward_BG.shape == (2, 3)
+    for b, g in itertools.product(range(2), range(3)):
+        items = [i for i in ranking_BGK[b, g] if i >= 0]
+        best = max(
+            plain_alpha_dcg(relevance_BC[b][list(order)], topics_BC[b][list(order)], 3)
+            for order in itertools.permutations(range(6), 3)
+        )
+        expected = plain_alpha_dcg(relevance_BC[b][items], topics_BC[b][items], 3) / best
+        assert reward_BG[b, g] == pytest.approx(expected, rel=1e-5)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

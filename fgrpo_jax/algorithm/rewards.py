@@ -52,12 +52,28 @@ COVERAGE: dict[str, Callable[[int], Reward]] = {
     "precision": _coverage(metrics.precision),
     "f1": _coverage(metrics.f1),
 }
+
+
+def _alpha_ndcg(k: int) -> Reward:
+    """nDCG of the ranking, in which relevant items of a topic are worth less each time."""
+
+    def reward(lists: Lists, query: PyTree, frozen: PyTree) -> Array:
+        pool_B1C, topics_B1C = query.relevance[:, None, :], query.topics[:, None, :]
+        gains_BGK = metrics.take_gains(pool_B1C, lists.ranking)
+        topics_BGK = metrics.take_topics(topics_B1C, lists.ranking)
+        return metrics.alpha_ndcg(gains_BGK, pool_B1C, k, topics_BGK, topics_B1C).astype(jnp.float32)
+
+    return reward
+
+
 UTILITY: dict[str, Callable[[int], Reward]] = {
     "ndcg": _utility(metrics.ndcg),
     "mrr": _utility(metrics.mrr),
     "hit": _utility(metrics.hit),
 }
 REWARDS: dict[str, Callable[[int], Reward]] = {**COVERAGE, **UTILITY}
+# Not of every query: a policy whose queries hold `topics` [B,C], -1 for none, offers these in Policy.rewards.
+TOPICAL: dict[str, Callable[[int], Reward]] = {"alpha_ndcg": _alpha_ndcg}
 
 
 class Broken(NamedTuple):
