@@ -1,8 +1,11 @@
 """Baselines on hand-made worlds small enough to count on paper."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from fgrpo_jax.evaluation import evaluate
 from fgrpo_jax.evaluation.baselines import BASELINES, NotApplicable
 from fgrpo_jax.evaluation.baselines.bm25 import bm25_scores
 from fgrpo_jax.evaluation.baselines.covisitation import sequences
@@ -60,6 +63,17 @@ def test_random_meets_its_closed_form():
     for values, expected in ((rank < 3, 0.15), (rank < 5, 0.25), (gain, 0.1474)):
         error = np.std(values) / np.sqrt(len(values))
         assert abs(np.mean(values) - expected) < 3 * error
+
+
+def test_retrieval_is_the_order_of_the_first_stage_where_there_is_one():
+    plain = example("q", "a", "bcd", "b")
+    ranked = dataclasses.replace(plain, retrieval=(0.5, -1.0, 2.0))
+    fit = BASELINES["retrieval"]
+    np.testing.assert_array_equal(fit([], (), "qa", 0)([ranked])[0], [0.5, -1.0, 2.0])
+    predictions, left_out = evaluate.run_baselines(["retrieval", "random"], [], (), "qa", 0, [ranked], 2, 2)
+    assert predictions["retrieval"][0].ranking == (2, 0) and not left_out
+    predictions, left_out = evaluate.run_baselines(["retrieval", "random"], [], (), "qa", 0, [plain], 2, 2)
+    assert set(predictions) == {"random"} and "no first stage" in left_out["retrieval"]
 
 
 @pytest.mark.parametrize("order", ["as written", "shuffled"])

@@ -275,9 +275,9 @@ def run_baselines(
     predictions, left_out = {}, {}
     for name in names:
         try:
-            method = BASELINES[name](train_examples, catalogue, kind, seed)
+            found = BASELINES[name](train_examples, catalogue, kind, seed)(examples)
         except NotApplicable as reason:
             left_out[name] = str(reason)
             continue
-        predictions[name] = [from_scores(scores, slate_max, rank_max) for scores in method(examples)]
+        predictions[name] = [from_scores(scores, slate_max, rank_max) for scores in found]
     return predictions, left_out

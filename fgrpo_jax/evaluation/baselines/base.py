@@ -4,7 +4,7 @@
     method(examples) -> one array of scores [n_candidates] per example, higher is better
 
 `train_examples` are those of the training split: candidates hold at least the relevant items,
-history all the items shown. `catalogue` is every item there is, `(id, text)` each. `fit` raises
+history all the items shown. `catalogue` is every item there is, `(id, text)` each. `fit` or `method` raises
 `NotApplicable` where the baseline makes no sense for the data; its message is printed.
 """
 

@@ -1,4 +1,4 @@
-"""Random order, and training counts."""
+"""Random order, training counts, and the order of the first stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fgrpo_jax.evaluation.baselines.base import Method, interactions, require_interactions
+from fgrpo_jax.evaluation.baselines.base import Method, NotApplicable, interactions, require_interactions
 from fgrpo_jax.types import RankingExample
 
 
@@ -29,3 +29,14 @@ def fit_popularity(train_examples: Sequence[RankingExample], catalogue: Sequence
     return lambda examples: [
         np.array([counts[item] for item, _ in example.candidates], np.float64) for example in examples
     ]
+
+
+def fit_retrieval(train_examples: Sequence[RankingExample], catalogue: Sequence, kind: str, seed: int) -> Method:
+    """The scores of the first stage that proposed the pool: learns nothing."""
+
+    def scores(example: RankingExample) -> np.ndarray:
+        if not example.retrieval:
+            raise NotApplicable(f"no first stage has scored these pools (query {example.query_id})")
+        return np.array(example.retrieval)
+
+    return lambda examples: [scores(example) for example in examples]
