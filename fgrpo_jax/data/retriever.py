@@ -1,7 +1,8 @@
 """First stage of a two-stage recommender: k-core filtering, and a matrix factorisation that proposes items.
 
 The factorisation is implicit-feedback ALS (Hu, Koren and Volinsky, ICDM 2008) of the library `implicit`,
-on one thread from a fixed seed, so the same interactions give the same pools.
+on one thread from a fixed seed: the same interactions give the same pools on the same kind of machine. Another
+processor may round otherwise, so a run that moves takes its prepared data along.
 """
 
 from __future__ import annotations
