@@ -130,7 +130,10 @@ def test_values_of_the_wrong_type():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(data__name="nope"), "data.name: 'nope' is not one of jsonl, lastfm, musique, synthetic"),
+        (dict(data__name="nope"), "data.name: 'nope' is not one of .*jsonl, lastfm, musique, synthetic"),
+        (dict(data__kcore=0), "data.kcore=0 must be positive"),
+        (dict(data__retrieved=6), "data.retrieved=6 must be at least 12, two lists of six"),
+        (dict(data__pool="half"), "data.pool='half' must be of type"),
         (dict(data__name="jsonl"), "set data.manual_dir to their folder"),
         (dict(data__prompt_buckets=(64, 40)), "data.prompt_buckets=.* must be ascending"),
         (dict(data__pool_size=1), "data.pool_size=1 must be at least 2"),
@@ -204,7 +207,7 @@ def test_all_problems_are_told_at_once(capsys):
     assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
-        "  - data.name: 'nope' is not one of jsonl, lastfm, musique, synthetic\n"
+        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, jsonl, lastfm, musique, synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )
 
