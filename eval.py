@@ -90,7 +90,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     if jax.process_index():
         return ""
     evaluation = evaluate.compare(
-        examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed
+        examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed, settings.metrics
     )
     about = report.manifest(
         as_dict(dataclasses.replace(used, run_dir="")),

@@ -203,6 +203,9 @@ class EvalConfig:
     metric: str = "ndcg@5"
     """Chooses the best checkpoint, and decides patience."""
     cutoffs: tuple[int, ...] = (1, 3, 5)
+    metrics: tuple[str, ...] = ("recall", "precision", "hit", "ndcg")
+    """What is measured, beside mrr and slate_recall. At every cut-off: recall, precision, hit, ndcg, map, f1 and,
+    where candidates have topics, alpha_ndcg and diversity; of whole lists: list_auc, pool_auc."""
     batch_queries: int = 256
     train_queries: int = 512
     """Validation queries used while training (the first ones of the split); 0: all."""

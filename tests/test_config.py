@@ -185,6 +185,9 @@ def test_values_of_the_wrong_type():
         (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
         (dict(rl__optim__weight_decay=float("nan")), "weight_decay must be finite and not negative"),
         (dict(eval__metric="ndcg"), "eval.metric: 'ndcg' is not one of .*mrr, ndcg@1"),
+        (dict(eval__metrics=("ndcg", "auc")), "eval.metrics: 'auc' is not one of alpha_ndcg, diversity, f1, hit,"),
+        (dict(eval__metric="map@5"), "eval.metric: 'map@5' is not one of"),
+        (dict(eval__metrics=("recall",)), "eval.metric: 'ndcg@5' is not one of"),
         (dict(eval__metric="ndcg@4"), "eval.metric: 'ndcg@4' is not one of"),
         (dict(eval__metric="mrr@5"), "eval.metric: 'mrr@5' is not one of"),
         (dict(eval__baselines=("random", "als")), "eval.baselines: 'als' is not one of bm25,"),
@@ -207,7 +210,8 @@ def test_all_problems_are_told_at_once(capsys):
     assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
-        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, jsonl, lastfm, musique, synthetic\n"
+        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, jsonl, lastfm, musique, "
+        "synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )
 

@@ -24,7 +24,7 @@ from fgrpo_jax.config import ConfigError, RunConfig, StageConfig, stages
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches, seed_of
 from fgrpo_jax.evaluation.baselines import BASELINES
-from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, WHOLE, Prediction
+from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE, WHOLE, Prediction
 from fgrpo_jax.run import processes, sharding
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
@@ -35,8 +35,9 @@ KNOWN = Registries(
     rewards=frozenset(REWARDS),
     objectives={name: objectives.options(name) for name in objectives.OBJECTIVES},
     baselines=frozenset(BASELINES),
-    cut_metrics=frozenset(AT_CUTOFF),
+    cut_metrics=frozenset(AT_CUTOFF + MORE_AT_CUTOFF),
     whole_metrics=frozenset(WHOLE),
+    more_whole_metrics=frozenset(MORE_WHOLE),
 )
 
 

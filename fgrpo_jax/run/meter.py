@@ -97,15 +97,14 @@ class Validation:
         if not self.examples:
             return None
         settings = self._config.eval
-        scores = score(self.examples, self._predict(params, self.examples), settings.cutoffs)
+        scores = score(self.examples, self._predict(params, self.examples), settings.cutoffs, settings.metrics)
         values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
         self._log.write(self._name, step, values)
         self.measured[step] = values[f"eval/{settings.metric}"]
         if jax.process_index() == 0:
-            k = max(settings.cutoffs)
-            shown = f"{settings.metric} {self.measured[step]:.4f}  recall@{k} {values[f'eval/recall@{k}']:.4f}"
-            slate = f"slate recall {values['eval/slate_recall']:.4f}"
-            print(f"{self._name} {step}: validation {shown}  {slate}", flush=True)
+            names = dict.fromkeys((settings.metric, f"recall@{max(settings.cutoffs)}", "slate_recall"))
+            shown = [f"{n.replace('_', ' ')} {values[f'eval/{n}']:.4f}" for n in names if f"eval/{n}" in values]
+            print(f"{self._name} {step}: validation {'  '.join(shown)}", flush=True)
         return self.measured[step]
 
     def is_over(self, step: int) -> bool:

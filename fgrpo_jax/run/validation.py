@@ -34,6 +34,7 @@ class Registries(NamedTuple):
     baselines: frozenset[str]
     cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"
     whole_metrics: frozenset[str]
+    more_whole_metrics: frozenset[str]  # measured only where eval.metrics names them
 
 
 def wrong_types(config: Any, where: str = "") -> list[str]:
@@ -169,8 +170,10 @@ def _check_data(config: RunConfig, known: Registries) -> list[str]:
 
 
 def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
-    cut = {f"{name}@{k}" for name in known.cut_metrics for k in e.cutoffs}
-    problems = _unknown("eval.metric", [e.metric], known.whole_metrics | cut)
+    problems = _unknown("eval.metrics", e.metrics, known.cut_metrics | known.more_whole_metrics)
+    cut = {f"{name}@{k}" for name in known.cut_metrics.intersection(e.metrics) for k in e.cutoffs}
+    whole = known.whole_metrics | known.more_whole_metrics.intersection(e.metrics)
+    problems += _unknown("eval.metric", [e.metric], whole | cut)
     problems += _unknown("eval.baselines", e.baselines, known.baselines)
     if e.batch_queries < 1 or e.bootstrap < 1 or e.train_queries < 0:
         problems.append("eval.batch_queries, eval.bootstrap must be positive, eval.train_queries not negative")
