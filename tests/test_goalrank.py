@@ -231,11 +231,12 @@ def test_malformed_lines_of_books_are_named(tmp_path, line, message):
 
 
 @real
-def test_real_movielens(tmp_path):
+def test_real_movielens(tmp_path, monkeypatch):
+    monkeypatch.setattr(goalrank, "_OFFSETS", {**goalrank._OFFSETS, "train": range(2, 3)})  # less to write
     (tmp_path / "raw").mkdir()
     os.symlink(Path(RAW) / "ml-1m" / "ml-1m-first200k.zip", tmp_path / "raw" / "ml-1m-first200k.zip")
     dataset = load(tmp_path / "raw", tmp_path / "prepared", kcore=20, retrieved=50)
-    assert lengths(dataset) == {"train": 4389, "validation": 1209, "test": 1209} and len(dataset.catalogue) == 2023
+    assert lengths(dataset) == dict.fromkeys(("train", "validation", "test"), 1209) and len(dataset.catalogue) == 2023
     found = [np.mean([sum(e.relevance) for e in split]) / 6 for split in dataset.splits.values()]
     assert all(0.25 < share < 0.32 for share in found), found  # the first stage is no better in training
 
