@@ -1,0 +1,251 @@
+"""The ranker's three networks as policies: generator, evaluator and point-wise network.
+
+`frozen` maps the names of finished stages to their parameters: "evaluator" and "pointwise". Everything here
+is pure and treats queries one by one, so it can run on the shards of a batch (fgrpo_jax.shards).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fgrpo_jax import shards
+from fgrpo_jax.policies.ranker import generator, network, proposals, scorers
+from fgrpo_jax.policies.ranker.network import RankerSpec
+from fgrpo_jax.policies.ranker.query import RankerQuery
+from fgrpo_jax.types import OK, RANK, UNTRAINED, Array, Lists, Outcome, PyTree, Rollout
+
+Source = Callable[[PyTree, PyTree, RankerQuery, Array], tuple[Rollout, Lists]]
+LABELS = ("relevance", "feedback")
+
+
+class Parts(NamedTuple):
+    """What a policy is made of, but for `encode` and `blank` (query.py), which know the catalogue.
+
+    table: its Params. init: (key) -> params.
+    sources: by name, (group size) -> ((params, frozen, query, key) -> (Rollout, Lists)).
+    logprobs: (params, frozen, query, rollout) -> [B,G,T]. greedy: (params, frozen, query) -> as a source, G = 1.
+    rewards: by name, (k) -> ((lists, query, frozen) -> [B,G]).
+    """
+
+    table: PyTree
+    init: Callable[[Array], PyTree]
+    sources: dict[str, Callable[[int], Source]]
+    logprobs: Callable
+    greedy: Callable
+    rewards: dict[str, Callable]
+    outcomes: tuple[Outcome, ...] = (OK,)  # decoding cannot break a rule
+
+
+def learned_rewards(evaluator: RankerSpec, pointwise: RankerSpec) -> dict[str, Callable]:
+    """Rewards of rankings that frozen networks say, cut at k: see scorers.list_score."""
+
+    def build(of_lists: Callable, spec: RankerSpec, name: str) -> Callable:
+        def at(k: int) -> Callable:
+            return lambda lists, query, frozen: of_lists(spec, frozen[name], query, lists.ranking, k)
+
+        return at
+
+    return {
+        "reward_model": build(scorers.reward_of_lists, evaluator, "evaluator"),
+        "pointwise_reward": build(scorers.pointwise_reward_of_lists, pointwise, "pointwise"),
+    }
+
+
+# --------------------------------------------------------------------- the generator
+
+
+def make_generator(
+    spec: RankerSpec, setting: proposals.Setting, mix: tuple[tuple[str, int], ...] = (), labels: str = "relevance",
+    beam: int = 1,
+) -> Parts:  # fmt: skip
+    """The generator of lists.
+
+    setting: of the proposals, which also names the specs of evaluator and point-wise network.
+    mix: the proposals of a "mixed" group, (name, number) each; the rest of it are own samples, which come first.
+    labels: what the "logged" source imitates: candidates by "relevance", or by the best "feedback" in logged lists.
+    beam: lists kept by `greedy`, which returns the best.
+
+    Raises ValueError on an unknown name or label, and for a group without room for an own sample.
+    """
+    if unknown := [name for name, _ in mix if name not in proposals.PROPOSALS]:
+        raise ValueError(f"no proposal is called {', '.join(unknown)}; there are {', '.join(proposals.PROPOSALS)}")
+    _check_labels(labels)
+    table = network.generator_table(spec)
+
+    def sampled(group: int) -> Source:
+        def source(params, frozen, query, key):
+            return generator.sample(spec, generator.encode(spec, params, query), key, group)
+
+        return source
+
+    def logged(group: int) -> Source:
+        def source(params, frozen, query, key):
+            return target_lists(spec, query, key, group, labels)
+
+        return source
+
+    def logprobs(params, frozen, query, rollout):
+        return generator.logprobs(spec, generator.encode(spec, params, query), rollout)
+
+    def greedy(params, frozen, query):
+        encoded = generator.encode(spec, params, query)
+        if beam == 1:
+            return generator.sample(spec, encoded, None, 1)
+        return jax.tree.map(lambda x: x[:, :1], generator.beam(spec, encoded, beam))
+
+    sources = {"sampled": sampled, "logged": logged, "mixed": functools.partial(_mixed, spec, setting, mix)}
+    rewards = learned_rewards(setting.evaluator, setting.pointwise)
+    return Parts(table, functools.partial(network.init, spec, table), sources, logprobs, greedy, rewards)
+
+
+def _mixed(spec: RankerSpec, setting: proposals.Setting, mix: tuple[tuple[str, int], ...], group: int) -> Source:
+    """Own samples, then proposals; `logp` is the generator's own for both, though it sampled only the former."""
+    own = group - sum(count for _, count in mix)
+    if own < 1:
+        raise ValueError(f"a group of {group} has no room for own samples beside {group - own} proposals")
+
+    def source(params, frozen, query, key):
+        encoded = generator.encode(spec, params, query)
+        rollout, lists = generator.sample(spec, encoded, jax.random.fold_in(key, 0), own)
+        proposed = proposals.propose(setting, mix, frozen, query, jax.random.fold_in(key, 1), lists.ranking)
+        others, other_lists = generator.written_by_others(spec, encoded.present_BC, proposed)
+        others = others.replace(logp=generator.logprobs(spec, encoded, others))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), (rollout, lists), (others, other_lists))
+
+    return source
+
+
+def target_lists(spec: RankerSpec, query: RankerQuery, key: Array, group: int, labels: str) -> tuple[Rollout, Lists]:
+    """Lists to imitate: the positive candidates in the order of their gains, ties at random, then others.
+
+    The others only fill the list: their steps are UNTRAINED. `logp` is 0.
+    """
+    gain_BC = query.relevance if labels == "relevance" else _feedback(query)
+    gain_B1C = jnp.where(network.present(query), gain_BC, -1.0)[:, None]  # padding comes last
+    tie_BGC = shards.uniform(key, (gain_B1C.shape[0], group, gain_B1C.shape[2]), axis=0)
+    by_gain_BGC = jnp.lexsort((tie_BGC, jnp.broadcast_to(-gain_B1C, tie_BGC.shape)), axis=-1)
+    place = jnp.arange(spec.list_length)
+    list_BGT = by_gain_BGC[..., : spec.list_length].astype(jnp.int32)
+    list_BGT = jnp.where(place < query.n_candidates[:, None, None], list_BGT, -1)
+    rollout, lists = generator.written_by_others(spec, network.present(query), list_BGT)
+    positive_B1T = jnp.tile(place < (gain_B1C > 0).sum(-1, keepdims=True), spec.steps // spec.list_length)
+    return rollout.replace(phase=jnp.where(positive_B1T, rollout.phase, UNTRAINED)), lists
+
+
+def _feedback(query: RankerQuery) -> Array:
+    """[B,C]: the best feedback that each candidate had in a logged list; 0 where it was in none."""
+
+    def one(items_X: Array, feedback_X: Array) -> Array:
+        beyond = jnp.where(items_X >= 0, items_X, query.candidates.shape[1])
+        return jnp.zeros(query.candidates.shape[1]).at[beyond].max(feedback_X, mode="drop")
+
+    batch = query.logged_items.shape[0]
+    return jax.vmap(one)(query.logged_items.reshape(batch, -1), query.logged_feedback.reshape(batch, -1))
+
+
+# --------------------------------------------------------------------- those that judge
+
+
+def _check_labels(labels: str) -> None:
+    if labels not in LABELS:
+        raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
+
+
+def _as_given(list_BGT: Array, phase: int) -> tuple[Rollout, Lists]:
+    there = list_BGT >= 0
+    logp = jnp.zeros(list_BGT.shape, jnp.float32)
+    rollout = Rollout(jnp.maximum(list_BGT, 0), jnp.where(there, phase, UNTRAINED).astype(jnp.int32), logp)
+    return rollout, Lists(list_BGT, list_BGT, jnp.zeros(list_BGT.shape[:2], jnp.int32))
+
+
+def _logged(group: int) -> Source:
+    """The query's logged lists, [B,J,T]: as many as it has, whatever the group size."""
+
+    def source(params, frozen, query, key):
+        return _as_given(query.logged_items, RANK)
+
+    return source
+
+
+def make_evaluator(spec: RankerSpec) -> Parts:
+    """The list-wise reward model: its log-probabilities are the likelihood of feedback to logged lists.
+
+    A feedback y from 0 to 1 has y log p + (1 - y) log(1 - p). `greedy` builds a list under the evaluator.
+    """
+    table = network.evaluator_table(spec)
+
+    def logprobs(params, frozen, query, rollout):
+        trained = rollout.phase != UNTRAINED
+        list_BJT = jnp.where(trained, rollout.actions, -1)
+        logit = scorers.evaluator_logits(spec, params, query, list_BJT)
+        return jnp.where(trained, scorers.log_likelihood(logit, query.logged_feedback), 0.0)
+
+    def greedy(params, frozen, query):
+        return _as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length), UNTRAINED)
+
+    return Parts(table, functools.partial(network.init, spec, table), {"logged": _logged}, logprobs, greedy, {})
+
+
+def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
+    """The point-wise network: the likelihood of labels, one by one; `greedy` is the order of its scores.
+
+    labels: "relevance" (the source "logged" then gives all candidates, [B,1,C], positive where relevant) or
+        "feedback" (the logged lists). Raises ValueError on another.
+    """
+    _check_labels(labels)
+    table = network.pointwise_table(spec)
+
+    def logged(group: int) -> Source:
+        if labels == "feedback":
+            return _logged(group)
+
+        def source(params, frozen, query, key):
+            every_BC = jnp.where(network.present(query), jnp.arange(query.candidates.shape[1]), -1)
+            return _as_given(every_BC[:, None].astype(jnp.int32), RANK)
+
+        return source
+
+    def logprobs(params, frozen, query, rollout):
+        logit_BC = scorers.pointwise_logits(spec, params, query)
+        logit_BGT = jax.vmap(lambda logit, index: logit[index])(logit_BC, rollout.actions)
+        label = query.logged_feedback if labels == "feedback" else (query.relevance > 0)[:, None].astype(jnp.float32)
+        return jnp.where(rollout.phase != UNTRAINED, scorers.log_likelihood(logit_BGT, label), 0.0)
+
+    def greedy(params, frozen, query):
+        score_B1C = scorers.pointwise_logits(spec, params, query)[:, None]
+        return _as_given(proposals.order(query, score_B1C, spec.list_length), UNTRAINED)
+
+    return Parts(table, functools.partial(network.init, spec, table), {"logged": logged}, logprobs, greedy, {})
+
+
+# --------------------------------------------------------------------- generators and an evaluator
+
+
+def best_of(
+    spec: RankerSpec, setting: proposals.Setting, each: int, generators: Sequence[PyTree], evaluator: PyTree,
+    query: RankerQuery, key: Array,
+) -> Lists:  # fmt: skip
+    """Generator-evaluator selection: of the lists of one or several generators, the evaluator's best, G = 1.
+
+    each: lists of every generator: the greedy one, the others sampled. generators: parameters of one spec.
+    Source: the G-E and MG-E rows of GoalRank, whose generators are not described.
+    """
+
+    def lists_of(at: tuple[PyTree, Array]) -> Array:
+        params, i = at
+        encoded = generator.encode(spec, params, query)
+        _, greedy = generator.sample(spec, encoded, None, 1)
+        if each == 1:
+            return greedy.ranking
+        _, sampled = generator.sample(spec, encoded, jax.random.fold_in(key, i), each - 1)
+        return jnp.concatenate([greedy.ranking, sampled.ranking], 1)
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *generators)
+    list_MBGT = jax.lax.map(lists_of, (stacked, jnp.arange(len(generators))))
+    list_BGT = jnp.moveaxis(list_MBGT, 0, 1).reshape(list_MBGT.shape[1], -1, spec.list_length)
+    return _as_given(proposals.best(setting, evaluator, query, list_BGT), RANK)[1]
