@@ -38,15 +38,16 @@ def make_params(name, spec=SPEC, seed=0):
     return map_params(made, TABLES[name](spec))
 
 
-def make_query(seed=0, batch=4, pool=8, history=5, lists=2, spec=SPEC, full=False):
+def make_query(seed=0, batch=4, pool=8, history=5, lists=2, spec=SPEC, full=False, n_min=0):
     """Histories of none, of one and of more items; pools of several sizes, one as small as a list.
 
-    Padding holds the values that encoding gives it. full: all pools and histories are as large as can be.
+    Padding holds the values that encoding gives it. full: all pools and histories are as large
+    as can be. n_min: of the candidates.
     """
     rng = np.random.default_rng(seed)
     n = rng.integers(spec.list_length, pool + 1, batch)
     n[0], n[-1] = pool, spec.list_length
-    n = np.full(batch, pool) if full else n
+    n = np.full(batch, pool) if full else np.maximum(n, n_min)
     history_len = rng.integers(0, history + 1, batch)
     history_len[: min(3, batch)] = [history, 0, 1][:batch]
     history_len = np.full(batch, history) if full else history_len
