@@ -127,7 +127,7 @@ class CreditConfig:
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "clipped_pg"
-    """clipped_pg or nll."""
+    """clipped_pg, nll or group_softmax (GoalRank)."""
     weighting: Literal["token", "phase", "constant"] = "token"
     """Loss weight of an action: 1 / all trained tokens; each phase of each transcript sums to
     1 / (phases x rollouts); or a constant 1 / (rollouts x longest transcript)."""
@@ -137,6 +137,11 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     kl_weight: float = 0.0
     """Weight of the KL penalty to the policy the stage started from."""
+    sigma: float = 0.0
+    """GoalRank keeps a group only if its rewards differ by more than this."""
+    normalised: bool = True
+    """GoalRank divides a group's rewards, less their mean, by their standard deviation; else it takes them as
+    they are."""
     epochs: int = 1
     """Updates per rollout batch; above 1 the old log-probabilities are recomputed once."""
 

@@ -24,6 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # These take numbers, never a config.
 MATHEMATICS = re.compile(
     r"metrics|shards|algorithm(\..*)?|models(\..*)?|policies\.llm\.(grammar|transcript|masks|sampling|targets)"
+    r"|policies\.ranker\.(query|network|generator|scorers|proposals|policy)"
 )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from fgrpo_jax.algorithm.group_softmax import group_softmax
 from fgrpo_jax.types import PHASES, TRAINED, Array, Batch, Mean
 
 Objective = Callable[[Array, Batch], tuple[Array, dict[str, Mean]]]
@@ -146,7 +147,11 @@ def nll() -> Objective:
     return objective
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"clipped_pg": clipped_pg, "nll": nll}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "clipped_pg": clipped_pg,
+    "nll": nll,
+    "group_softmax": group_softmax,
+}
 
 
 def options(name: str) -> tuple[str, ...]:

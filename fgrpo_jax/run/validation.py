@@ -219,6 +219,8 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
     o = s.objective
     if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
         problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
+    if not 0 <= o.sigma < math.inf:
+        problems.append(f"{name}.objective.sigma={o.sigma} must be >= 0 and finite")
     problems += _unread_options(f"{name}.objective", o, known)
     return problems + _check_optim(f"{name}.optim", s.optim)
 
@@ -255,6 +257,11 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more")
     if s.objective.name == "nll":
         problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")
+    if s.objective.name == "group_softmax" and len(s.credit.terms) > 1:
+        problems.append(
+            f"{name}.objective.name='group_softmax' reads one reward: name one in {name}.credit.terms, not "
+            f"{len(s.credit.terms)}"
+        )
     if not s.credit.terms:
         problems.append(f"{name}.credit.terms is empty: nothing would be trained")
     for phase, reward, weight in s.credit.terms:

@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fgrpo_jax.policies.ranker.network import RankerSpec
-
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.files import read_json, write_atomically
+from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.types import PolicyFiles, PyTree
 
 _ITEMS = "items.json"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from fgrpo_jax.policies.ranker.network import RankerSpec
-from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.datasets import DataError, Dataset
 from fgrpo_jax.policies.ranker import network, policy, proposals, validation
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.policies.ranker.files import Catalogue, policy_files, saved_catalogue
+from fgrpo_jax.policies.ranker.network import RankerSpec
+from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.types import Policy, PyTree, Selection
 
