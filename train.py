@@ -86,7 +86,7 @@ def make_step(experiment, policy, stage):
         o.weight_decay, o.clip_norm, map_params(lambda p: p.decay, table),
     )  # fmt: skip
     over_shards = functools.partial(shards.summed, mesh, table, beside=beside)
-    update = make_update(policy, objective, optimizer, stage.microbatches, loss.epochs, over_shards)
+    update = make_update(policy.logprobs, objective, optimizer, stage.microbatches, loss.epochs, over_shards)
     state_at = state_shardings(optimizer, policy.shapes(), experiment.shardings(policy), replicated(mesh))
     update = jax.jit(update, donate_argnums=0, out_shardings=(state_at, replicated(mesh)))
     return collect, update, optimizer, state_at

@@ -226,7 +226,7 @@ def test_hf_directory_in_one_fgrpo_step_out(torch_model, tokenizer, tmp_path):
     optimizer = optimizer_of(1e-3)
     credit = Credit((("slate", "recall", 1.0), ("rank", "ndcg", 1.0)))
     query = policy.encode(examples())
-    update = make_update(policy, objectives.OBJECTIVES["clipped_pg"](), optimizer)
+    update = make_update(policy.logprobs, objectives.OBJECTIVES["clipped_pg"](), optimizer)
 
     @quick_jit
     def step(state, query, key):
@@ -260,7 +260,7 @@ def test_greedy_tokens_equal_generate(torch, torch_model, tokenizer, tmp_path):
     grammar = llm.make_grammar(CONFIG, tokenizer)
     write = target_rollout(grammar, False, "first", True)
     optimizer = optimizer_of(3e-3)
-    update = make_update(policy, objectives.OBJECTIVES["nll"](), optimizer)
+    update = make_update(policy.logprobs, objectives.OBJECTIVES["nll"](), optimizer)
     query = policy.encode(examples())
     rollout, _ = quick_jit(write)({}, {}, query, jax.random.key(0))
     no_reward = jnp.zeros((*rollout.actions.shape[:2], 0))

@@ -100,7 +100,7 @@ def test_without_the_run_it_started_from_a_row_is_missing_and_that_is_said(moved
     assert evaluation.main([str(runs / "second")]) == 0
     said = capsys.readouterr().out
     assert said.startswith(
-        "note: no row sft, the start of rl: there is no run with a finished sft stage at "
+        "note: no row sft, which this run started from: there is no run with a finished sft stage at "
         f"{runs / 'first'}; differences are taken to rl\n"
     )
     assert set(scores(runs / "second")["methods"]) == {"random", "rl"}

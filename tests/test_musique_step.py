@@ -114,7 +114,7 @@ def compiled(config, dataset, tokenizer, query, start):
         arguments = start.params, {}, query, jax.random.key(1)
         rollout = quick_jit(sample).lower(*arguments).compile()
         batch = jax.eval_shape(rl_batch, query, *jax.eval_shape(sample, *arguments))
-        update = make_update(policy, objectives.OBJECTIVES["clipped_pg"](), OPTIMIZER)
+        update = make_update(policy.logprobs, objectives.OBJECTIVES["clipped_pg"](), OPTIMIZER)
         return rollout, quick_jit(update).lower(start, {}, batch).compile()
 
     return {group: programs(group) for group in (2, G)}
@@ -147,7 +147,7 @@ def test_the_published_files(config, dataset, tokenizer):
 def test_one_sft_step(config, dataset, tokenizer, query, start):
     policy = make_policy(config, dataset, tokenizer)
     write = target_rollout(llm.make_grammar(config, tokenizer), True, "first", True)
-    update = make_update(policy, objectives.OBJECTIVES["nll"](), OPTIMIZER)
+    update = make_update(policy.logprobs, objectives.OBJECTIVES["nll"](), OPTIMIZER)
 
     @quick_jit
     def step(state, query, key):

@@ -296,7 +296,7 @@ def test_imitation_lowers_the_loss_and_greedy_follows(make, catalogue, spec):
     write = target_rollout(llm.make_grammar(CONFIG, catalogue), True, "first", True)
     query = policy.encode([LONG, SHORT])
     optimizer = make_optimizer(0.03, 30, 2, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
-    update = make_update(policy, nll(), optimizer)
+    update = make_update(policy.logprobs, nll(), optimizer)
     sized = spec._replace(vocab_size=len(catalogue))
     params, frozen = quick_jit(decoder.init, static_argnums=0)(sized, jax.random.key(0)), {}
 

@@ -54,7 +54,7 @@ def batch():
 def run(params, batch, optimizer=None, policy=TABLE, **options):
     optimizer = optimizer or optimizer_of()
     state = TrainState(jnp.int32(7), params, optimizer.init(params))
-    return quick_jit(make_update(policy, clipped_pg(), optimizer, **options))(state, {}, batch)
+    return quick_jit(make_update(policy.logprobs, clipped_pg(), optimizer, **options))(state, {}, batch)
 
 
 def assert_close(one, other, rtol=1e-5):
@@ -85,7 +85,7 @@ def test_the_loss_that_is_logged_is_the_mean_by_weight(table, batch, microbatche
 def test_epochs_are_updates_one_after_the_other(table, batch):
     optimizer = optimizer_of()
     twice, metrics = run(table, batch, optimizer, epochs=2)
-    update = quick_jit(make_update(TABLE, clipped_pg(), optimizer))
+    update = quick_jit(make_update(TABLE.logprobs, clipped_pg(), optimizer))
     once, _ = update(TrainState(jnp.int32(7), table, optimizer.init(table)), {}, batch)
     again, last = update(once, {}, batch)
     assert_close((twice.params, twice.opt_state), (again.params, again.opt_state))
@@ -232,7 +232,7 @@ def test_golden_step(spec, grammar, params, query):
         logprobs=lambda params, frozen, query, rollout: sampling.logprobs(sampler, params, query, rollout)
     )
     optimizer = optimizer_of(0.01, clip=1.0)
-    update = make_update(policy, clipped_pg(), optimizer)
+    update = make_update(policy.logprobs, clipped_pg(), optimizer)
 
     @quick_jit
     def step(params, query, key):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Outcome, Policy, PyTree, TrainState
+from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Outcome, PyTree, TrainState
 
 
 def make_optimizer(
@@ -94,7 +94,7 @@ def _apply_in_place(optimizer: optax.GradientTransformation, finite: Array, old:
 
 
 def make_update(
-    policy: Policy,
+    logprobs: Callable,
     objective: Callable,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
@@ -107,6 +107,7 @@ def make_update(
     microbatches are plainly added. Microbatch i takes rows i, i + n, ...: every device keeps
     its own rows. `epochs` updates are made on the batch; the metrics are the last one's.
 
+    logprobs: the policy's.
     over_shards: runs `(params, frozen, batch) -> ((loss, metrics), gradient)` on every shard of the
     queries and adds the results (shards.summed); on one device there is nothing to do.
 
@@ -115,7 +116,7 @@ def make_update(
     """
 
     def loss_fn(params: PyTree, frozen: PyTree, part: Batch) -> tuple[Array, dict[str, Mean]]:
-        logp_BGT = policy.logprobs(params, frozen, part.query, part.rollout)
+        logp_BGT = logprobs(params, frozen, part.query, part.rollout)
         return objective(logp_BGT, part)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

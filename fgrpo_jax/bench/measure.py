@@ -37,7 +37,6 @@ from fgrpo_jax.types import (
     SLATE,
     Array,
     Batch,
-    Policy,
     PyTree,
     Rollout,
     TrainState,
@@ -196,10 +195,9 @@ def functions(spec: decoder.DecoderSpec, shape: Shape, mesh: Mesh, microbatches:
     def one_rollout(params, frozen, query, key):
         return fixed_rollout(spec, shape.group, shape.length, params, query, key)
 
-    policy = Policy(outcomes=(), encode=None, blank=None, rollout=None, logprobs=logprobs, greedy=None)
     optimizer = make_optimizer(1e-5, 1000, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, True)
     over_shards = functools.partial(shards.summed, mesh, table)
-    update = make_update(policy, clipped_pg(), optimizer, microbatches, over_shards=over_shards)
+    update = make_update(logprobs, clipped_pg(), optimizer, microbatches, over_shards=over_shards)
     sample = shards.by_query(mesh, table, one_rollout)
 
     def start(key: Array) -> TrainState:

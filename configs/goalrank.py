@@ -1,0 +1,52 @@
+"""GoalRank on a generated world, in which the best list is not the list of the best items.
+
+    python train.py configs/goalrank.py
+
+A reward model learns from shown lists what users do with whole lists; then the same generator is trained
+on it by GoalRank, by GRPO and by F-GRPO, and beside it by imitation, as one of one and of three generators
+from which the reward model chooses. Nothing is read: the world is generated.
+"""
+
+import dataclasses
+
+from fgrpo_jax.config import DataConfig, EvalConfig, OptimConfig, RewardConfig
+from fgrpo_jax.policies.ranker.config import NetworkConfig, ProposalsConfig, RankerConfig
+
+
+def get_config() -> RankerConfig:
+    base = RankerConfig()
+
+    def judge(stage, steps):
+        optim = OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.01)
+        return dataclasses.replace(stage, steps=steps, batch_queries=128, eval_every=100, optim=optim)
+
+    def groups(stage, steps, size):
+        optim = OptimConfig(learning_rate=1e-3, warmup_steps=20, decay="cosine")
+        return dataclasses.replace(stage, steps=steps, batch_queries=64, group_size=size, eval_every=100, optim=optim)
+
+    return dataclasses.replace(
+        base,
+        run_dir="runs/goalrank",
+        data=DataConfig(name="goalrank_world", history_max=20),
+        network=NetworkConfig(hidden_size=64, labels="feedback"),
+        proposals=ProposalsConfig(),
+        reward=RewardConfig(k=6),
+        eval=EvalConfig(
+            split="test",
+            metric="alpha_ndcg@6",
+            metrics=("alpha_ndcg", "ndcg", "hit", "map", "f1", "recall", "diversity", "list_auc", "pool_auc"),
+            cutoffs=(6,),
+            train_queries=500,
+            batch_queries=250,
+            baselines=("random", "popularity", "retrieval"),
+            versus="pointwise",
+        ),
+        evaluator=judge(base.evaluator, 600),
+        pointwise=judge(base.pointwise, 600),
+        imitation=judge(base.imitation, 400),
+        imitation_2=judge(base.imitation_2, 400),
+        imitation_3=judge(base.imitation_3, 400),
+        goalrank=groups(base.goalrank, 400, 20),
+        grpo=groups(base.grpo, 400, 20),
+        fgrpo=groups(base.fgrpo, 400, 20),
+    )
