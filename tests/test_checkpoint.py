@@ -1,6 +1,7 @@
 """Checkpoints: which stay, what comes back, and what a kill or a SIGTERM leaves behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import optax
 import pytest
 from helpers import two_processes
 
+from fgrpo_jax.config import ConfigError
 from fgrpo_jax.run.checkpoint import Checkpoints, placed, preemption
 from fgrpo_jax.types import TrainState
 
@@ -133,6 +135,44 @@ def test_kill_while_saving_leaves_the_older_step(tmp_path):
         kept.save(3, {"x": jnp.ones(30)}, {}, None)  # and the run goes on
         kept.wait()
         assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+def test_kill_while_deleting_leaves_whole_steps(tmp_path):
+    """A kill when some files of the step that is to go are gone."""
+    child = start(f"""
+        import os, signal
+        import jax.numpy as jnp
+        from fgrpo_jax.run.checkpoint import Checkpoints
+        unlink = os.unlink
+        def unlink_and_die(path, **where):
+            unlink(path, **where)
+            if os.path.basename(path) == "metadata":
+                os.kill(os.getpid(), signal.SIGKILL)
+        kept = Checkpoints({str(tmp_path)!r}, keep_latest=1)
+        kept.save(1, dict(x=jnp.full(30, 1.0)), dict(step=1), None)
+        kept.wait()
+        os.unlink = unlink_and_die
+        kept.save(2, dict(x=jnp.full(30, 2.0)), dict(step=2), None)
+        kept.close()
+    """)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL, errors[-3000:]
+    with Checkpoints(tmp_path, keep_latest=1) as kept:
+        assert kept.latest_step() == 2
+        shape = {"x": jax.ShapeDtypeStruct((30,), jnp.float32, sharding=jnp.ones(1).sharding)}
+        for step in kept.steps():
+            assert kept.meta(step) == {"step": step}
+            assert (np.asarray(kept.restore(step, shape)["x"]) == step).all()
+        kept.save(3, {"x": jnp.ones(30)}, {}, None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=2) as kept:
+        kept.save(1, make_state(1), {}, None)
+    shutil.rmtree(tmp_path / "1" / "meta")
+    with pytest.raises(ConfigError, match=f"the checkpoint {tmp_path / '1'} is not whole .* or remove it"):
+        Checkpoints(tmp_path, keep_latest=2)
 
 
 def test_sigterm_in_one_process():

@@ -1,9 +1,10 @@
 """Checkpoints of one stage (Orbax), and what to do when the machine is taken away.
 
 A step is a folder that appears, complete, by one rename: a process killed while saving
-leaves a `*.orbax-checkpoint-tmp` folder that nobody reads. A checkpoint holds the train
-state and `meta`: JSON with whatever the caller needs to resume (config, fingerprints of the
-data). That they fit the run at hand is for the caller to check.
+leaves a `*.orbax-checkpoint-tmp` folder that nobody reads. It goes by one rename too, into
+`deleted/`, which is emptied before the next save, so that a process killed while deleting leaves
+no half of a step. A checkpoint holds the train state and `meta`: JSON with whatever the caller needs
+to resume (config, fingerprints of the data). That they fit the run at hand is for the caller to check.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from fgrpo_jax.config import ConfigError
 from fgrpo_jax.files import storing
 from fgrpo_jax.types import PyTree
 
-_PINNED = "pinned.json"
+_PINNED, _DELETED = "pinned.json", "deleted"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -63,7 +65,7 @@ class Checkpoints:
         if keep_latest < 1:
             raise ValueError(f"keep_latest={keep_latest}: without the latest checkpoint nothing can resume")
         self._directory = epath.Path(directory).expanduser().absolute()
-        self._keep_latest = keep_latest
+        self._keep_latest, self._read_only = keep_latest, read_only
         if read_only and not self._directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self._directory}: there is no such directory")
         options = ocp.CheckpointManagerOptions(
@@ -71,11 +73,14 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what an earlier, killed process left
             create=not read_only,
             read_only=read_only,
+            todelete_subdir=None if read_only else _DELETED,
             enable_async_checkpointing=True,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         with storing(self._directory):
             self._manager = _Manager(self._directory, options=options, item_handlers=handlers)
+        if not read_only:
+            self._empty_deleted()
         self._metrics = {step: self._read(step)["metric"] for step in self._manager.all_steps()}
 
     # ------------------------------------------------------------------ writing
@@ -101,6 +106,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"meta": meta, "metric": metric})
         )
         with storing(self._directory, Exception):  # Orbax and TensorStore raise ValueErrors
+            self._manager.wait_until_finished()
+            self._empty_deleted()  # or its space would be missing
             return self._manager.save(step, args=items, force=True)
 
     def pin(self, step: int) -> None:
@@ -125,6 +132,14 @@ class Checkpoints:
         """Wait, and stop the background threads. Raises as `wait`."""
         with storing(self._directory, Exception):
             self._manager.close()
+            if not self._read_only:
+                self._empty_deleted()
+
+    def _empty_deleted(self) -> None:
+        place = self._directory / _DELETED
+        if jax.process_index() == 0 and place.is_dir():
+            with storing(place):
+                place.rmtree()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -170,7 +185,13 @@ class Checkpoints:
 
     def _read(self, step: int) -> dict[str, Any]:
         self._check_exists(step)
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            place = self._directory / str(step)
+            raise ConfigError(
+                f"the checkpoint {place} is not whole ({error}): copy it again from where it was made, or remove it"
+            ) from error
 
     def restore(self, step: int, abstract_state: PyTree) -> PyTree:
         """The saved state, bit for bit, as `abstract_state` wants it laid out.
