@@ -17,11 +17,11 @@ def get_config() -> RankerConfig:
     base = RankerConfig()
 
     def judge(stage, steps):
-        optim = OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.01)
+        optim = OptimConfig(learning_rate=3e-3, warmup_steps=20, decay="cosine", weight_decay=0.05)
         return dataclasses.replace(stage, steps=steps, batch_queries=128, eval_every=100, optim=optim)
 
     def groups(stage, steps, size):
-        optim = OptimConfig(learning_rate=1e-3, warmup_steps=20, decay="cosine")
+        optim = OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.05)
         return dataclasses.replace(stage, steps=steps, batch_queries=64, group_size=size, eval_every=100, optim=optim)
 
     return dataclasses.replace(
@@ -29,7 +29,15 @@ def get_config() -> RankerConfig:
         run_dir="runs/goalrank",
         data=DataConfig(name="goalrank_world", history_max=20),
         network=NetworkConfig(hidden_size=64, labels="feedback"),
-        proposals=ProposalsConfig(),
+        proposals=ProposalsConfig(
+            mix=(
+                ("retriever", 2),
+                ("pointwise", 3),
+                ("mmr_topics", 1),
+                ("perturbed", 5),
+                ("random", 1),
+            )
+        ),
         reward=RewardConfig(k=6),
         eval=EvalConfig(
             split="test",
@@ -41,12 +49,12 @@ def get_config() -> RankerConfig:
             baselines=("random", "popularity", "retrieval"),
             versus="pointwise",
         ),
-        evaluator=judge(base.evaluator, 600),
-        pointwise=judge(base.pointwise, 600),
-        imitation=judge(base.imitation, 400),
-        imitation_2=judge(base.imitation_2, 400),
-        imitation_3=judge(base.imitation_3, 400),
-        goalrank=groups(base.goalrank, 400, 20),
-        grpo=groups(base.grpo, 400, 20),
-        fgrpo=groups(base.fgrpo, 400, 20),
+        evaluator=judge(base.evaluator, 500),
+        pointwise=judge(base.pointwise, 500),
+        imitation=judge(base.imitation, 300),
+        imitation_2=judge(base.imitation_2, 300),
+        imitation_3=judge(base.imitation_3, 300),
+        goalrank=groups(base.goalrank, 300, 20),
+        grpo=groups(base.grpo, 300, 20),
+        fgrpo=groups(base.fgrpo, 300, 20),
     )

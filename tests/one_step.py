@@ -43,6 +43,7 @@ def two_steps(experiment, name):
     collect, update, optimizer, places = train.make_step(experiment, policy, stage)
     params = initial_params(experiment, policy)
     frozen = {"reference": jax.tree.map(jnp.copy, params)}
+    frozen |= {other: initial_params(experiment, experiment.policy(other)) for other in stage.frozen_from}
     state = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=places)(params)
     batches = make_batches(experiment.dataset, config, name, stage)
     seen = []

@@ -51,7 +51,12 @@ def encode(spec, params, query):
     there = place < query["history_len"][:, None]
     recency = (query["history_len"][:, None] - 1 - place).clamp(min=0)
     history = params["items"][query["history"]] + params["recency"][recency]
-    pool = params["items"][query["candidates"]] + params["candidate"]
+    items = params["items"][query["candidates"]]
+    mean = (params["items"][query["history"]] * there[..., None]).sum(1) / query["history_len"].clamp(min=1)[:, None]
+    match = (
+        F.rms_norm(items, (items.shape[-1],), None, spec.norm_eps) * norm(mean, params["match"], spec.norm_eps)[:, None]
+    )
+    pool = items + params["candidate"] + match
     pool = pool + query["popularity"][..., None] * params["popularity"]
     if spec.sees_retrieval:
         pool = pool + query["retrieval"][..., None] * params["retrieval"]

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 
 from fgrpo_jax.config import DataConfig, fingerprint
 from fgrpo_jax.data import records
-from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split
+from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, is_trainable
 from fgrpo_jax.files import reason
 from fgrpo_jax.types import RankingExample
 
@@ -103,7 +103,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for row, example in enumerate(self.examples(split)):
             digest.update(_canonical(records.content(example)))
             ids.append(example.query_id)
-            trainable.append(any(gain > 0 for gain in example.relevance))
+            trainable.append(is_trainable(example))
             if split != "train":
                 pools[example.query_id] = [i for i, _ in example.candidates]
             yield row, records.encode(example, self.optional)

@@ -49,7 +49,7 @@ class Split(Sequence):
     """A random-access split whose rows are decoded when first asked for.
 
     query_ids: of all rows, in order.
-    trainable: for all rows, whether any candidate is relevant.
+    trainable: for all rows, whether there is anything to learn from (`is_trainable`).
     read: row indices -> examples; several at once are much faster than one by one.
     keep: hold decoded rows in memory (small rows only).
     """
@@ -87,10 +87,15 @@ class Split(Sequence):
         return [new[i] if i in new else self._rows[i] for i in indices]
 
 
+def is_trainable(example: RankingExample) -> bool:
+    """Whether a candidate is relevant, or a list was shown: feedback that is all negative teaches too."""
+    return any(gain > 0 for gain in example.relevance) or bool(example.logged)
+
+
 def in_memory(examples: Iterable[RankingExample]) -> Split:
     """The same interface over examples already at hand."""
     rows = tuple(examples)
-    ids, trainable = [r.query_id for r in rows], [any(g > 0 for g in r.relevance) for r in rows]
+    ids, trainable = [r.query_id for r in rows], [is_trainable(r) for r in rows]
     return Split(lambda indices: [rows[i] for i in indices], ids, trainable, keep=False)
 
 

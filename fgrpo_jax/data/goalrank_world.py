@@ -47,9 +47,9 @@ from fgrpo_jax.data.synthetic import ADJECTIVES
 from fgrpo_jax.types import LoggedList, RankingExample
 
 SEED = 2509
-QUERIES = {"train": 4000, "validation": 500, "test": 1000}
-N_ITEMS, LATENT_DIM = 2000, 4
-POOL, LENGTH, LISTS = 50, 6, 4
+QUERIES = {"train": 24_000, "validation": 500, "test": 1000}
+N_ITEMS, LATENT_DIM = 500, 4
+POOL, LENGTH, LISTS = 50, 6, 8
 HISTORY = (10, 20)  # items of a history, from and to
 TASTE, QUALITY, LATENT, LIKED = 1.6, 0.7, 0.5, 4  # LIKED topics a user likes, on average
 THRESHOLDS = (2.4, 3.1, 3.8)
@@ -111,9 +111,10 @@ def make_user(world: World, seed: int, split: int, number: int) -> User:
     rng = np.random.default_rng([seed, 1, split, number])
     taste_Z = np.where(rng.random(len(TOPICS)) < LIKED / len(TOPICS), rng.uniform(0.5, 1.5, len(TOPICS)), 0.0)
     latent_D = rng.normal(size=LATENT_DIM)
-    score_I = TASTE * taste_Z[world.topic_I] + QUALITY * world.quality_I + LATENT * world.latent_ID @ latent_D
+    liking_I = TASTE * taste_Z[world.topic_I] + LATENT * world.latent_ID @ latent_D
+    score_I = liking_I + QUALITY * world.quality_I
     size = rng.integers(HISTORY[0], HISTORY[1] + 1)
-    history = np.argsort(-(CHOICE * score_I + rng.gumbel(size=N_ITEMS)))[:size]
+    history = np.argsort(-(CHOICE * liking_I + rng.gumbel(size=N_ITEMS)))[:size]
     history = rng.permutation(history)
     found_I = SEES * score_I + POPULAR * world.popularity_I + NOISE * rng.normal(size=N_ITEMS)
     found_I[history] = -np.inf

@@ -14,6 +14,13 @@ data.manual_dir holds `train.jsonl`, `validation.jsonl`, `test.jsonl`, any of th
     relevance   one number per candidate: the gain, finite and >= 0; 0 is not relevant
     history     optional: what the user took before, oldest first
 
+and, optional too, what rankers learn from (one of them in one line, and all lines can have it):
+
+    retrieval   one number per candidate: the score of the first stage, finite, higher is better
+    topics      one whole number >= 0 per candidate: its group, for redundancy
+    logged      lists that were shown, [{"items": ["p2", "p1"], "feedback": [1, 0]}, ...]: ids of
+                candidates in the order shown, and what each position got, from 0 to 1
+
 Nothing else is allowed in a line. A query without a relevant candidate is kept for
 evaluation, where it scores 0, and skipped (and counted) in training. White space within a
 text, newlines too, is read as single spaces. Every malformed line of every file is
@@ -31,15 +38,15 @@ from typing import Any
 
 from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, open_raw
 from fgrpo_jax.data.datasets import DataError, Item, one_line
-from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types import LoggedList, RankingExample
 
 SPLITS = ("train", "validation", "test")
-REQUIRED, OPTIONAL = ("query_id", "query", "candidates", "relevance"), ("history",)
+REQUIRED, OPTIONAL = ("query_id", "query", "candidates", "relevance"), ("history", "retrieval", "topics", "logged")
 GAIN_MAX = 1e30  # gains are float32 on the device, and summed
 
 
 class Jsonl(RankingBuilder, skip_registration=True):
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "train.jsonl, validation.jsonl or test.jsonl (see fgrpo_jax/datasets/jsonl.py)"
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "train.jsonl, validation.jsonl or test.jsonl (see fgrpo_jax/data/jsonl.py)"
     instruction = "Choose and rank the candidates that fit."
 
     def __init__(self, files: dict[str, Path], given: tuple[Item, ...] | None, **kwargs: Any):
@@ -60,6 +67,11 @@ class Jsonl(RankingBuilder, skip_registration=True):
         if not found:
             raise DataError(f"{folder} holds none of {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
         return found
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        rows = [row for rows in self._rows.values() for row in rows]
+        return tuple(name for name in ("retrieval", "topics", "logged") if any(getattr(row, name) for row in rows))
 
     @property
     def kind(self) -> str:
@@ -131,7 +143,48 @@ def _example(value: dict[str, Any], reasons: list[str]) -> RankingExample | None
     relevance = _gains(value["relevance"], value["candidates"], reasons)
     if reasons:
         return None
-    return RankingExample(query_id, one_line(query), candidates, relevance, history)
+    more = _for_rankers(value, [item for item, _ in candidates], reasons)
+    return None if reasons else RankingExample(query_id, one_line(query), candidates, relevance, history, **more)
+
+
+def _for_rankers(value: dict[str, Any], ids: list[str], reasons: list[str]) -> dict[str, Any]:
+    """The optional fields of a sound row, by their names in RankingExample."""
+    found: dict[str, Any] = {}
+    if "retrieval" in value:
+        found["retrieval"] = _numbers("retrieval", value["retrieval"], len(ids), (int, float), -GAIN_MAX, reasons)
+    if "topics" in value:
+        found["topics"] = _numbers("topics", value["topics"], len(ids), (int,), 0, reasons)
+    if "logged" in value and not isinstance(value["logged"], list):
+        reasons.append("logged must be a list of objects with items and feedback")
+    elif "logged" in value:
+        found["logged"] = tuple(_shown(f"logged[{n}]", one, ids, reasons) for n, one in enumerate(value["logged"]))
+    return found
+
+
+def _shown(where: str, value: Any, ids: list[str], reasons: list[str]) -> LoggedList | None:
+    if not isinstance(value, dict) or set(value) != {"items", "feedback"} or not isinstance(value["items"], list):
+        reasons.append(f"{where} must be an object with items (a list of ids) and feedback, and nothing else")
+        return None
+    if strange := [item for item in value["items"] if item not in ids]:
+        reasons.append(f"{where} shows {strange[0]!r}, which is no candidate")
+        return None
+    items = tuple(ids.index(item) for item in value["items"])
+    if len(set(items)) < len(items):
+        reasons.append(f"{where} shows a candidate twice")
+    return LoggedList(items, _numbers(f"{where}.feedback", value["feedback"], len(items), (int, float), 0, reasons, 1))
+
+
+def _numbers(
+    name: str, value: Any, size: int, kinds: tuple[type, ...], low: float, reasons: list[str], high: float = GAIN_MAX
+) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != size:
+        reasons.append(f"{name} must be a list of {size} numbers")
+        return ()
+    for number, one in enumerate(value):
+        if type(one) not in kinds or not low <= one <= high:  # not a number is in no interval
+            kind = "a whole number" if kinds == (int,) else "a number"
+            reasons.append(f"{name}[{number}] is {one!r}, not {kind} from {low:g} to {high:g}")
+    return tuple(value)
 
 
 def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None:

@@ -81,7 +81,7 @@ _GROUPS = StageConfig(
     starts_from="initial",
     frozen_from=("evaluator", "pointwise"),
     credit=_LEARNED,
-    objective=ObjectiveConfig(name="group_softmax", weighting="constant"),
+    objective=ObjectiveConfig(name="group_softmax", weighting="phase"),
     optim=OptimConfig(learning_rate=1e-3),
 )
 

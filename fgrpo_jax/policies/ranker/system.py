@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.data.datasets import DataError, Dataset
+from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.policies.ranker import network, policy, proposals, validation
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.policies.ranker.files import Catalogue, policy_files, saved_catalogue
@@ -27,8 +27,8 @@ REWARDS = frozenset(validation.REWARDS)
 def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
     """Generator, its two-phase form, evaluator and point-wise network, which read the same queries.
 
-    The catalogue is the run's own once it has one. Raises DataError where the data have none,
-    ConfigError for a run directory that lacks it and comes without data.
+    The catalogue is the run's own once it has one. Raises ConfigError for a run directory that lacks it and
+    comes without data.
     """
     catalogue = saved_catalogue(run_dir) or _catalogue(dataset)
     spec = make_spec(config, len(catalogue.items))
@@ -133,10 +133,18 @@ def _catalogue(dataset: Dataset | None) -> Catalogue:
     """
     if dataset is None:
         raise ConfigError("the run directory describes no ranker (items.json): give its training command again")
-    if not dataset.catalogue:
-        raise DataError(f"data set {dataset.name!r} has no catalogue of items, which a ranker numbers: choose another")
     counts: Counter[str] = Counter()
     for example in dataset.splits.get("train", ()):
         relevant = (item for item, gain in zip(example.candidates, example.relevance, strict=True) if gain > 0)
         counts.update(item for item, _ in (*example.history, *relevant))
-    return Catalogue(tuple(item for item, _ in dataset.catalogue), tuple(counts[item] for item, _ in dataset.catalogue))
+    items = [item for item, _ in dataset.catalogue] or _items_of(dataset)
+    return Catalogue(tuple(items), tuple(counts[item] for item in items))
+
+
+def _items_of(dataset: Dataset) -> list[str]:
+    """Every item of the given pools and histories, as they come: of data whose pools are given."""
+    every: dict[str, None] = {}
+    for split in dataset.splits.values():
+        for example in split:
+            every |= dict.fromkeys(item for item, _ in (*example.candidates, *example.history))
+    return list(every)

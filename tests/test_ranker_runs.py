@@ -1,0 +1,184 @@
+"""Whole runs of a ranker: the table, resuming, moving, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import changed, quick_programs, rows, run_training
+from tiny_lists import tiny_ranker, write_lists
+
+import eval as evaluation
+from fgrpo_jax.config import from_json, stages, to_json
+from fgrpo_jax.evaluation import report
+from fgrpo_jax.run.stage import Stage
+
+TRAINED = ("evaluator", "pointwise", "imitation", "imitation_2", "imitation_3", "goalrank", "grpo", "fgrpo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Nobody looks at the pictures; and what is compiled here runs a few times only."""
+    with pytest.MonkeyPatch.context() as patch, quick_programs():
+        patch.setattr(report, "curves", lambda *paths: None)
+        patch.setattr(report, "git_revision", lambda: "a commit")
+        yield
+
+
+@pytest.fixture(scope="module")
+def states():
+    """(stage, step) -> the train state after it, of whatever is trained in this process."""
+    found, on_step = {}, Stage.on_step
+
+    def record(self, state, metrics, examples, stopping):
+        found[self.name, self._step + 1] = jax.device_get(state)
+        return on_step(self, state, metrics, examples, stopping)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "on_step", record)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, states):
+    """A run of every stage, and the train states on its way."""
+    folder = tmp_path_factory.mktemp("ranker")
+    (folder / "data").mkdir()
+    write_lists(folder / "data")
+    config = tiny_ranker(folder / "data", folder / "prepared", folder / "run")
+    assert run_training(config) == 0
+    return config, dict(states)
+
+
+def scores(run_dir):
+    return json.loads((Path(run_dir) / "eval" / "validation" / "metrics.json").read_text())
+
+
+def test_every_stage_has_a_row_and_so_have_the_selections(whole):
+    config, _ = whole
+    found = scores(config.run_dir)
+    assert list(found["methods"]) == ["random", "retrieval", *TRAINED, "g_e", "mg_e"]
+    assert all(0 <= one["alpha_ndcg@2"]["mean"] <= 1 for one in found["methods"].values())
+    for method, outcomes in found["outcomes"].items():
+        assert outcomes == {"ok": 12}, method
+
+
+def test_what_a_group_was_like_is_logged(whole):
+    config, _ = whole
+    logged = rows(config.run_dir, "goalrank")[1]
+    assert logged["kept_groups"] > 0 and logged["reward/rank"] > 0
+    assert sum(value for name, value in logged.items() if name.startswith("gap_")) == pytest.approx(1)
+    assert not any(name.startswith("reward/") for name in rows(config.run_dir, "evaluator")[1])
+
+
+def test_stages_begin_where_they_are_told(whole):
+    """Three imitations at random starts of their own; GRPO at the first one's, F-GRPO another network."""
+    config, _ = whole
+    first = {name: rows(config.run_dir, name)[0]["eval/ndcg@2"] for name in TRAINED}
+    assert first["goalrank"] == first["grpo"] == first["imitation"]
+    assert len({first["imitation"], first["imitation_2"], first["imitation_3"]}) > 1
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit(whole, states, tmp_path, monkeypatch):
+    config, expected = whole
+    config = changed(config, {"run_dir": str(tmp_path / "run")})
+    on_step, stop = Stage.on_step, ("goalrank", 2)
+
+    def stopping(self, state, metrics, examples, stopping):
+        return on_step(self, state, metrics, examples, stopping=(self.name, self._step + 1) == stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "on_step", stopping)
+        assert run_training(config) == 0
+    assert not (tmp_path / "run" / "goalrank" / "done.json").exists()
+    states.clear()
+    assert run_training(config) == 0
+    assert min(step for name, step in states if name == "goalrank") == 3
+    for key, state in states.items():
+        jax.tree.map(np.testing.assert_array_equal, state, expected[key])
+    assert scores(config.run_dir) == scores(whole[0].run_dir)
+
+
+def test_a_run_that_was_moved_is_evaluated_without_its_training_data(whole, tmp_path):
+    config, _ = whole
+    moved, data = tmp_path / "moved", tmp_path / "data"
+    shutil.copytree(config.run_dir, moved)
+    data.mkdir()
+    shutil.copy(Path(config.data.manual_dir) / "validation.jsonl", data)
+    before = scores(moved)
+    command = [str(moved), "--data.manual-dir", str(data), "--data.prepared-dir", str(tmp_path / "prepared")]
+    assert evaluation.main([*command, "--eval.baselines", "retrieval"]) == 0
+    after = scores(moved)
+    for method in (*TRAINED, "g_e", "mg_e"):
+        assert after["methods"][method] == before["methods"][method], method
+
+
+def test_another_run_is_compared(whole, tmp_path):
+    """Its selections have rows too."""
+    config, _ = whole
+    shutil.copytree(config.run_dir, tmp_path / "other")
+    shutil.copytree(config.run_dir, tmp_path / "this")
+    assert evaluation.main([str(tmp_path / "this"), "--compare", str(tmp_path / "other")]) == 0
+    methods = scores(tmp_path / "this")["methods"]
+    assert methods["other.mg_e"] == methods["mg_e"] and methods["other.goalrank"] == methods["goalrank"]
+
+
+def test_the_configuration_is_read_back(whole):
+    config, _ = whole
+    assert from_json(to_json(config)) == config and list(stages(config)) == list(TRAINED)
+
+
+# --------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"goalrank.group_size": 3}, "goalrank.group_size=3 has no room for own samples beside the 3 lists"),
+        ({"grpo.group_size": 1}, "grpo.group_size=1: an advantage centred by its group is then always 0"),
+        ({"goalrank.frozen_from": ("evaluator",)}, "goalrank: proposal 'pointwise' reads the stage 'pointwise'"),
+        ({"grpo.frozen_from": ()}, "grpo: reward 'reward_model' reads the stage 'evaluator'"),
+        ({"evaluator.steps": 0}, "goalrank.frozen_from: stage 'evaluator' is skipped, its steps are 0"),
+        ({"proposals.mix": (("oracle", 1),)}, "proposals.mix: 'oracle' is not one of retriever, popularity"),
+        ({"network.hidden_size": 9}, "network.hidden_size=9 must be a multiple of num_heads=2"),
+        ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
+        ({"selection.few": ("evaluator",)}, "selection.few: 'evaluator' is no stage that trains the generator"),
+        ({"network.list_length": 9}, "has 4 candidates, fewer than the 9 items of a list"),
+        ({"evaluator.policy": "judge"}, "evaluator.policy='judge' is not one of generator"),
+        ({"evaluator.source": "sampled", "evaluator.objective.name": "clipped_pg"}, "evaluator.group_size=1"),
+    ],
+)
+def test_what_cannot_run_is_refused(whole, tmp_path, capsys, fields, message):
+    config = changed(whole[0], fields | {"run_dir": str(tmp_path / "run")})
+    assert run_training(config) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, capsys):
+    start = {
+        "run_dir": str(tmp_path / "run"),
+        "start_from": whole[0].run_dir,
+        "evaluator.steps": 0,
+        "pointwise.steps": 0,
+        "eval.versus": "goalrank",
+    }
+    assert run_training(changed(whole[0], start | {"network.mlp_size": 16})) == 2
+    assert "holds another ranker: mlp_size: 8 -> 16" in capsys.readouterr().err
+    other = tmp_path / "data"
+    other.mkdir()
+    write_lists(other, train=20, validation=4, test=2, seed=5)
+    assert run_training(changed(whole[0], start | {"data.manual_dir": str(other)})) == 2
+    assert "numbers other items" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_an_item_that_was_never_numbered_is_named(whole, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    line = json.loads((Path(whole[0].data.manual_dir) / "validation.jsonl").read_text().splitlines()[0])
+    line["candidates"][1]["id"], line["logged"] = "new", []
+    (data / "validation.jsonl").write_text(json.dumps(line) + "\n")
+    command = [whole[0].run_dir, "--data.manual-dir", str(data), "--data.prepared-dir", str(tmp_path / "prepared")]
+    assert evaluation.main(command) == 2
+    assert "item 'new' of its candidates is not in the catalogue" in capsys.readouterr().err
