@@ -20,41 +20,34 @@ def get_config() -> RankerConfig:
         optim = OptimConfig(learning_rate=3e-3, warmup_steps=20, decay="cosine", weight_decay=0.05)
         return dataclasses.replace(stage, steps=steps, batch_queries=128, eval_every=100, optim=optim)
 
-    def groups(stage, steps, size):
+    def groups(stage, steps, size, **fields):
         optim = OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.05)
-        return dataclasses.replace(stage, steps=steps, batch_queries=64, group_size=size, eval_every=100, optim=optim)
+        sizes = {"steps": steps, "batch_queries": 64, "group_size": size, "eval_every": 100}
+        return dataclasses.replace(stage, **sizes, optim=optim, **fields)
 
     return dataclasses.replace(
         base,
         run_dir="runs/goalrank",
         data=DataConfig(name="goalrank_world", history_max=20),
         network=NetworkConfig(hidden_size=64, labels="feedback"),
-        proposals=ProposalsConfig(
-            mix=(
-                ("retriever", 2),
-                ("pointwise", 3),
-                ("mmr_topics", 1),
-                ("perturbed", 5),
-                ("random", 1),
-            )
-        ),
+        proposals=ProposalsConfig(mix=(("pointwise", 2), ("mmr_pointwise", 3), ("perturbed", 7))),
         reward=RewardConfig(k=6),
         eval=EvalConfig(
             split="test",
             metric="alpha_ndcg@6",
-            metrics=("alpha_ndcg", "ndcg", "hit", "map", "f1", "recall", "diversity", "list_auc", "pool_auc"),
+            metrics=("alpha_ndcg", "ndcg", "hit", "map", "f1", "diversity"),
             cutoffs=(6,),
             train_queries=500,
             batch_queries=250,
-            baselines=("random", "popularity", "retrieval"),
+            baselines=("random", "popularity", "covisitation", "retrieval"),
             versus="pointwise",
         ),
         evaluator=judge(base.evaluator, 500),
         pointwise=judge(base.pointwise, 500),
-        imitation=judge(base.imitation, 300),
-        imitation_2=judge(base.imitation_2, 300),
-        imitation_3=judge(base.imitation_3, 300),
-        goalrank=groups(base.goalrank, 300, 20),
-        grpo=groups(base.grpo, 300, 20),
-        fgrpo=groups(base.fgrpo, 300, 20),
+        imitation=judge(base.imitation, 200),
+        imitation_2=judge(base.imitation_2, 200),
+        imitation_3=judge(base.imitation_3, 200),
+        goalrank=groups(base.goalrank, 300, 20, starts_from="imitation"),
+        grpo=groups(base.grpo, 300, 20, starts_from="imitation"),
+        fgrpo=groups(base.fgrpo, 300, 12),
     )

@@ -9,8 +9,18 @@ from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import datasets, goalrank_world
 
 
+TRAIN = 600
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """With fewer training queries: each is a function of its number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(goalrank_world.QUERIES, "train", TRAIN)
+        return _load(tmp_path_factory)
+
+
+def _load(tmp_path_factory):
     return datasets.load(DataConfig(name="goalrank_world", prepared_dir=str(tmp_path_factory.mktemp("prepared"))))
 
 
@@ -32,15 +42,15 @@ def best_lists(score_QC, topics_QC):
 
 def test_the_documented_shape(world):
     assert (world.kind, world.sampled_negatives) == ("recommendation", False)
-    assert lengths(world) == {"train": 4000, "validation": 500, "test": 1000}
-    assert len(dict(world.catalogue)) == len({text for _, text in world.catalogue}) == 2000
+    assert lengths(world) == {"train": TRAIN, "validation": 500, "test": 1000}
+    assert len(dict(world.catalogue)) == len({text for _, text in world.catalogue}) == 500
     topic = {}
     for split in world.splits.values():
         for e in split.rows(range(0, 500, 5)):
             assert len(set(e.candidates)) == len(e.retrieval) == 50 and 10 <= len(e.history) <= 20
             assert not set(e.candidates) & set(e.history)
             assert set(e.candidates) | set(e.history) <= set(world.catalogue)
-            assert [len(shown.items) for shown in e.logged] == [6] * 4
+            assert [len(shown.items) for shown in e.logged] == [6] * 8
             for item, number in zip(e.candidates, e.topics):
                 assert topic.setdefault(item, number) == number
 
@@ -49,7 +59,7 @@ def test_training_relevance_is_what_was_observed(world):
     for e in world.splits["train"].rows(range(200)):
         taken = {i for shown in e.logged for i, f in zip(shown.items, shown.feedback) if f}
         assert e.relevance == tuple(float(i in taken) for i in range(50))
-    assert 0.7 < np.mean(world.splits["train"].trainable) < 0.95
+    assert all(world.splits["train"].trainable)  # also where nothing was taken of what was shown
     assert {g for e in world.splits["test"].rows(range(50)) for g in e.relevance} == {0, 1, 2, 3}
 
 
@@ -65,7 +75,7 @@ def test_the_best_list_is_not_the_list_of_the_best_items(world):
     pool_order = found(np.tile(np.arange(6), (len(gain_QC), 1)))
     ceiling = found(best_lists(gain_QC, topics_QC))
     assert ceiling > 99  # some pools hold nothing relevant
-    assert by_gain < 0.95 * ceiling
+    assert by_gain < 0.9 * ceiling
     assert pool_order + 10 < by_retrieval < 0.6 * ceiling
 
 

@@ -124,8 +124,8 @@ def proposed(wanted, frozen, query, key):
 
 
 WANTED = (
-    ("retriever", 2), ("popularity", 1), ("pointwise", 2), ("mmr_topics", 2), ("mmr_items", 1), ("random", 3),
-    ("evaluator", 1), ("perturbed", 4),
+    ("retriever", 2), ("popularity", 1), ("pointwise", 2), ("mmr_topics", 2), ("mmr_items", 1),
+    ("mmr_pointwise", 1), ("random", 3), ("evaluator", 1), ("perturbed", 4),
 )  # fmt: skip
 PLACES = dict(zip((name for name, _ in WANTED), np.cumsum([0] + [n for _, n in WANTED]).tolist(), strict=False))
 
@@ -176,6 +176,8 @@ def test_proposals_are_what_they_are_called(frozen, seed):
         score, topics = np.asarray(query.retrieval)[b, :n], np.asarray(query.topics)[b, :n]
         same = (topics[:, None] == topics) * 1.0
         assert lists[b, PLACES["mmr_topics"]].tolist() == plain_mmr(score, same, SETTING.mmr_lambda)
+        scored = np.asarray(pointwise_logits(JUDGE, frozen["pointwise"], query))[b, :n]
+        assert lists[b, PLACES["mmr_pointwise"]].tolist() == plain_mmr(scored, same, SETTING.mmr_lambda)
         x = items[np.asarray(query.candidates)[b, :n]]
         near = np.maximum(x @ x.T / np.outer(*[np.linalg.norm(x, axis=1)] * 2), 0)
         assert lists[b, PLACES["mmr_items"]].tolist() == plain_mmr(score, near, SETTING.mmr_lambda)

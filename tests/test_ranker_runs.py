@@ -59,7 +59,7 @@ def scores(run_dir):
 def test_every_stage_has_a_row_and_so_have_the_selections(whole):
     config, _ = whole
     found = scores(config.run_dir)
-    assert list(found["methods"]) == ["random", "retrieval", *TRAINED, "g_e", "mg_e"]
+    assert set(found["methods"]) == {"random", "retrieval", *TRAINED, "g_e", "mg_e"}
     assert all(0 <= one["alpha_ndcg@2"]["mean"] <= 1 for one in found["methods"].values())
     for method, outcomes in found["outcomes"].items():
         assert outcomes == {"ok": 12}, method
@@ -145,7 +145,7 @@ def test_the_configuration_is_read_back(whole):
         ({"network.hidden_size": 9}, "network.hidden_size=9 must be a multiple of num_heads=2"),
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
         ({"selection.few": ("evaluator",)}, "selection.few: 'evaluator' is no stage that trains the generator"),
-        ({"network.list_length": 9}, "has 4 candidates, fewer than the 9 items of a list"),
+        ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
         ({"evaluator.policy": "judge"}, "evaluator.policy='judge' is not one of generator"),
         ({"evaluator.source": "sampled", "evaluator.objective.name": "clipped_pg"}, "evaluator.group_size=1"),
     ],

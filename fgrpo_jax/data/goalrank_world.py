@@ -1,11 +1,12 @@
 """goalrank_world: a generated world of shown lists, in which the best list is not the best items.
 
 An item has a topic and a quality, both fixed; a user likes some topics, and items within them
-by a latent taste that the history shows. The score of item i for user u is
+by a latent taste. The score of item i for user u is
 
-    s(u, i) = TASTE taste[u, topic i] + QUALITY quality[i] + LATENT u . v_i
+    s(u, i) = liking(u, i) + QUALITY quality[i],   liking(u, i) = TASTE taste[u, topic i] + LATENT u . v_i
 
-and its true gain the number of THRESHOLDS that s(u, i) reaches: 0 (not relevant) to 3.
+The history shows what is liked (drawn by liking alone, CHOICE); what is good only feedback shows. The
+true gain of an item is the number of THRESHOLDS that s(u, i) reaches: 0 (not relevant) to 3.
 
 **What is shown.** A noisy first stage scores every item that the history lacks with
 
@@ -28,8 +29,8 @@ is 1 where an item was taken in any of them, 0 elsewhere, shown or not. Users do
 judge models of the feedback by. All of it comes from SEED, whatever the seed of the run; the constants
 were chosen on other seeds than SEED.
 
-On the 1,000 test queries, alpha-nDCG@6 (some pools hold nothing relevant): random 25.1, retrieval order
-41.2, the truly best items in order 90.5, the truly best list 99.4.
+On the 1,000 test queries, alpha-nDCG@6 (four pools hold nothing relevant): random 33.4, retrieval order
+55.2, the truly best items in order 86.9, the truly best list 99.6.
 """
 
 from __future__ import annotations
@@ -46,22 +47,19 @@ from fgrpo_jax.data.datasets import Item
 from fgrpo_jax.data.synthetic import ADJECTIVES
 from fgrpo_jax.types import LoggedList, RankingExample
 
-SEED = 2509
+SEED = 22046
 QUERIES = {"train": 24_000, "validation": 500, "test": 1000}
 N_ITEMS, LATENT_DIM = 500, 4
 POOL, LENGTH, LISTS = 50, 6, 8
 HISTORY = (10, 20)  # items of a history, from and to
-TASTE, QUALITY, LATENT, LIKED = 1.6, 0.7, 0.5, 4  # LIKED topics a user likes, on average
-THRESHOLDS = (2.4, 3.1, 3.8)
-SEES, POPULAR, NOISE = 0.6, 0.4, 0.8
+TASTE, QUALITY, LATENT, LIKED = 1.6, 0.7, 0.5, 2  # LIKED topics a user likes, on average
+THRESHOLDS = (1.6, 2.3, 3.0)
+SEES, POPULAR, NOISE = 0.7, 0.4, 0.8
 LOGGED_NOISE, EXPLORE = 0.5, 4
 TAKEN, SATIATION = 0.9, 0.5
 CHOICE = 1.5  # how sharply the items of a history follow the score
 
-TOPICS = (
-    "jazz opera poetry chess hiking sailing pottery gardening cooking astronomy "
-    "history robotics painting cinema travel cycling fishing archery weaving theatre"
-).split()
+TOPICS = "jazz poetry hiking cooking astronomy history painting cinema".split()
 
 
 class World(NamedTuple):

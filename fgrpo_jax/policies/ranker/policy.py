@@ -172,6 +172,19 @@ def _logged(group: int) -> Source:
     return source
 
 
+def _logged_and_cut(group: int) -> Source:
+    """As `_logged`, half of the lists cut after a position drawn uniformly: the evaluator judges prefixes too."""
+
+    def source(params, frozen, query, key):
+        list_BJT = query.logged_items
+        u = shards.uniform(key, (2, *list_BJT.shape[:2], 1), axis=1)
+        length_BJ1 = (list_BJT >= 0).sum(-1, keepdims=True)
+        kept_BJ1 = jnp.where(u[0] < 0.5, length_BJ1, 1 + (u[1] * length_BJ1).astype(jnp.int32))
+        return _as_given(jnp.where(jnp.arange(list_BJT.shape[-1]) < kept_BJ1, list_BJT, -1), RANK)
+
+    return source
+
+
 def make_evaluator(spec: RankerSpec) -> Parts:
     """The list-wise reward model: its log-probabilities are the likelihood of feedback to logged lists.
 
@@ -188,7 +201,7 @@ def make_evaluator(spec: RankerSpec) -> Parts:
     def greedy(params, frozen, query):
         return _as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length), UNTRAINED)
 
-    return Parts(table, functools.partial(network.init, spec, table), {"logged": _logged}, logprobs, greedy, {})
+    return Parts(table, functools.partial(network.init, spec, table), {"logged": _logged_and_cut}, logprobs, greedy, {})
 
 
 def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:

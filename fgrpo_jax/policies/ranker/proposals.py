@@ -7,6 +7,7 @@ or how many; the released code has none. Each here is named, so a group's make-u
     retriever   by first-stage score          pointwise   by point-wise score   frozen["pointwise"]
     popularity  by popularity                 mmr_topics  maximal marginal relevance over the retriever's scores:
     random      uniform                       mmr_items     redundancy by topic, or by item embeddings
+    mmr_pointwise  the same over point-wise scores, by topic
     evaluator   built greedily under the evaluator                              frozen["evaluator"]
     perturbed   the best list before it with an item replaced, or two swapped   frozen["evaluator"]
 
@@ -99,6 +100,10 @@ def _random(setting: Setting, asked: Asked) -> Array:
     return order(asked.query, _gumbel(asked), setting.list_length)
 
 
+def _retrieval(setting: Setting, asked: Asked) -> Array:
+    return asked.query.retrieval
+
+
 def _pointwise(setting: Setting, asked: Asked) -> Array:
     return scorers.pointwise_logits(setting.pointwise, asked.frozen["pointwise"], asked.query)
 
@@ -145,9 +150,11 @@ def near_items(setting: Setting, asked: Asked) -> Array:
     return jnp.clip(jnp.einsum("bcd,bed->bce", x_BCD, x_BCD), 0.0, 1.0)
 
 
-def _mmr(similarity: Callable[[Setting, Asked], Array]) -> Callable[[Setting, Asked], Array]:
+def _mmr(
+    score: Callable[[Setting, Asked], Array], similarity: Callable[[Setting, Asked], Array]
+) -> Callable[[Setting, Asked], Array]:
     def propose(setting: Setting, asked: Asked) -> Array:
-        score_BGC = _noisy(setting, asked, asked.query.retrieval)
+        score_BGC = _noisy(setting, asked, score(setting, asked))
         close_BCC = similarity(setting, asked)
         return by_marginal_relevance(asked.query, score_BGC, close_BCC, setting.mmr_lambda, setting.list_length)
 
@@ -196,17 +203,24 @@ def _perturbed(setting: Setting, asked: Asked) -> Array:
 
 
 PROPOSALS: dict[str, Callable[[Setting, Asked], Array]] = {
-    "retriever": _by(lambda setting, asked: asked.query.retrieval),
+    "retriever": _by(_retrieval),
     "popularity": _by(lambda setting, asked: asked.query.popularity),
     "random": _random,
     "pointwise": _by(_pointwise),
-    "mmr_topics": _mmr(same_topic),
-    "mmr_items": _mmr(near_items),
+    "mmr_topics": _mmr(_retrieval, same_topic),
+    "mmr_items": _mmr(_retrieval, near_items),
+    "mmr_pointwise": _mmr(_pointwise, same_topic),
     "evaluator": _evaluator,
     "perturbed": _perturbed,
 }
 # The frozen networks that some of them read.
-READS = {"pointwise": "pointwise", "mmr_items": "pointwise", "evaluator": "evaluator", "perturbed": "evaluator"}
+READS = {
+    "pointwise": "pointwise",
+    "mmr_items": "pointwise",
+    "mmr_pointwise": "pointwise",
+    "evaluator": "evaluator",
+    "perturbed": "evaluator",
+}
 
 
 def propose(
