@@ -8,7 +8,6 @@ from fgrpo_jax import metrics
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import datasets, goalrank_world
 
-
 TRAIN = 600
 
 
