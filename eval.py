@@ -27,7 +27,8 @@ if __name__ == "__main__":  # before what takes seconds to import, so that --hel
 import jax
 
 from fgrpo_jax import policies
-from fgrpo_jax.config import ConfigError, EvalConfig, MeshConfig, RunConfig, as_dict, from_start, stages
+from fgrpo_jax.config import ConfigError, EvalConfig, MeshConfig, RunConfig
+from fgrpo_jax.config_files import as_dict
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.evaluation import evaluate, report
@@ -38,6 +39,7 @@ from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.processes import on_first
 from fgrpo_jax.run.validation import check_evaluation
+from fgrpo_jax.stages import from_start, stages
 from fgrpo_jax.types import RankingExample
 
 

@@ -29,7 +29,7 @@ from fgrpo_jax import shards
 from fgrpo_jax.algorithm import advantages, rewards
 from fgrpo_jax.algorithm.objectives import OBJECTIVES, options
 from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
-from fgrpo_jax.config import stages, to_json
+from fgrpo_jax.config_files import to_json
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.evaluation import report
@@ -43,6 +43,7 @@ from fgrpo_jax.run.processes import check_same, code, end_together, initialize_d
 from fgrpo_jax.run.sharding import replicated
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Credit, map_params
 
 # ===================================================================== the algorithm

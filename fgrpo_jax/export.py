@@ -13,10 +13,11 @@ from typing import Annotated
 import jax
 import tyro
 
-from fgrpo_jax.config import ConfigError, MeshConfig, stages
+from fgrpo_jax.config import ConfigError, MeshConfig
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.run import directory, experiment
 from fgrpo_jax.run.finished import best_params
+from fgrpo_jax.stages import stages
 
 
 def export(

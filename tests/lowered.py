@@ -19,13 +19,15 @@ from tiny import ROOT, changed
 
 import train
 from fgrpo_jax.algorithm.rewards import REWARDS
-from fgrpo_jax.config import DataConfig, load_file, stages
+from fgrpo_jax.config import DataConfig
+from fgrpo_jax.config_files import load_file
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.run import processes, sharding
 from fgrpo_jax.run.checkpoint import placed
 from fgrpo_jax.run.experiment import KNOWN, Predictor, assemble, encode, initial_params, random_key
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import TrainState
 
 SMALL = {

@@ -16,11 +16,11 @@ import numpy as np
 from tiny import changed, tiny_config, write_world
 
 import train
-from fgrpo_jax.config import stages
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.run.experiment import KNOWN, assemble, encode, initial_params, random_key
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import TrainState
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import changed, contents, quick_programs, rows, run_training, tiny_config, write_world
 
-from fgrpo_jax.config import Config, to_json
+from fgrpo_jax.config import Config
+from fgrpo_jax.config_files import to_json
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.run import changes, meter
 from fgrpo_jax.run import directory as run

@@ -10,8 +10,8 @@ import pytest
 from tiny import ROOT, changed
 
 import train
-from fgrpo_jax import config as config_lib
-from fgrpo_jax.config import Config, ConfigError, absent, differences, from_json, load_file, to_json
+from fgrpo_jax.config import Config, ConfigError
+from fgrpo_jax.config_files import absent, differences, fingerprint, from_json, load_file, to_json
 from fgrpo_jax.run.command import parse_training
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.validation import check_evaluation, validate
@@ -229,6 +229,6 @@ def test_evaluations_may_change_less():
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_names():
-    assert config_lib.fingerprint({"a": 1, "b": [2]}) == config_lib.fingerprint({"b": [2], "a": 1})
-    assert config_lib.fingerprint({"a": 1}) != config_lib.fingerprint({"a": 2})
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert isinstance(Config(), Config)

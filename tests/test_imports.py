@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fgrpo_jax import config
+from fgrpo_jax import config, config_files
 from fgrpo_jax.algorithm import objectives
 
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
-    ("errors", "types", "config", "files", "metrics", "shards"),
+    ("errors", "types", "config", "config_files", "stages", "files", "metrics", "shards"),
     ("algorithm", "models", "data"),
     ("policies", "evaluation"),
     ("run", "bench"),
@@ -135,17 +135,18 @@ def fields(cls, where="config"):
             yield f"{where}.{field.name}"
 
 
-def test_every_config_field_is_read():
+@pytest.mark.parametrize("system", config_files.SYSTEMS)
+def test_every_config_field_is_read(system):
     """By a module other than config.py and validation.py, which only check them."""
     read = {
         node.attr
         for name, tree in TREES.items()
-        if name not in ("config", "validation")
+        if name not in ("config", "run.validation")
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
     read |= {option for name in objectives.OBJECTIVES for option in objectives.options(name)}  # read by these names
-    unread = [name for name in fields(config.Config) if name.rsplit(".", 1)[1] not in read]
+    unread = [name for name in fields(config_files.system_class(system)) if name.rsplit(".", 1)[1] not in read]
     assert not unread, f"nobody reads {unread}: use them or remove them"
 
 

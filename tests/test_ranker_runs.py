@@ -11,9 +11,10 @@ from tiny import changed, quick_programs, rows, run_training
 from tiny_lists import tiny_ranker, write_lists
 
 import eval as evaluation
-from fgrpo_jax.config import from_json, stages, to_json
+from fgrpo_jax.config_files import from_json, to_json
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.run.stage import Stage
+from fgrpo_jax.stages import stages
 
 TRAINED = ("evaluator", "pointwise", "imitation", "imitation_2", "imitation_3", "goalrank", "grpo", "fgrpo")
 

@@ -10,7 +10,8 @@ import pytest
 from tiny import changed, run_training, tiny_config
 
 import eval as evaluation
-from fgrpo_jax.config import ConfigError, to_json
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.config_files import to_json
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.files import StorageError
 from fgrpo_jax.policies.llm.files import saved_spec

@@ -20,8 +20,8 @@ from fgrpo_jax.config import (
     RewardConfig,
     StageConfig,
     TranscriptConfig,
-    to_json,
 )
+from fgrpo_jax.config_files import to_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # train.py and eval.py are no part of the package
@@ -102,7 +102,7 @@ def _set(config, names, value):
 
 def config_file(config, path):
     """A configs/NAME.py that returns this configuration."""
-    text = "from fgrpo_jax.config import from_json\n\n\ndef get_config():\n    return from_json({!r})\n"
+    text = "from fgrpo_jax.config_files import from_json\n\n\ndef get_config():\n    return from_json({!r})\n"
     path.write_text(text.format(to_json(config)))
     return str(path)
 

@@ -5,8 +5,8 @@ import json
 
 from tiny import tiny_config, write_world
 
-from fgrpo_jax.config import stages
 from fgrpo_jax.policies.ranker.config import NetworkConfig, ProposalsConfig, RankerConfig, SelectionConfig
+from fgrpo_jax.stages import stages
 
 LENGTH = 3
 

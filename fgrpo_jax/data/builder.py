@@ -25,7 +25,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from fgrpo_jax.config import DataConfig, fingerprint
+from fgrpo_jax.config import DataConfig
+from fgrpo_jax.config_files import fingerprint
 from fgrpo_jax.data import records
 from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, is_trainable
 from fgrpo_jax.files import reason

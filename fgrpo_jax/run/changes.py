@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fgrpo_jax.config import RunConfig, StageConfig, differences
+from fgrpo_jax.config import RunConfig, StageConfig
+from fgrpo_jax.config_files import differences
 
 ALWAYS = {
     "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fgrpo_jax.config import from_start, stages, start_of
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.run.checkpoint import steps_in
 from fgrpo_jax.run.directory import is_done
 from fgrpo_jax.run.experiment import Experiment
 from fgrpo_jax.run.finished import check_start
 from fgrpo_jax.run.sharding import check_divisible
+from fgrpo_jax.stages import from_start, stages, start_of
 
 
 def check_training(experiment: Experiment, run_dir: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import tyro
 
-from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, RunConfig, load_file
+from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, RunConfig
+from fgrpo_jax.config_files import load_file
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.run.validation import check_types
 

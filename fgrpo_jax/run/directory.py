@@ -24,14 +24,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax import config as config_lib
-from fgrpo_jax.config import ConfigError, RunConfig, from_start, stages
+from fgrpo_jax import config_files
+from fgrpo_jax.config import ConfigError, RunConfig
 from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
 from fgrpo_jax.run import changes
 from fgrpo_jax.run.checkpoint import steps_in, unpin
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.log import MetricsLog
 from fgrpo_jax.run.validation import problems_of
+from fgrpo_jax.stages import from_start, stages
 
 _LOCK = ".lock"
 _DATA = ("kind", "fingerprints", "catalogue")  # what data.json holds
@@ -67,7 +68,7 @@ def enter(config: RunConfig) -> Path:
     if (run_dir / "config.json").is_file():
         _announce(run_dir, config)
         _reopen(run_dir, config)
-    write_atomically(run_dir / "config.json", config_lib.to_json(config))
+    write_atomically(run_dir / "config.json", config_files.to_json(config))
     return run_dir
 
 
@@ -125,7 +126,7 @@ def _announce(run_dir: Path, config: RunConfig) -> None:
     if note := earlier_version(run_dir):
         print(f"note: {note}")
     before = dataclasses.replace(read_config(run_dir), run_dir=config.run_dir)
-    for line in config_lib.differences(before, config).values():
+    for line in config_files.differences(before, config).values():
         print(f"changed   {line}")
 
 
@@ -153,7 +154,7 @@ def read_config(run_dir: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
     try:
-        config = config_lib.from_json(path.read_text(encoding="utf-8"))
+        config = config_files.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
     if problems := problems_of(config, KNOWN):
@@ -164,7 +165,7 @@ def read_config(run_dir: Path) -> RunConfig:
 def earlier_version(run_dir: Path) -> str:
     """A line that names what a config.json of an earlier version lacks; empty where it lacks nothing."""
     path = run_dir / "config.json"
-    if names := config_lib.absent(path.read_text(encoding="utf-8")):
+    if names := config_files.absent(path.read_text(encoding="utf-8")):
         return f"{path} is of an earlier version, and gets the defaults of {', '.join(names)}"
     return ""
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from fgrpo_jax import policies, shards
 from fgrpo_jax.algorithm import objectives
 from fgrpo_jax.algorithm.rewards import REWARDS
-from fgrpo_jax.config import ConfigError, RunConfig, StageConfig, stages
+from fgrpo_jax.config import ConfigError, RunConfig, StageConfig
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches, seed_of
 from fgrpo_jax.evaluation.baselines import BASELINES
@@ -28,6 +28,7 @@ from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE,
 from fgrpo_jax.run import processes, sharding
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Lists, Policy, PyTree, RankingExample
 
 KNOWN = Registries(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fgrpo_jax.config import ConfigError, RunConfig, from_start, stages, start_of
+from fgrpo_jax.config import ConfigError, RunConfig
 from fgrpo_jax.run import directory
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment
+from fgrpo_jax.stages import from_start, stages, start_of
 from fgrpo_jax.types import Policy, PyTree
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fgrpo_jax.config import stages
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.errors import TrainingError
 from fgrpo_jax.evaluation.evaluate import score
 from fgrpo_jax.run.experiment import Experiment, Predictor
 from fgrpo_jax.run.log import MetricsLog, Progress
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample
 
 

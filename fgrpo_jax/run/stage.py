@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import multihost_utils
 
-from fgrpo_jax.config import as_dict, stages
+from fgrpo_jax.config_files import as_dict
 from fgrpo_jax.files import write_atomically
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment, initial_params
 from fgrpo_jax.run.finished import best_params, frozen_params, source_of
 from fgrpo_jax.run.log import MetricsLog, Progress
 from fgrpo_jax.run.meter import Meter, Validation
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainState
 
 

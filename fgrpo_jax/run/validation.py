@@ -12,17 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
-from fgrpo_jax.config import (
-    ConfigError,
-    EvalConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    RewardConfig,
-    RunConfig,
-    StageConfig,
-    from_start,
-    stages,
-)
+from fgrpo_jax.config import ConfigError, EvalConfig, ObjectiveConfig, OptimConfig, RewardConfig, RunConfig, StageConfig
+from fgrpo_jax.stages import from_start, stages
 
 
 class Registries(NamedTuple):

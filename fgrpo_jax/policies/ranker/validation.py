@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fgrpo_jax.config import StageConfig, stages
+from fgrpo_jax.config import StageConfig
 from fgrpo_jax.policies.ranker.config import NetworkConfig, RankerConfig
 from fgrpo_jax.policies.ranker.proposals import PROPOSALS, READS
+from fgrpo_jax.stages import stages
 
 REWARDS = {"reward_model": "evaluator", "pointwise_reward": "pointwise"}  # and the stage that each one reads
 
