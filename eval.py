@@ -33,7 +33,7 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.evaluation import evaluate, report
 from fgrpo_jax.evaluation.evaluate import Prediction
-from fgrpo_jax.files import check_writable
+from fgrpo_jax.files import check_writable, path_of, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.finished import best_params
@@ -119,8 +119,8 @@ class Finished(NamedTuple):
 def _prefixed(others) -> dict[str, Path]:
     """Other run directories by what their rows begin with."""
     found = {}
-    for other in map(Path, others):
-        prefix = f"{other.resolve().name}."
+    for other in map(path_of, others):
+        prefix = f"{resolved(other).name}."
         if prefix in found or not re.fullmatch(r"[\w.+-]+", prefix):
             raise ConfigError(
                 f"compare {other}: its rows are called after it; rename it, to something unique without spaces"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -15,17 +14,19 @@ import tyro
 
 from fgrpo_jax.config import ConfigError, MeshConfig
 from fgrpo_jax.errors import UserError
+from fgrpo_jax.files import path_of
 from fgrpo_jax.run import directory, experiment
 from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.stages import stages
 
 
 def export(
-    run_dir: Annotated[Path, tyro.conf.Positional],
-    out_dir: Annotated[Path, tyro.conf.Positional],
+    run_dir: Annotated[str, tyro.conf.Positional],
+    out_dir: Annotated[str, tyro.conf.Positional],
     stage: str = "rl",
 ) -> None:
     """Export the best checkpoint of a finished stage, with what is needed to use it."""
+    run_dir, out_dir = path_of(run_dir), path_of(out_dir)
     config = directory.read_config(run_dir)
     if stage not in stages(config):
         raise ConfigError(f"{run_dir} has no stage {stage!r}, only {', '.join(stages(config))}")

@@ -7,6 +7,8 @@ A prepared folder holds TFDS array_record files, and beside them
 
 It is written into a temporary folder that is renamed when complete, so a killed
 preparation leaves nothing that looks prepared, and two processes may prepare at once.
+At an address (gs://…) a folder is there once meta.json is, which is written last; array_record
+reads no address, so every process reads its own copy of it, which is gone when it ends.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from fgrpo_jax.config import DataConfig
 from fgrpo_jax.config_files import fingerprint
 from fgrpo_jax.data import records
 from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, is_trainable
-from fgrpo_jax.files import reason
+from fgrpo_jax.files import check_reachable, fetch, is_address, is_whole, path_of, reason, scratch, send
 from fgrpo_jax.types import RankingExample
+
+_LAST = "meta.json"
 
 
 class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -142,9 +146,17 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
     if options := builder.options_of(config):
         depends["options"] = options
     name = config.name
-    home = Path(config.prepared_dir).expanduser() / name / fingerprint(depends)
-    if not home.is_dir():
+    kept = home = path_of(config.prepared_dir) / name / fingerprint(depends)
+    if is_address(kept):
+        home = scratch() / kept.name
+    check_reachable(kept)
+    if not is_whole(kept, _LAST):
         _prepare(builder, files, used, options, folder, home)
+        if is_address(kept):
+            send(home, kept, _LAST)
+    elif is_address(kept):
+        with _reading(kept):
+            fetch(kept, home)
     with _reading(home):
         dataset = _open(name, builder, home)
     if given is not None and builder.takes_catalogue and dataset.catalogue != given:
@@ -166,7 +178,7 @@ def _prepare(builder, files, given, options, folder: Path | None, home: Path) ->
             made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
         shutil.rmtree(temporary / "downloads", ignore_errors=True)
         meta = {"kind": made.kind, "catalogue": made.catalogue(), "splits": made.records}
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        (temporary / _LAST).write_text(json.dumps(meta))
         (temporary / "candidates.json").write_text(json.dumps(made.pools))
         try:
             temporary.rename(home)
@@ -180,7 +192,7 @@ def _prepare(builder, files, given, options, folder: Path | None, home: Path) ->
 
 
 def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
-    meta = json.loads((home / "meta.json").read_text())
+    meta = json.loads((home / _LAST).read_text())
     (data_path,) = {path.parent for path in home.glob("*/*/dataset_info.json")}
     reader = tfds.builder_from_directory(str(data_path))
     keep = builder.sampled_negatives  # rows of recommendation sets are small

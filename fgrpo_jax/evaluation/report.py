@@ -1,6 +1,7 @@
 """What an evaluation and a run look like on disk and on the terminal.
 
-An evaluation folder holds, written at once or not at all:
+An evaluation folder holds, written at once or not at all (at an address, where no folder can be renamed: the older
+evaluation is taken away first, and manifest.json is written last):
 
     metrics.json       means, 95 % intervals, paired differences, error counts (`evaluate.compare`)
     per_query.jsonl    one query a line: relevant ids, and for each method its lists, error and metrics
@@ -19,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,7 +29,7 @@ import numpy as np
 
 import fgrpo_jax
 from fgrpo_jax.evaluation.evaluate import DIGITS, ERRORS, Evaluation, counted
-from fgrpo_jax.files import read_rows, storing, write_atomically
+from fgrpo_jax.files import is_address, path_of, read_rows, storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
@@ -79,31 +80,44 @@ def write_evaluation(
     """Write the folder, replacing an older one whole, and return the text of table.txt.
 
     `left_out` maps baselines that make no sense here to the reason. Raises StorageError when the
-    folder cannot be written; an older evaluation is then still there.
+    folder cannot be written; an older evaluation is then still there, but for an address.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     text = table(evaluation, left_out)
+    contents = _contents(evaluation, manifest, left_out, text)
+    if is_address(directory):
+        with storing(directory, Exception):
+            directory.rmtree(missing_ok=True)
+        for name, content in contents:
+            write_atomically(directory / name, content)
+        return text
     with storing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _write_all(directory, evaluation, manifest, left_out, text)
+        _write_all(directory, contents)
     return text
 
 
-def _write_all(
-    directory: Path, evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], text: str
-) -> None:
+def _contents(
+    evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], text: str
+) -> Iterator[tuple[str, str]]:
+    """Names and texts of the files, the manifest's last."""
+    scale = gain_scale(evaluation.examples)
+    summary = {**evaluation.summary, "left_out": dict(left_out), "trec_gain_scale": scale}
+    yield "metrics.json", _json(summary, indent=1)
+    yield "table.txt", text
+    yield "per_query.jsonl", "".join(_json(row) for row in _per_query(evaluation))
+    yield "qrels.trec", qrels(evaluation.examples, scale)
+    for method in evaluation.predictions:
+        yield f"{method}.run.trec", run(evaluation, method)
+    yield "manifest.json", _json(manifest, indent=1)
+
+
+def _write_all(directory: Path, contents: Iterator[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        scale = gain_scale(evaluation.examples)
-        summary = {**evaluation.summary, "left_out": dict(left_out), "trec_gain_scale": scale}
-        _write(new / "metrics.json", _json(summary, indent=1))
-        _write(new / "manifest.json", _json(manifest, indent=1))
-        _write(new / "table.txt", text)
-        _write(new / "per_query.jsonl", "".join(_json(row) for row in _per_query(evaluation)))
-        _write(new / "qrels.trec", qrels(evaluation.examples, scale))
-        for method in evaluation.predictions:
-            _write(new / f"{method}.run.trec", run(evaluation, method))
+        for name, content in contents:
+            (new / name).write_text(content, encoding="utf-8", newline="\n")
         _swap(new, directory, Path(scratch, "old"))
 
 
@@ -121,10 +135,6 @@ def _swap(new: Path, directory: Path, old: Path) -> None:
 
 def _json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, indent=indent, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _per_query(evaluation: Evaluation) -> list[dict[str, object]]:
@@ -261,7 +271,7 @@ def curves(metrics_path: str | Path, png_path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
     from matplotlib.figure import Figure
 
-    rows = read_rows(Path(metrics_path))
+    rows = read_rows(path_of(metrics_path))
     stages = [stage for stage in _STAGES if any(row["stage"] == stage for row in rows)] or list(_STAGES)
     figure = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -274,7 +284,7 @@ def curves(metrics_path: str | Path, png_path: str | Path) -> None:
     # Without "Software": None the file would carry the version of matplotlib.
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    write_atomically(Path(png_path), picture.getvalue())
+    write_atomically(path_of(png_path), picture.getvalue())
 
 
 def _shown(rows: Sequence[dict]) -> list[str]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import tyro
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.evaluation.evaluate import resampled_means
+from fgrpo_jax.files import path_of
 
 METRICS = ("ndcg@5", "recall@1", "recall@3", "recall@5", "mrr", "slate_recall")
 
@@ -29,7 +29,7 @@ def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dic
     Raises ConfigError for what was not evaluated.
     """
     run_dir, _, method = entry.rpartition(":")
-    path = Path(run_dir).expanduser() / "eval" / split / "per_query.jsonl"
+    path = path_of(run_dir) / "eval" / split / "per_query.jsonl"
     if not run_dir or not path.is_file():
         raise ConfigError(f"{entry}: give RUN_DIR:METHOD of an evaluated run; there is no {path}")
     found = {}

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fgrpo_jax.files import storing
+from fgrpo_jax.files import is_address, path_of, send, storing
 from fgrpo_jax.models.decoder import DecoderSpec, param_table
 from fgrpo_jax.models.hf_config import (
     ModelFilesError,
@@ -227,11 +228,11 @@ def save(
     hf_config: config.json of the checkpoint training started from: its other fields (context
         length, token ids) are kept. None: those come from the tokenizer and the defaults of
         `transformers`.
-    Weights are in the type of `params`. The directory appears whole or not at all. Raises
-    ModelFilesError when it exists and is not empty, or when parameters lie on other hosts,
-    StorageError when it cannot be written.
+    Weights are in the type of `params`. The directory appears whole or not at all; at an address
+    config.json comes last. Raises ModelFilesError when it exists and is not empty, or when
+    parameters lie on other hosts, StorageError when it cannot be written.
     """
-    target = Path(directory).expanduser()
+    target = path_of(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelFilesError(f"{target} exists and is not empty: remove it, or export somewhere else")
     flat = flatten_dict(params, sep="/")
@@ -239,18 +240,27 @@ def save(
         raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
     dtype = str(flat["embed"].dtype)
     config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        with storing(target, Exception):  # the libraries raise their own kinds
+
+    def write(folder: Path) -> None:
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+        _save_weights(folder, spec, flat, max_file_bytes)
+
+    with storing(target, Exception):  # the libraries raise their own kinds
+        if is_address(target):
+            with tempfile.TemporaryDirectory() as scratch:
+                write(Path(scratch))
+                send(Path(scratch), target, "config.json")
+            return
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
             partial.mkdir(parents=True)
-            text = json.dumps(config, indent=2, sort_keys=True)
-            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-            tokenizer.save_pretrained(partial)
-            _save_weights(partial, spec, flat, max_file_bytes)
+            write(partial)
             os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_file_bytes: int) -> None:

@@ -3,8 +3,11 @@
 A step is a folder that appears, complete, by one rename: a process killed while saving
 leaves a `*.orbax-checkpoint-tmp` folder that nobody reads. It goes by one rename too, into
 `deleted/`, which is emptied before the next save, so that a process killed while deleting leaves
-no half of a step. A checkpoint holds the train state and `meta`: JSON with whatever the caller needs
-to resume (config, fingerprints of the data). That they fit the run at hand is for the caller to check.
+no half of a step. At an address (gs://…), where nothing is renamed, a step is complete while
+`commit_success.txt` lies in it, which is written last and taken away first.
+
+A checkpoint holds the train state and `meta`: JSON with whatever the caller needs to resume
+(config, fingerprints of the data). That they fit the run at hand is for the caller to check.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.files import storing
+from fgrpo_jax.files import is_address, path_of, storing, write_atomically
 from fgrpo_jax.types import PyTree
 
 _PINNED, _DELETED = "pinned.json", "deleted"
+_COMPLETE = "commit_success.txt"  # Orbax's name for it
 
 
 class _Manager(ocp.CheckpointManager):
@@ -64,12 +68,12 @@ class Checkpoints:
     def __init__(self, directory: str | epath.Path, keep_latest: int, read_only: bool = False):
         if keep_latest < 1:
             raise ValueError(f"keep_latest={keep_latest}: without the latest checkpoint nothing can resume")
-        self._directory = epath.Path(directory).expanduser().absolute()
+        self._directory = _place(directory)
         self._keep_latest, self._read_only = keep_latest, read_only
         if read_only and not self._directory.is_dir():
             raise FileNotFoundError(f"no checkpoints at {self._directory}: there is no such directory")
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Keep(self.kept),
+            preservation_policy=_Keep(set if is_address(directory) else self.kept),  # see _prune
             cleanup_tmp_directories=not read_only,  # what an earlier, killed process left
             create=not read_only,
             read_only=read_only,
@@ -107,6 +111,7 @@ class Checkpoints:
         )
         with storing(self._directory, Exception):  # Orbax and TensorStore raise ValueErrors
             self._manager.wait_until_finished()
+            self._prune()
             self._empty_deleted()  # or its space would be missing
             return self._manager.save(step, args=items, force=True)
 
@@ -116,10 +121,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of step {step} in {self._directory}; there are {self.steps()}")
         pinned = sorted({*self.pinned(), step})
         if jax.process_index() == 0:
-            partial = self._directory / f"{_PINNED}.partial"
-            with storing(self._directory / _PINNED):
-                partial.write_text(json.dumps(pinned))
-                partial.replace(self._directory / _PINNED)
+            write_atomically(self._directory / _PINNED, json.dumps(pinned))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"pin {step}")
 
@@ -131,9 +133,23 @@ class Checkpoints:
     def close(self) -> None:
         """Wait, and stop the background threads. Raises as `wait`."""
         with storing(self._directory, Exception):
+            self._prune()
             self._manager.close()
             if not self._read_only:
                 self._empty_deleted()
+
+    def _prune(self) -> None:
+        """At an address, let go of complete checkpoints that are not kept; elsewhere Orbax does, by a rename.
+
+        A process killed amid it leaves what is not complete, which nobody reads and the next one sweeps.
+        """
+        if self._read_only or not is_address(self._directory):
+            return
+        self._manager.wait_until_finished()
+        for step in sorted({*self.steps()} - self.kept(self.steps())):
+            if jax.process_index() == 0:
+                (self._directory / str(step) / _COMPLETE).unlink()
+            self._manager.delete(step)
 
     def _empty_deleted(self) -> None:
         place = self._directory / _DELETED
@@ -244,13 +260,19 @@ def _described(tree: PyTree) -> dict[str, str]:
 
 def steps_in(directory: str | epath.Path) -> list[int]:
     """The steps of complete checkpoints; none where there is no such directory."""
-    directory = epath.Path(directory).expanduser()
+    directory = _place(directory)
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def unpin(directory: str | epath.Path) -> None:
     """Keep no checkpoint any longer only because it was pinned. Only while no `Checkpoints` is open there."""
-    (epath.Path(directory).expanduser() / _PINNED).unlink(missing_ok=True)
+    (_place(directory) / _PINNED).unlink(missing_ok=True)
+
+
+def _place(directory: str | epath.Path) -> epath.Path:
+    """As Orbax wants it."""
+    path = path_of(directory)
+    return path if is_address(path) else epath.Path(path.absolute())
 
 
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import tyro
 from fgrpo_jax.config import Config, ConfigError, EvalConfig, MeshConfig, RunConfig
 from fgrpo_jax.config_files import load_file
 from fgrpo_jax.errors import UserError
+from fgrpo_jax.files import path_of
 from fgrpo_jax.run.validation import check_types
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "synthetic.py"
@@ -62,7 +63,7 @@ def parse_evaluation(argv: list[str], description: str) -> tuple[Path, Arguments
     if argv and not argv[0].startswith("-"):
         from fgrpo_jax.run.directory import read_config  # slow to import, and help needs none of it
 
-        run_dir = Path(argv[0]).expanduser()
+        run_dir = path_of(argv[0])
         config = read_config(run_dir)
         argv = argv[1:]
     elif not {"-h", "--help"} & set(argv):

@@ -26,7 +26,19 @@ from typing import Any
 
 from fgrpo_jax import config_files
 from fgrpo_jax.config import ConfigError, RunConfig
-from fgrpo_jax.files import check_writable, partial_of, read_json, storing, write_atomically
+from fgrpo_jax.files import (
+    TRIAL,
+    check_reachable,
+    check_writable,
+    follow,
+    is_address,
+    partial_of,
+    path_of,
+    read_json,
+    relative,
+    storing,
+    write_atomically,
+)
 from fgrpo_jax.run import changes
 from fgrpo_jax.run.checkpoint import steps_in, unpin
 from fgrpo_jax.run.experiment import KNOWN
@@ -44,7 +56,8 @@ def check(config: RunConfig) -> Path:
     Raises ConfigError when it holds something that is no run, or belongs to another
     configuration (every differing field is named that may not change: see changes.py).
     """
-    run_dir = Path(config.run_dir).expanduser()
+    run_dir = path_of(config.run_dir)
+    check_reachable(run_dir)
     saved = run_dir / "config.json"
     if saved.is_file():
         if (system := read_config(run_dir).SYSTEM) != config.SYSTEM:
@@ -54,7 +67,7 @@ def check(config: RunConfig) -> Path:
                 f"{run_dir} belongs to another configuration; choose another run_dir, or restore:\n"
                 + "\n".join(f"  - {line}" for line in lines)
             )
-    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name, _LOCK}:
+    elif run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - {partial_of(saved).name, _LOCK, TRIAL}:
         raise ConfigError(f"{run_dir} is not empty, and no run: it holds no config.json; choose another run_dir")
     return run_dir
 
@@ -79,9 +92,14 @@ def locked(run_dir: Path) -> Iterator[None]:
     The lock (flock) belongs to the open file, so the system lets go of it however a process
     ends. Of the processes of one run the first one holds it. A file system may not know locks,
     or only within one machine (some network file systems): the first is said, the second cannot
-    be told. Raises StorageError when the directory cannot be written, ConfigError when it is held.
+    be told. An address knows none. Raises StorageError when the directory cannot be written,
+    ConfigError when it is held.
     """
     check_writable(run_dir)
+    if is_address(run_dir):
+        print(f"note: {run_dir} cannot be locked (no address can): let no other program train in it")
+        yield
+        return
     path = run_dir / _LOCK
     with storing(path):
         file = path.open("a+", encoding="utf-8")
@@ -107,7 +125,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def _before(run_dir: Path, config: RunConfig) -> RunConfig:
     """The configuration in a run directory; a start that only lies elsewhere now is not another."""
     before, record = read_config(run_dir), _read_start(run_dir)
-    if record and config.start_from and record["mark"] == _mark(Path(config.start_from).expanduser(), config):
+    if record and config.start_from and record["mark"] == _mark(path_of(config.start_from), config):
         before = dataclasses.replace(before, start_from=config.start_from)
     return before
 
@@ -150,11 +168,12 @@ def _reopen(run_dir: Path, config: RunConfig) -> None:
 
 def read_config(run_dir: Path) -> RunConfig:
     """Raises ConfigError when the directory is no run, of an incompatible version, or was edited into nonsense."""
+    check_reachable(run_dir)
     path = run_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
     try:
-        config = config_files.from_json(path.read_text(encoding="utf-8"))
+        config = config_files.from_json(path.read_bytes().decode("utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of fgrpo_jax ({error})") from None
     if problems := problems_of(config, KNOWN):
@@ -165,7 +184,7 @@ def read_config(run_dir: Path) -> RunConfig:
 def earlier_version(run_dir: Path) -> str:
     """A line that names what a config.json of an earlier version lacks; empty where it lacks nothing."""
     path = run_dir / "config.json"
-    if names := config_files.absent(path.read_text(encoding="utf-8")):
+    if names := config_files.absent(path.read_bytes().decode("utf-8")):
         return f"{path} is of an earlier version, and gets the defaults of {', '.join(names)}"
     return ""
 
@@ -191,19 +210,19 @@ def start_dir(run_dir: Path, config: RunConfig) -> Path:
     Recorded, because then the working directory does not matter and two runs that are moved
     together find each other; as given, where the recorded run lies there and no more here.
     """
-    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    given, record = path_of(config.start_from), _read_start(run_dir)
     if record is None:
         return given
-    recorded = (run_dir / record["run"]).resolve()
+    recorded = follow(run_dir, record["run"])
     return given if _mark(given, config) == record["mark"] != _mark(recorded, config) else recorded
 
 
 def record_start(run_dir: Path, config: RunConfig) -> None:
     """Note which run this one starts from, and where it lies; nothing where it is gone or another."""
-    given, record = Path(config.start_from).expanduser(), _read_start(run_dir)
+    given, record = path_of(config.start_from), _read_start(run_dir)
     mark = _mark(given, config)
     if mark and (record is None or record["mark"] == mark):
-        place = os.path.relpath(given.resolve(), run_dir.resolve())
+        place = relative(given, run_dir)
         write_atomically(run_dir / "start.json", json.dumps({"run": place, "mark": mark}, indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches, seed_of
 from fgrpo_jax.evaluation.baselines import BASELINES
 from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE, WHOLE, Prediction
+from fgrpo_jax.files import path_of
 from fgrpo_jax.run import processes, sharding
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
@@ -70,7 +71,7 @@ def prepare_process(config: RunConfig) -> None:
 def enable_compilation_cache(folder: str) -> None:
     """Keep compiled programs on disk between runs."""
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(path_of(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

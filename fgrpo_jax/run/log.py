@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.files import read_rows, storing, write_atomically
+from fgrpo_jax.files import append, read_rows, write_atomically
 
 
 class MetricsLog:
@@ -45,8 +45,7 @@ class MetricsLog:
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         if not self._is_main:
             return
-        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_line({"stage": stage, "step": step, **values}))
+        append(self.path, _line({"stage": stage, "step": step, **values}))
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
 from fgrpo_jax.config import ConfigError, EvalConfig, ObjectiveConfig, OptimConfig, RewardConfig, RunConfig, StageConfig
+from fgrpo_jax.files import is_address
 from fgrpo_jax.stages import from_start, stages
 
 
@@ -99,10 +100,23 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     ]
     if config.seed < 0:
         problems.append(f"seed={config.seed} must not be negative")
-    if "://" in config.run_dir:
-        problems.append(f"run_dir={config.run_dir!r}: only a file system all hosts share, no address, can be a run")
+    problems += _check_places(config)
     if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
         problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
+    return problems
+
+
+def _check_places(config: RunConfig) -> list[str]:
+    """Whether each thing can lie where it is said to."""
+    problems, places = [], {"run_dir": config.run_dir, "start_from": config.start_from}
+    places |= {"data.prepared_dir": config.data.prepared_dir, "compilation_cache": config.compilation_cache}
+    for name, place in places.items():
+        if "://" in place and not is_address(place):
+            problems.append(f"{name}={place!r}: only a folder or a gs:// address can be one")
+    if "://" in config.data.manual_dir:
+        problems.append(f"data.manual_dir={config.data.manual_dir!r}: no address; copy the raw files to all hosts")
+    if config.tensorboard and is_address(config.run_dir):
+        problems.append("tensorboard writes to no address: set tensorboard=False, or run_dir to a folder")
     return problems
 
 

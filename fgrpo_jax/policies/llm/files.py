@@ -6,6 +6,7 @@ With them the directory can be moved and used where the files that training bega
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
-from fgrpo_jax.files import read_json, storing, write_atomically
+from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
 from fgrpo_jax.models import decoder, flash, hf
 from fgrpo_jax.policies.llm import tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
+_LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
 
 
 def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> Any:
     """The run's own tokenizer once it has one, or the configured one, which may need the data set."""
     saved = run_dir / "tokenizer"
-    if saved.is_dir():
+    if is_whole(saved, _LAST):
         return tokenizers.from_directory(str(saved))
     return tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
 
@@ -109,11 +111,8 @@ def policy_files(config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_
     """`run_dir`: where an export finds what else the checkpoint said of itself."""
 
     def save(run_dir: Path) -> None:
-        if not (run_dir / "tokenizer").is_dir():
-            partial = run_dir / ".tokenizer.partial"
-            with storing(run_dir / "tokenizer", Exception):  # the library raises plain Exceptions
-                tokenizer.save_pretrained(str(partial))
-                partial.rename(run_dir / "tokenizer")
+        if not is_whole(run_dir / "tokenizer", _LAST):
+            _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
         if source and not (run_dir / _ORIGINAL).is_file() and Path(source).expanduser().is_dir():
             write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")
@@ -136,6 +135,18 @@ def policy_files(config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_
         hf.save(out_dir, spec, params, original_config(config, run_dir), tokenizer)
 
     return PolicyFiles(save, check, export)
+
+
+def _save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
+    target, partial = run_dir / "tokenizer", run_dir / ".tokenizer.partial"
+    with storing(target, Exception):  # the library raises plain Exceptions
+        if is_address(run_dir):
+            with tempfile.TemporaryDirectory() as scratch:
+                tokenizer.save_pretrained(scratch)
+                send(Path(scratch), target, _LAST)
+            return
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(target)
 
 
 def original_config(config: Config, run_dir: Path) -> dict[str, Any] | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, one_line
+from fgrpo_jax.files import local_copy, path_of
 from fgrpo_jax.policies.llm.prompts import TEMPLATE_LINES
 
 # Only its tokenizers are used; without this it advises to install PyTorch.
@@ -39,13 +39,14 @@ def load(name: str, dataset: Dataset | None, transcript: TranscriptConfig, promp
 def from_directory(path: str) -> Any:
     """A saved tokenizer; nothing is downloaded. Raises ConfigError, saying what is accepted."""
     accepted = "tokenizer must be 'catalogue' or a directory with tokenizer.json and tokenizer_config.json"
-    folder = Path(path).expanduser()
+    folder = path_of(path)
     if not folder.is_dir():
         raise ConfigError(f"tokenizer={path!r} is not a directory; {accepted}")
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with local_copy(folder) as here:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(here), local_files_only=True)
     except Exception as error:  # transformers raises many kinds, all meaning the same here
         raise ConfigError(f"tokenizer={path!r} could not be loaded ({error}); {accepted}") from error
     if not tokenizer.is_fast:

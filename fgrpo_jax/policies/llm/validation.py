@@ -48,6 +48,8 @@ def _transcript(config: Config) -> list[str]:
 
 def _model(m: ModelConfig) -> list[str]:
     problems = []
+    if "://" in m.checkpoint:
+        problems.append(f"model.checkpoint={m.checkpoint!r}: no address; copy the weights to all hosts")
     if not m.checkpoint:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
             if getattr(m, name) < 1:
