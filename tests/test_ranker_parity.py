@@ -12,7 +12,7 @@ from fgrpo_jax.policies.ranker import generator
 from fgrpo_jax.types import RANK, Rollout
 
 torch = pytest.importorskip("torch")
-import torch_ranker  # noqa: E402
+from fgrpo_jax.bench import torch_ranker  # noqa: E402
 
 G = 3
 
@@ -22,9 +22,7 @@ def world():
     query = make_query().replace(n_candidates=jnp.array([8, 6, 7, 5], jnp.int32))
     rng = np.random.default_rng(0)
     actions = np.stack([[rng.permutation(n)[:4] for _ in range(G)] for n in query.n_candidates.tolist()])
-    tensors = {name: torch.tensor(np.asarray(x)) for name, x in vars(query).items()}
-    tensors |= {n: tensors[n].long() for n in ("history", "history_len", "candidates", "n_candidates")}
-    return query, jnp.asarray(actions, jnp.int32), tensors, torch.tensor(actions)
+    return query, jnp.asarray(actions, jnp.int32), torch_ranker.tensors(query), torch.tensor(actions)
 
 
 CAUSAL = SPEC._replace(causal_history=True, sees_retrieval=False)

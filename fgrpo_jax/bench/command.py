@@ -5,6 +5,7 @@
                               [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
                               [--no-keep-memory] [--profile DIR]
     python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (plan.py)
+    python -m fgrpo_jax.bench ranker ...                      (ranker.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
 prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax.bench import flops, measure, plan
+from fgrpo_jax.bench import flops, measure, plan, ranker
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
@@ -237,6 +238,8 @@ def as_computed_here(spec: decoder.DecoderSpec) -> decoder.DecoderSpec:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plan"]:
         return plan.main(argv[1:])
+    if argv[:1] == ["ranker"]:
+        return ranker.main(argv[1:])
     args, spec, shape = parse(argv)
     if args.keep_memory:
         keep_memory()

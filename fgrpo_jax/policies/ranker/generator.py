@@ -27,6 +27,9 @@ from fgrpo_jax.policies.ranker.network import RankerSpec, Seen
 from fgrpo_jax.policies.ranker.query import RankerQuery
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollout
 
+# Steps of sampling that are compiled apart: XLA CPU then lays the pool out once for all of them, which saves a tenth.
+_UNROLLED = 8
+
 
 class Encoded(NamedTuple):
     """Weights in the compute type, and what decoding reads of every query."""
@@ -46,7 +49,7 @@ def encode(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Encoded:
     features = network.candidates(spec, weights, query)[:, None]
     pool_BCD = network.beside_history(spec, weights, query, features, mask)[:, 0]
     layers = network.unstack(weights["list_layers"])
-    seen = [Seen(*network.project(spec, layer, pool_BCD)[1:], mask) for layer in layers]
+    seen = [Seen(*network.project(spec, layer, pool_BCD, "kv"), mask) for layer in layers]
     return Encoded(weights, layers, pool_BCD, seen, present_BC)
 
 
@@ -191,7 +194,8 @@ def sample(spec: RankerSpec, encoded: Encoded, key: Array | None, group: int) ->
         pick_BG = jnp.where(choices_BG > 0, pick_BG, 0)
         return _put(spec, encoded, writing, pick_BG, t), (pick_BG, logp_BG, choices_BG)
 
-    _, written = jax.lax.scan(step, _begin(spec, encoded, group), jnp.arange(spec.steps))
+    steps, unroll = jnp.arange(spec.steps), min(spec.steps, _UNROLLED)
+    _, written = jax.lax.scan(step, _begin(spec, encoded, group), steps, unroll=unroll)
     return as_rollout(spec, *(jnp.moveaxis(x, 0, -1) for x in written))
 
 

@@ -15,6 +15,7 @@ parameters. Blocks: pre-norm, RMS norm, SwiGLU, no biases. Norms and softmax run
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -171,20 +172,24 @@ class Seen(NamedTuple):
 
 
 def attend(q_BGTHE: Array, *seen: Seen) -> Array:
-    """One softmax over all that is seen: [B,G,T,H,E]."""
-    scores, widths = [], []
-    for k, _, mask in seen:
-        of_list = "g" if k.ndim == 5 else ""
-        score = jnp.einsum(f"bgthe,b{of_list}she->bhgts", q_BGTHE, k, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(mask[:, None], score / q_BGTHE.shape[-1] ** 0.5, _UNSEEN))
-        widths.append(score.shape[-1])
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(q_BGTHE.dtype)
-    result, start = 0.0, 0
-    for (_, v, _), width in zip(seen, widths, strict=True):
-        of_list = "g" if v.ndim == 5 else ""
-        part = weights[..., start : start + width]
-        result, start = result + jnp.einsum(f"bhgts,b{of_list}she->bgthe", part, v), start + width
-    return result
+    """One softmax over all that is seen: [B,G,T,H,E].
+
+    The sum is divided by at the end, so no weights are put together or taken apart, forward or backward.
+    """
+    scaled = q_BGTHE / q_BGTHE.shape[-1] ** 0.5
+    names = ["bgshe" if x.k.ndim == 5 else "bshe" for x in seen]
+    scores = [
+        jnp.einsum(f"bgthe,{name}->bhgts", scaled, x.k, preferred_element_type=jnp.float32)
+        + jnp.where(x.mask, 0.0, _UNSEEN)[:, None]
+        for name, x in zip(names, seen, strict=True)
+    ]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores]))
+    total, result = 0.0, 0.0
+    for name, x, score in zip(names, seen, scores, strict=True):
+        weight = jnp.exp(score - peak)
+        total += weight.sum(-1)
+        result += jnp.einsum(f"bhgts,{name}->bhgte", weight.astype(x.v.dtype), x.v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis((result / total[..., None]).astype(q_BGTHE.dtype), 1, 3)
 
 
 def unstack(layers: PyTree) -> list[PyTree]:
@@ -192,10 +197,10 @@ def unstack(layers: PyTree) -> list[PyTree]:
     return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(layers["attn_norm"].shape[0])]
 
 
-def project(spec: RankerSpec, layer: PyTree, x: Array) -> tuple[Array, Array, Array]:
-    """Queries, keys and values, [..., H,E] each."""
+def project(spec: RankerSpec, layer: PyTree, x: Array, names: str = "qkv") -> list[Array]:
+    """Queries, keys and values, or those of them that are named, [..., H,E] each."""
     normed = rms_norm(x, layer["attn_norm"], spec.norm_eps)
-    return linear(normed, layer["q"]), linear(normed, layer["k"]), linear(normed, layer["v"])
+    return [linear(normed, layer[name]) for name in names]
 
 
 def finish_layer(spec: RankerSpec, layer: PyTree, x: Array, attended: Array) -> Array:

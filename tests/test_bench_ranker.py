@@ -1,0 +1,95 @@
+"""The ranker's benchmark: its FLOPs against the products of the program itself, and a whole small run."""
+
+import json
+import math
+
+import jax
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from fgrpo_jax.bench import command, ranker
+from fgrpo_jax.bench.ranker import Sizes
+from fgrpo_jax.policies.ranker import generator
+
+SMALL = Sizes(batch=2, group=3, pool=8, history=5, length=4, width=16, heads=2, mlp=24, items=30)
+
+
+def products(jaxpr):
+    """FLOPs of the matrix products in a jaxpr, also of those inside its calls."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        total += sum(products(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+@pytest.mark.parametrize("layers, list_layers", [(1, 1), (2, 3)])
+def test_flops_are_those_of_the_program(layers, list_layers):
+    """But for what the program computes and no one needs: masked pairs of steps, a history's last layer."""
+    n = SMALL._replace(layers=layers, list_layers=list_layers)
+    spec, given = ranker.spec_of(n), ranker.make_inputs(n)
+
+    def read(params, query, actions):
+        return generator.logits(spec, generator.encode(spec, params, query), actions)
+
+    found = products(jax.make_jaxpr(read)(given.params, given.query, given.actions).jaxpr)
+    pair = 4 * n.width
+    masked = n.list_layers * n.group * n.length * (n.length - 1) // 2 * pair
+    last = n.history * (4 * n.width**2 + 6 * n.width * n.mlp + n.history * pair)
+    assert found == ranker.sample_flops(n) + n.batch * (masked + last)
+    assert ranker.step_flops(n) == 3 * ranker.sample_flops(n)
+
+
+def test_more_lists_cost_less_than_in_proportion():
+    """The pool is read once, whatever the group."""
+    few, many = (ranker.sample_flops(Sizes(group=group)) for group in (8, 50))
+    assert 3 < many / few < 50 / 8
+
+
+def test_growth_is_time_over_flops():
+    def row(group, seconds, flops):
+        each = {job: {"median": seconds} for job in ranker.JOBS}
+        return {
+            "grows": "group",
+            "group": group,
+            "ours": each,
+            "torch": each,
+            "flops": dict.fromkeys(ranker.JOBS, flops),
+        }
+
+    lines = ranker.growth([row(8, 1.0, 10), row(20, 3.0, 20)])
+    assert len(lines) == 2 and "FLOPs  2.00 times, ours  3.00 times (1.50 of FLOPs)" in lines[0]
+
+
+def test_a_run_measures_both(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(ranker, "keep_memory", lambda: False)
+    monkeypatch.setattr(ranker, "GROWTH", {"group": (2, 3), "pool": (3,)})
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL._asdict().items()]
+    path = tmp_path / "found.json"
+    assert command.main(["ranker", *sizes, "--repeats=2", "--threads=1", f"--json={path}"]) == 0
+    told = capsys.readouterr().out
+    assert "lists/s" in told and "steps/s" in told and "group 2 -> 3, sampling" in told
+    found = json.loads(path.read_text())
+    assert found["batch"] == 2 and found["torch"]["step"]["n"] == 2 and found["ours"]["sample"]["median"] > 0
+    assert [row["group"] for row in found["growth"]] == [2, 3]  # a pool smaller than a list is left out
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--width=10", "--heads=4"], "--width 10 is not divided by --heads 4"),
+    (["--pool=3", "--length=4"], "--pool 3 is smaller than a list"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(flags, told, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["ranker", *flags])
+    assert told in capsys.readouterr().err
+
+
+def test_without_pytorch_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(ranker, "keep_memory", lambda: False)
+    monkeypatch.setattr(ranker.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["ranker"]) == 2
+    assert capsys.readouterr().err == "error: bench ranker compares with PyTorch: pip install 'fgrpo_jax[parity]'\n"
