@@ -40,7 +40,7 @@ def get_config() -> RankerConfig:
             train_queries=500,
             batch_queries=250,
             baselines=("random", "popularity", "covisitation", "retrieval"),
-            versus="pointwise",
+            versus="goalrank",
         ),
         evaluator=judge(base.evaluator, 500),
         pointwise=judge(base.pointwise, 500),

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import jax
 from tiny import ROOT, changed
+from tiny_lists import LENGTH
 
 import train
 from fgrpo_jax.algorithm.rewards import REWARDS
@@ -30,7 +31,15 @@ from fgrpo_jax.run.validation import validate
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import TrainState
 
-SMALL = {
+EVERYWHERE = {"mesh.fsdp": 2, "eval.batch_queries": 8, "eval.split": "validation"}
+RANKER = {
+    "network.hidden_size": 8,
+    "network.num_heads": 2,
+    "network.mlp_size": 8,
+    "network.list_length": LENGTH,
+    "eval.metrics": ("ndcg", "alpha_ndcg"),
+}
+LLM = {
     "model.checkpoint": "",
     "model.hidden_size": 8,
     "model.num_layers": 1,
@@ -38,9 +47,6 @@ SMALL = {
     "model.num_kv_heads": 2,
     "model.head_dim": 4,
     "model.mlp_size": 8,
-    "mesh.fsdp": 2,
-    "eval.batch_queries": 8,
-    "eval.split": "validation",
 }
 STAGE = {"batch_queries": 8, "microbatches": 1, "subset": (0.0, 1.0), "patience": 0}
 EVERYTHING = {
@@ -59,9 +65,10 @@ def configs(folder):
     for path in sorted((ROOT / "configs").glob("*.py")):
         config = load_file(path)
         data = DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared")
-        fields = SMALL | {"data": data, "run_dir": f"{folder}/run"}
-        fields |= {f"{stage}.{name}": value for stage in ("sft", "rl") for name, value in STAGE.items()}
-        if config.tokenizer != "catalogue":
+        fields = EVERYWHERE | {"data": data, "run_dir": f"{folder}/run"}
+        fields |= {f"{stage}.{name}": value for stage in stages(config) for name, value in STAGE.items()}
+        fields |= LLM if config.SYSTEM == "llm" else RANKER
+        if config.SYSTEM == "llm" and config.tokenizer != "catalogue":
             fields["tokenizer"] = f"{folder}/tokenizer"
         found[path.stem] = changed(config, fields)
     return found | {"everything": changed(found["jsonl"], EVERYTHING)}
@@ -71,16 +78,21 @@ def programs(config):
     """Name -> text. Nothing is compiled but the initialisation of the parameters."""
     validate(config, KNOWN)
     experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
-    policy = experiment.policy("rl")
-    params = placed(jax.eval_shape(lambda: initial_params(experiment, policy)), experiment.shardings(policy))
     texts = {}
+
+    def params_of(policy):
+        return placed(jax.eval_shape(lambda: initial_params(experiment, policy)), experiment.shardings(policy))
+
     for name, stage in stages(config).items():
         if not stage.steps:
             continue
+        policy = experiment.policy(name)
+        params = params_of(policy)
         collect, update, optimizer, places = train.make_step(experiment, policy, stage)
         batches = make_batches(experiment.dataset, config, name, stage)
         query = encode(experiment, policy, batches.batch_at(0))
-        frozen = {"reference": params}
+        frozen = {"reference": params} if stage.objective.kl_weight else {}
+        frozen |= {other: params_of(experiment.policy(other)) for other in stage.frozen_from}
         lowered = collect.lower(params, frozen, query, random_key(config.seed, name, "rollout", 0))
         texts[f"{name} collect"] = lowered.as_text()
         state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)

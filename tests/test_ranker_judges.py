@@ -97,6 +97,16 @@ def test_likelihood_of_fractions():
         np.testing.assert_allclose(scorers.log_likelihood(logit, y), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_reward_model_expects_a_sum(evaluator):
+    """Its probabilities are of items at their positions, so that nothing is discounted again."""
+    query = make_query()
+    lists = jnp.asarray([[[0, 1, 2, -1]]] * 4, jnp.int32)
+    p = jax.nn.sigmoid(evaluator_logits(JUDGE, evaluator, query, lists))[..., :3]
+    score = quick_jit(scorers.reward_of_lists, static_argnums=(0, 4))
+    np.testing.assert_allclose(score(JUDGE, evaluator, query, lists, None), p.sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(score(JUDGE, evaluator, query, lists, 2), p[..., :2].sum(-1), rtol=1e-5)
+
+
 def test_greedy_lists_under_the_evaluator(evaluator):
     """Each item is the one with which the list so far scores best: by a loop over candidates."""
     query = make_query()

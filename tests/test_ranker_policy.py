@@ -126,7 +126,7 @@ def test_rewards_of_rankings(parts, frozen):
     np.testing.assert_allclose(found, np.stack([p[:, :3] @ weight, p[:, [3, 2]] @ weight[:2]], 1), rtol=1e-5)
     p = jax.nn.sigmoid(evaluator_logits(SMALL, frozen["evaluator"], query, ranking))
     found = quick_jit(parts.rewards["reward_model"](3))(lists, query, frozen)
-    np.testing.assert_allclose(found, np.stack([p[:, 0, :3] @ weight, p[:, 1, :2] @ weight[:2]], 1), rtol=1e-5)
+    np.testing.assert_allclose(found, np.stack([p[:, 0, :3].sum(-1), p[:, 1, :2].sum(-1)], 1), rtol=1e-5)
 
 
 def test_likelihood_of_logged_feedback(frozen):
@@ -167,18 +167,20 @@ def test_greedy_lists_of_those_that_judge(frozen):
 
 def test_selection_by_the_evaluator(params, frozen):
     """Of two generators' greedy lists, and of more: the one with the highest score."""
-    query, other = make_query(), make_params("generator", SMALL, 5)
+    query, other = make_query(), make_params("generator", SMALL, 4)
     greedy = [quick_jit(policy.make_generator(SMALL, SETTING).greedy)(p, {}, query)[1].ranking for p in (params, other)]
     list_BGT = jnp.concatenate(greedy, 1)
     score = reward_of_lists(SMALL, frozen["evaluator"], query, list_BGT)
     assert len(set(np.asarray(score).argmax(-1).tolist())) == 2
     best = quick_jit(policy.best_of, static_argnums=(0, 1, 2))
-    found = best(SMALL, SETTING, 1, [params, other], frozen["evaluator"], query, jax.random.key(0))
+    found = best(SMALL, SETTING, 1, [params, other], frozen["evaluator"], query)
     expected = np.asarray(list_BGT)[np.arange(4), np.asarray(score).argmax(-1)]
     np.testing.assert_array_equal(found.ranking[:, 0], expected)
-    more = best(SMALL, SETTING, 20, [params, other], frozen["evaluator"], query, jax.random.key(0))
-    again = reward_of_lists(SMALL, frozen["evaluator"], query, more.ranking)
-    assert (again[:, 0] >= score.max(1) - 1e-5).all() and (again[:, 0] > score.max(1) + 1e-3).any()
+    more = best(SMALL, SETTING, 8, [params, other], frozen["evaluator"], query).ranking
+    again = reward_of_lists(SMALL, frozen["evaluator"], query, more)[:, 0]
+    assert (again >= score.max(1) - 1e-5).all() and (again > score.max(1) + 1e-3).any()
+    alone = best(SMALL, SETTING, 8, [params, other], frozen["evaluator"], jax.tree.map(lambda x: x[1:2], query)).ranking
+    np.testing.assert_array_equal(alone[0], more[1])  # whatever else is in the batch
 
 
 # --------------------------------------------------------------------- learning

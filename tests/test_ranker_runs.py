@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import changed, quick_programs, rows, run_training
+from tiny import changed, quick_programs, rows, run_training, write_world
 from tiny_lists import tiny_ranker, write_lists
 
 import eval as evaluation
@@ -147,7 +147,11 @@ def test_the_configuration_is_read_back(whole):
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
         ({"selection.few": ("evaluator",)}, "selection.few: 'evaluator' is no stage that trains the generator"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
-        ({"evaluator.policy": "judge"}, "evaluator.policy='judge' is not one of generator"),
+        ({"evaluator.policy": "pointwise"}, "evaluator.policy='pointwise': this stage is read as the evaluator"),
+        ({"imitation.policy": "judge"}, "imitation.policy='judge' is not one of generator"),
+        ({"selection.lists": 5}, "selection.lists=5 must be as many for each of the 3 generators of several"),
+        ({"fgrpo.source": "mixed", "fgrpo.frozen_from": ("evaluator", "pointwise")}, "two_phase has only sampled"),
+        ({"grpo.credit.terms": (("slate", "reward_model", 1.0),)}, "grpo.credit.terms: its lists are rankings"),
         ({"evaluator.source": "sampled", "evaluator.objective.name": "clipped_pg"}, "evaluator.group_size=1"),
     ],
 )
@@ -155,6 +159,14 @@ def test_what_cannot_run_is_refused(whole, tmp_path, capsys, fields, message):
     config = changed(whole[0], fields | {"run_dir": str(tmp_path / "run")})
     assert run_training(config) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_data_without_shown_lists_are_refused(whole, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_world(data)
+    assert run_training(changed(whole[0], {"run_dir": str(tmp_path / "run"), "data.manual_dir": str(data)})) == 2
+    assert "has no shown lists (`logged`)" in capsys.readouterr().err
 
 
 def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, capsys):

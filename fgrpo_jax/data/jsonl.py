@@ -22,8 +22,8 @@ and, optional too, what rankers learn from (one of them in one line, and all lin
                 candidates in the order shown, and what each position got, from 0 to 1
 
 Nothing else is allowed in a line. A query without a relevant candidate is kept for
-evaluation, where it scores 0, and skipped (and counted) in training. White space within a
-text, newlines too, is read as single spaces. Every malformed line of every file is
+evaluation, where it scores 0, and skipped (and counted) in training, unless lists of it were shown. White space
+within a text, newlines too, is read as single spaces. Every malformed line of every file is
 reported, with file, line number and reasons, in one DataError, and nothing is prepared.
 With a history anywhere the prompts are those of recommendation, otherwise of qa.
 """
@@ -153,7 +153,7 @@ def _for_rankers(value: dict[str, Any], ids: list[str], reasons: list[str]) -> d
     if "retrieval" in value:
         found["retrieval"] = _numbers("retrieval", value["retrieval"], len(ids), (int, float), -GAIN_MAX, reasons)
     if "topics" in value:
-        found["topics"] = _numbers("topics", value["topics"], len(ids), (int,), 0, reasons)
+        found["topics"] = _numbers("topics", value["topics"], len(ids), (int,), 0, reasons, 2**31 - 1)
     if "logged" in value and not isinstance(value["logged"], list):
         reasons.append("logged must be a list of objects with items and feedback")
     elif "logged" in value:

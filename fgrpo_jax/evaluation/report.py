@@ -34,8 +34,6 @@ from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
 _MAX_GAIN = 10**6  # TREC gains are whole numbers
-_STAGES = ("sft", "rl")
-
 # --------------------------------------------------------------------- the folder
 
 
@@ -272,7 +270,7 @@ def curves(metrics_path: str | Path, png_path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_rows(path_of(metrics_path))
-    stages = [stage for stage in _STAGES if any(row["stage"] == stage for row in rows)] or list(_STAGES)
+    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["nothing"]
     figure = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(stages), 3, squeeze=False)

@@ -1,7 +1,7 @@
 """The systems: each makes the policies of its runs, and knows what its configuration may not be.
 
 To add one: a package here with a `system` module that has the functions below, a configuration
-(config.SYSTEMS), and a line in SYSTEMS.
+(config_files.SYSTEMS), and a line in SYSTEMS.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from fgrpo_jax.config_files import differences
 
 ALWAYS = {
     "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
-    "model.attention", "model.remat", "model.logit_chunk", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "model.attention", "model.remat", "model.logit_chunk", "network.remat",
+    "selection.lists", "selection.few", "selection.several", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.metrics", "eval.batch_queries", "eval.baselines", "eval.bootstrap",
     "eval.versus",
     "checkpoint.every", "checkpoint.keep",

@@ -32,7 +32,7 @@ def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:
     Raises ConfigError when the stage is not finished, or is of another model.
     """
     policy = experiment.policy(name)
-    theirs = _check_fits(policy, run_dir, name)
+    theirs = _check_fits(policy, stages(experiment.config)[name].policy, run_dir, name)
     wanted = placed(policy.shapes(), experiment.shardings(policy))
     with Checkpoints(run_dir / name / "checkpoints", theirs.checkpoint.keep, read_only=True) as checkpoints:
         best = directory.read_done(run_dir, name)["best_step"]
@@ -46,11 +46,13 @@ def frozen_params(experiment: Experiment, run_dir: Path, name: str) -> dict[str,
     return {other: best_params(experiment, place, other) for other, place in places.items()}
 
 
-def _check_fits(policy: Policy, run_dir: Path, name: str) -> RunConfig:
-    """The configuration of a run whose stage is finished and of this policy."""
+def _check_fits(policy: Policy, trained: str, run_dir: Path, name: str) -> RunConfig:
+    """The configuration of a run whose stage is finished, and trained this policy, called `trained`."""
     theirs = directory.read_config(run_dir)
     if not directory.is_done(run_dir, name):
         raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
+    if name in stages(theirs) and stages(theirs)[name].policy != trained:
+        raise ConfigError(f"{run_dir}: its stage {name} trained {stages(theirs)[name].policy!r}, not {trained!r}")
     policy.files.check(run_dir)
     return theirs
 
@@ -64,7 +66,7 @@ def check_start(experiment: Experiment, run_dir: Path) -> None:
     start = directory.start_dir(run_dir, config)
     for name in from_start(config):
         try:
-            _check_fits(experiment.policy(name), start, name)
+            _check_fits(experiment.policy(name), stages(config)[name].policy, start, name)
         except ConfigError as error:
             raise ConfigError(f"start_from: {error}") from None
     if lacking := directory.lacking_start(run_dir, config):

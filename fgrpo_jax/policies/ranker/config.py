@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from fgrpo_jax.config import CreditConfig, EvalConfig, ObjectiveConfig, OptimConfig, RunConfig, StageConfig
+from fgrpo_jax.config import (
+    CreditConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RewardConfig,
+    RunConfig,
+    StageConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +65,8 @@ class ProposalsConfig:
 class SelectionConfig:
     """Generators and an evaluator: the lists of one or several, the evaluator's best of them."""
 
-    lists: int = 20
-    """Of all generators together: the most probable one of each, the others sampled."""
+    lists: int = 24
+    """Of all generators together: the most probable ones of each, found by a beam."""
     few: tuple[str, ...] = ("imitation",)
     """Stages of the row `g_e`."""
     several: tuple[str, ...] = ("imitation", "imitation_2", "imitation_3")
@@ -96,7 +104,8 @@ class RankerConfig(RunConfig):
     network: NetworkConfig = NetworkConfig()
     proposals: ProposalsConfig = ProposalsConfig()
     selection: SelectionConfig = SelectionConfig()
-    eval: EvalConfig = EvalConfig(versus="pointwise")
+    reward: RewardConfig = RewardConfig(k=6)
+    eval: EvalConfig = EvalConfig(metric="ndcg@6", cutoffs=(1, 3, 6), versus="pointwise")
     evaluator: StageConfig = dataclasses.replace(_JUDGE, policy="evaluator")
     """The reward model, fitted to the feedback that shown lists had."""
     pointwise: StageConfig = dataclasses.replace(_JUDGE, policy="pointwise")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrpo_jax import shards
+from fgrpo_jax.algorithm.rewards import TOPICAL
 from fgrpo_jax.policies.ranker import generator, network, proposals, scorers
 from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery
@@ -42,7 +43,7 @@ class Parts(NamedTuple):
 
 
 def learned_rewards(evaluator: RankerSpec, pointwise: RankerSpec) -> dict[str, Callable]:
-    """Rewards of rankings that frozen networks say, cut at k: see scorers.list_score."""
+    """Rewards of rankings, cut at k: what frozen networks say of them, and those that read topics."""
 
     def build(of_lists: Callable, spec: RankerSpec, name: str) -> Callable:
         def at(k: int) -> Callable:
@@ -50,7 +51,7 @@ def learned_rewards(evaluator: RankerSpec, pointwise: RankerSpec) -> dict[str, C
 
         return at
 
-    return {
+    return TOPICAL | {
         "reward_model": build(scorers.reward_of_lists, evaluator, "evaluator"),
         "pointwise_reward": build(scorers.pointwise_reward_of_lists, pointwise, "pointwise"),
     }
@@ -241,24 +242,19 @@ def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
 
 def best_of(
     spec: RankerSpec, setting: proposals.Setting, each: int, generators: Sequence[PyTree], evaluator: PyTree,
-    query: RankerQuery, key: Array,
+    query: RankerQuery,
 ) -> Lists:  # fmt: skip
     """Generator-evaluator selection: of the lists of one or several generators, the evaluator's best, G = 1.
 
-    each: lists of every generator: the greedy one, the others sampled. generators: parameters of one spec.
+    each: lists of every generator, the most probable ones that a beam of this width finds: nothing is drawn,
+    so a query's list does not depend on the others of its batch. generators: parameters of one spec.
     Source: the G-E and MG-E rows of GoalRank, whose generators are not described.
     """
 
-    def lists_of(at: tuple[PyTree, Array]) -> Array:
-        params, i = at
-        encoded = generator.encode(spec, params, query)
-        _, greedy = generator.sample(spec, encoded, None, 1)
-        if each == 1:
-            return greedy.ranking
-        _, sampled = generator.sample(spec, encoded, jax.random.fold_in(key, i), each - 1)
-        return jnp.concatenate([greedy.ranking, sampled.ranking], 1)
+    def lists_of(params: PyTree) -> Array:
+        return generator.beam(spec, generator.encode(spec, params, query), each)[1].ranking
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *generators)
-    list_MBGT = jax.lax.map(lists_of, (stacked, jnp.arange(len(generators))))
+    list_MBGT = jax.lax.map(lists_of, stacked)
     list_BGT = jnp.moveaxis(list_MBGT, 0, 1).reshape(list_MBGT.shape[1], -1, spec.list_length)
     return _as_given(proposals.best(setting, evaluator, query, list_BGT), RANK)[1]

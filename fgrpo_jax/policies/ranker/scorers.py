@@ -56,8 +56,16 @@ def list_score(p_BGT: Array, list_BGT: Array, k: int | None = None) -> Array:
 def reward_of_lists(
     spec: RankerSpec, params: PyTree, query: RankerQuery, list_BGT: Array, k: int | None = None
 ) -> Array:
-    """What the evaluator expects of lists: `list_score` of its probabilities, [B,G]."""
-    return list_score(jax.nn.sigmoid(evaluator_logits(spec, params, query, list_BGT)), list_BGT, k)
+    """What the evaluator expects of lists: the positive feedback of their first k positions, [B,G].
+
+    A plain sum: its probabilities are of items at their positions, so how far positions are examined is in
+    them. (`list_score` discounts point-wise ones, which know of no position.)
+    """
+    counts = list_BGT >= 0
+    if k is not None:
+        counts &= jnp.arange(list_BGT.shape[-1]) < k
+    p_BGT = jax.nn.sigmoid(evaluator_logits(spec, params, query, list_BGT))
+    return jnp.where(counts, p_BGT, 0.0).sum(-1)
 
 
 def pointwise_reward_of_lists(

@@ -9,19 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fgrpo_jax.algorithm.rewards import TOPICAL
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.data.datasets import DataError, Dataset
 from fgrpo_jax.policies.ranker import network, policy, proposals, validation
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.policies.ranker.files import Catalogue, policy_files, saved_catalogue
 from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 from fgrpo_jax.policies.ranker.validation import problems
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Policy, PyTree, Selection
 
 __all__ = ["REWARDS", "policies", "problems", "selections"]
 
-REWARDS = frozenset(validation.REWARDS)
+_FIRST = 1000  # training queries that are looked at before training
+REWARDS = frozenset(validation.REWARDS) | frozenset(TOPICAL)
 
 
 def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
@@ -33,16 +36,23 @@ def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> di
     catalogue = saved_catalogue(run_dir) or _catalogue(dataset)
     spec = make_spec(config, len(catalogue.items))
     labels, setting = config.network.labels, make_setting(config, spec)
+    two = spec._replace(two_phase=True)
     made = {
         "generator": policy.make_generator(spec, setting, config.proposals.mix, labels, config.network.beam),
-        "two_phase": policy.make_generator(spec._replace(two_phase=True), setting, (), labels, config.network.beam),
+        "two_phase": policy.make_generator(two, setting, (), labels, config.network.beam),
         "evaluator": policy.make_evaluator(spec),
         "pointwise": policy.make_pointwise(spec, labels),
     }
     numbers = {item: number for number, item in enumerate(catalogue.items, start=1)}
     counts = np.concatenate([[0.0], np.log1p(np.asarray(catalogue.counts, np.float64))]).astype(np.float32)
     encode = encoder(numbers, counts, config.data.history_max, config.network.list_length)
-    return {name: _policy(spec, parts, encode, catalogue) for name, parts in made.items()}
+    del made["two_phase"].sources["mixed"]  # proposals are rankings
+    trained = {stage.policy for stage in stages(config).values() if stage.steps}
+    by_feedback = {"evaluator"} | ({"pointwise", "generator", "two_phase"} if labels == "feedback" else set())
+    return {
+        name: _policy(two if name == "two_phase" else spec, parts, encode, catalogue, name in by_feedback & trained)
+        for name, parts in made.items()
+    }
 
 
 def make_spec(config: RankerConfig, num_items: int) -> RankerSpec:
@@ -77,10 +87,9 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
     setting = make_setting(config, spec)
 
     def select(generators: tuple[str, ...], params: PyTree, frozen: PyTree, query: RankerQuery):
-        each = max(1, config.selection.lists // len(generators))
+        each = config.selection.lists // len(generators)
         of_each = [params[name] for name in generators]
-        lists = policy.best_of(spec, setting, each, of_each, params["evaluator"], query, jax.random.key(config.seed))
-        return None, lists
+        return None, policy.best_of(spec, setting, each, of_each, params["evaluator"], query)
 
     rows = {"g_e": config.selection.few, "mg_e": config.selection.several}
     return {
@@ -90,17 +99,24 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
     }
 
 
-def _policy(spec: RankerSpec, parts: policy.Parts, encode, catalogue: Catalogue) -> Policy:
+def _policy(spec: RankerSpec, parts: policy.Parts, encode, catalogue: Catalogue, needs_lists: bool) -> Policy:
     def init(key: jax.Array, shardings: PyTree) -> PyTree:
         return jax.jit(parts.init, out_shardings=shardings)(key)
 
     def sizes(query: RankerQuery) -> dict[str, int]:
-        return {"S": query.history.shape[1] + query.candidates.shape[1], "T": spec.list_length}
+        return {"S": query.history.shape[1] + query.candidates.shape[1], "T": spec.steps}
 
     def check(mesh, dataset: Dataset, split: str) -> None:
-        for name, examples in dataset.splits.items():
-            if not dataset.sampled_negatives or name != "train":
-                encode(examples[:1])  # and the others when they are read: it costs as much as reading them
+        for name, split in dataset.splits.items():
+            few = name == "train"  # which may be large: its other queries are read in their turn
+            rows = split[:_FIRST] if few else list(split)
+            if not (dataset.sampled_negatives and few):
+                encode(rows)
+            if few and needs_lists and not any(row.logged for row in rows):
+                raise DataError(
+                    f"data set {dataset.name!r} has no shown lists (`logged`) in its first {len(rows)} training "
+                    "queries, and evaluator, or network.labels='feedback', learn from nothing else"
+                )
 
     def of_group(source):
         return lambda stage: source(stage.group_size)

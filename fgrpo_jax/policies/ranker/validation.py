@@ -17,6 +17,8 @@ def problems(config: RankerConfig) -> list[str]:
     for name, stage in stages(config).items():
         if stage.steps:
             found += _stage(config, name, stage)
+        if name in REWARDS.values() and stage.policy != name:
+            found.append(f"{name}.policy={stage.policy!r}: this stage is read as the {name}; leave it at {name!r}")
     if config.reward.rules:
         found.append("reward.rules: a ranker's lists cannot break a rule; leave it empty")
     return found
@@ -54,8 +56,8 @@ def _selection(config: RankerConfig) -> list[str]:
         for name in names:
             if name not in stages(config) or stages(config)[name].policy != "generator":
                 found.append(f"selection.{row}: {name!r} is no stage that trains the generator")
-    if s.lists < max(len(s.few), len(s.several)) or len(s.several) and s.lists % len(s.several) and s.lists < 1:
-        found.append(f"selection.lists={s.lists} must be at least one for every generator")
+        if names and (s.lists < len(names) or s.lists % len(names)):
+            found.append(f"selection.lists={s.lists} must be as many for each of the {len(names)} generators of {row}")
     return found
 
 
@@ -75,4 +77,7 @@ def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
     for what, network in needs.items():
         if network not in stage.frozen_from:
             found.append(f"{name}: {what} reads the stage {network!r}, so name it in {name}.frozen_from")
+    if stage.policy == "generator" and stage.source != "logged":
+        if any(phase == "slate" for phase, _, _ in stage.credit.terms):
+            found.append(f"{name}.credit.terms: its lists are rankings, with no slate phase; use rank, or two_phase")
     return found
