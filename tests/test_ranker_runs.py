@@ -148,7 +148,7 @@ def test_the_configuration_is_read_back(whole):
         ({"selection.few": ("evaluator",)}, "selection.few: 'evaluator' is no stage that trains the generator"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
         ({"evaluator.policy": "pointwise"}, "evaluator.policy='pointwise': this stage is read as the evaluator"),
-        ({"imitation.policy": "judge"}, "imitation.policy='judge' is not one of generator"),
+        ({"fgrpo.policy": "judge"}, "fgrpo.policy='judge' is not one of generator"),
         ({"selection.lists": 5}, "selection.lists=5 must be as many for each of the 3 generators of several"),
         ({"fgrpo.source": "mixed", "fgrpo.frozen_from": ("evaluator", "pointwise")}, "two_phase has only sampled"),
         ({"grpo.credit.terms": (("slate", "reward_model", 1.0),)}, "grpo.credit.terms: its lists are rankings"),

@@ -15,7 +15,8 @@ from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.types import PolicyFiles, PyTree
 
 _ITEMS = "items.json"
-_RUNTIME = ("dtype", "remat")  # how it is computed, which may differ
+# Not described: how it is computed, which may differ, and what the policies of one run differ in.
+_NOT_DESCRIBED = ("dtype", "remat", "two_phase")
 
 
 class Catalogue(NamedTuple):
@@ -35,7 +36,7 @@ def saved_catalogue(run_dir: Path) -> Catalogue | None:
 
 
 def policy_files(spec: RankerSpec, table: PyTree, catalogue: Catalogue) -> PolicyFiles:
-    sizes = {name: value for name, value in spec._asdict().items() if name not in _RUNTIME}
+    sizes = {name: value for name, value in spec._asdict().items() if name not in _NOT_DESCRIBED}
 
     def save(run_dir: Path) -> None:
         if not (run_dir / _ITEMS).is_file():
