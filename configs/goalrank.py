@@ -2,9 +2,13 @@
 
     python train.py configs/goalrank.py
 
-A reward model learns from shown lists what users do with whole lists; then the same generator is trained
-on it by GoalRank, by GRPO and by F-GRPO, and beside it by imitation, as one of one and of three generators
-from which the reward model chooses. Nothing is read: the world is generated.
+A reward model learns from shown lists what users do with whole lists. A generator learns by imitation (of three
+random starts, from whose lists the reward model also chooses: g_e, mg_e), and from the first of these by GoalRank
+and by GRPO on the reward model; one that writes slate and ranking learns by F-GRPO from random weights. Nothing is
+read: the world is generated.
+
+About eight minutes on two CPU cores. 1,000 test queries, mean of seeds 0 to 2: alpha-nDCG@6 79.4 by GoalRank, 76.7 by
+GRPO, 75.0 point-wise, 73.9 by F-GRPO, 70.7 of three generators and the reward model, 70.4 of one (co-visitation 64.3).
 """
 
 import dataclasses

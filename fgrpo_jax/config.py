@@ -194,7 +194,7 @@ class RewardConfig:
     rules: tuple[tuple[str, float], ...] = ()
     """(outcome, reward) pairs: a reward of its own for a broken rule, as in
     ("slate_duplicate", -0.5); the outcomes are listed in
-    fgrpo_jax/policies/llm/transcript.py."""
+    fgrpo_jax/policies/llm/grammar.py."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,3 +78,19 @@ def query():
         relevance=jnp.asarray(relevance),
         n_candidates=jnp.asarray(n_candidates),
     )
+
+
+@pytest.fixture(scope="module")
+def states():
+    """(stage, step) -> the train state after it, of whatever is trained in this process."""
+    from fgrpo_jax.run.stage import Stage
+
+    found, on_step = {}, Stage.on_step
+
+    def record(self, state, metrics, examples, stopping):
+        found[self.name, self._step + 1] = jax.device_get(state)
+        return on_step(self, state, metrics, examples, stopping)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "on_step", record)
+        yield found

@@ -9,6 +9,10 @@ import sys
 import textwrap
 
 import jax
+import pytest
+from tiny import quick_programs
+
+from fgrpo_jax.evaluation import report
 
 # Programs of tests run a few times only: most of the time would go into optimising them.
 WISHES = {
@@ -76,3 +80,13 @@ def run_on_8_devices(script):
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
+
+
+@contextlib.contextmanager
+def quick_runs(curves=False):
+    """Inside, what is compiled runs a few times only, and nobody looks at pictures (unless `curves`)."""
+    with pytest.MonkeyPatch.context() as patch, quick_programs():
+        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+        if not curves:
+            patch.setattr(report, "curves", lambda *paths: None)
+        yield

@@ -8,10 +8,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from fgrpo_jax.bench import command, ranker
-from fgrpo_jax.bench.ranker import Sizes
+from fgrpo_jax.bench.flops import RankerSizes, ranker_sample_flops, ranker_step_flops
 from fgrpo_jax.policies.ranker import generator
 
-SMALL = Sizes(batch=2, group=3, pool=8, history=5, length=4, width=16, heads=2, mlp=24, items=30)
+SMALL = RankerSizes(batch=2, group=3, pool=8, history=5, length=4, width=16, heads=2, mlp=24, items=30)
 
 
 def products(jaxpr):
@@ -39,13 +39,13 @@ def test_flops_are_those_of_the_program(layers, list_layers):
     pair = 4 * n.width
     masked = n.list_layers * n.group * n.length * (n.length - 1) // 2 * pair
     last = n.history * (4 * n.width**2 + 6 * n.width * n.mlp + n.history * pair)
-    assert found == ranker.sample_flops(n) + n.batch * (masked + last)
-    assert ranker.step_flops(n) == 3 * ranker.sample_flops(n)
+    assert found == ranker_sample_flops(n) + n.batch * (masked + last)
+    assert ranker_step_flops(n) == 3 * ranker_sample_flops(n)
 
 
 def test_more_lists_cost_less_than_in_proportion():
     """The pool is read once, whatever the group."""
-    few, many = (ranker.sample_flops(Sizes(group=group)) for group in (8, 50))
+    few, many = (ranker_sample_flops(RankerSizes(group=group)) for group in (8, 50))
     assert 3 < many / few < 50 / 8
 
 

@@ -6,11 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import changed, contents, quick_programs, rows, run_training, tiny_config, write_world
+from helpers import quick_runs
+from tiny import changed, contents, rows, run_training, tiny_config, write_world
 
 from fgrpo_jax.config import Config
 from fgrpo_jax.config_files import to_json
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.run import changes, meter
 from fgrpo_jax.run import directory as run
 from fgrpo_jax.run.changes import Reached
@@ -72,24 +72,8 @@ def test_steps_are_not_more_where_the_schedule_ends_with_them():
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "curves", lambda *paths: None)
-        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+    with quick_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def states():
-    """(stage, step) -> the train state after it, of whatever is trained in this process."""
-    found, on_step = {}, Stage.on_step
-
-    def record(self, state, metrics, examples, stopping):
-        found[self.name, self._step + 1] = jax.device_get(state)
-        return on_step(self, state, metrics, examples, stopping)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "on_step", record)
-        yield found
 
 
 @pytest.fixture(scope="module")

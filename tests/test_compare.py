@@ -4,19 +4,18 @@ import json
 import shutil
 
 import pytest
+from helpers import quick_runs
 from raw_files import lines
-from tiny import changed, quick_programs, run_training, tiny_config, write_world
+from tiny import changed, run_training, tiny_config, write_world
 
 import eval as evaluation
 from fgrpo_jax.data import jsonl
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.policies.llm import system
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "curves", lambda *paths: None)
+    with quick_runs():
         yield
 
 

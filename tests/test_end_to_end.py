@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from tiny import changed, contents, quick_programs, rows, run_training, tiny_config
+from helpers import quick_runs
+from tiny import changed, contents, rows, run_training, tiny_config
 
 import eval as evaluation
 import train
@@ -30,8 +31,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+    with quick_runs(curves=True):
         yield
 
 

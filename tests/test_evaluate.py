@@ -280,3 +280,12 @@ def test_curves_draw_what_was_logged():
     report._draw(Axes(), "loss", own, ("loss",))
     assert drawn == {("loss", "loss"): {10: 2.5}}
     assert report._shown(own) == ["eval/ndcg@5", "eval/recall@5", "eval/slate_recall"]
+
+
+def test_curves_are_of_the_stages_that_were_logged(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "_draw", lambda axes, title, rows, names: drawn.append((title, len(rows))))
+    rows = [{"stage": stage, "step": 1, "loss": 1.0} for stage in ("evaluator", "goalrank", "evaluator")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert drawn[::3] == [("evaluator: training reward", 2), ("goalrank: training reward", 1)]

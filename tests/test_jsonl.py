@@ -5,6 +5,7 @@ from raw_files import lines, load
 
 from fgrpo_jax.data import jsonl
 from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.types import LoggedList
 
 
 def item(n):
@@ -67,6 +68,17 @@ MALFORMED = [
     (ranking(relevance=[True, 1]), "relevance[0] is not a number"),
     (ranking(relevance=["1", 1]), "relevance[0] is not a number"),
     (ranking(relevance=[10**400, 1]), "relevance[0] is above"),
+    (ranking(retrieval=[1]), "retrieval has 1 numbers for 2 candidates"),
+    (ranking(retrieval=[1, float("nan")]), "retrieval[1] is nan, not finite"),
+    (ranking(topics=[0, 1.0]), "topics[1] is not a whole number"),
+    (ranking(topics=[0, 2**31]), "topics[1] is above"),
+    (ranking(topics=[-1, 0]), "topics[0] is negative"),
+    (ranking(logged={}), "logged must be a list of objects with items and feedback"),
+    (ranking(logged=[{"items": ["i0"]}]), "logged[0] must be an object with items (a list of ids) and feedback"),
+    (ranking(logged=[{"items": ["i7"], "feedback": [1]}]), "logged[0] shows 'i7', which is no candidate"),
+    (ranking(logged=[{"items": ["i0", "i0"], "feedback": [1, 0]}]), "logged[0] shows a candidate twice"),
+    (ranking(logged=[{"items": ["i0"], "feedback": [1, 0]}]), "logged[0].feedback has 2 numbers for 1 items"),
+    (ranking(logged=[{"items": ["i0"], "feedback": [2]}]), "logged[0].feedback[0] is above 1"),
     (ranking(query_id="first"), "query_id 'first' was already used in line 1"),
     (ranking(query=1, relevance=[1], candidates="x"), "query must be a text; candidates must be a list"),
 ]
@@ -84,6 +96,15 @@ def test_jsonl_reports_every_malformed_line_of_every_file(tmp_path):
         assert f"train.jsonl, line {number}: " in report and reason in report, report
     assert "test.jsonl, line 1: missing" in reports[-1]
     assert not list((tmp_path / "prepared" / "jsonl").iterdir())
+
+
+def test_jsonl_reads_what_rankers_learn_from(tmp_path):
+    shown = [{"items": ["i1", "i0"], "feedback": [1, 0.5]}, {"items": [], "feedback": []}]
+    lines(tmp_path / "train.jsonl", [ranking("a", retrieval=[-2.5, 3], topics=[4, 0], logged=shown), ranking("b")])
+    first, second = load("jsonl", tmp_path, tmp_path / "prepared").splits["train"]
+    assert (first.retrieval, first.topics) == ((-2.5, 3.0), (4, 0))
+    assert first.logged == (LoggedList((1, 0), (1.0, 0.5)), LoggedList((), ()))
+    assert (second.retrieval, second.topics, second.logged) == ((), (), ())
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"", "the file is empty"), (b"\xff\xfe\n", "not JSON")])

@@ -6,10 +6,10 @@ import shutil
 import jax
 import pytest
 from bpe import train_bpe
-from tiny import changed, quick_programs, run_training, tiny_config, write_world
+from helpers import quick_runs
+from tiny import changed, run_training, tiny_config, write_world
 
 import eval as evaluation
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.export import export
 from fgrpo_jax.models import decoder, hf
 from fgrpo_jax.run import directory as run
@@ -22,9 +22,7 @@ SPEC = decoder.DecoderSpec(
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "curves", lambda *paths: None)
-        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+    with quick_runs():
         yield
 
 

@@ -14,7 +14,7 @@ from fgrpo_jax.policies.ranker import network, proposals, scorers
 from fgrpo_jax.policies.ranker.proposals import PROPOSALS, Setting
 
 JUDGE = SPEC._replace(num_layers=1, list_layers=1)
-SETTING = Setting(JUDGE.list_length, JUDGE, JUDGE)
+SETTING = Setting(JUDGE)
 L = JUDGE.list_length
 
 pointwise_logits = quick_jit(scorers.pointwise_logits, static_argnums=0)

@@ -17,7 +17,7 @@ from fgrpo_jax.policies.ranker.proposals import Setting
 from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Credit, Lists
 
 SMALL = SPEC._replace(num_layers=1, list_layers=1)
-SETTING = Setting(SMALL.list_length, SMALL, SMALL)
+SETTING = Setting(SMALL)
 MIX = (("retriever", 1), ("pointwise", 1), ("perturbed", 2))
 L, G = SMALL.list_length, 7
 
@@ -152,6 +152,20 @@ def test_likelihood_of_logged_feedback(frozen):
         p = jax.nn.sigmoid(logit)
         expected = label * jnp.log(p) + (1 - label) * jnp.log(1 - p)
         np.testing.assert_allclose(logp, jnp.where(trained, expected, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_evaluator_is_shown_prefixes_too():
+    """Half of the lists are cut, after at least one item; what is left is as it was shown."""
+    query = make_query(0, batch=32, lists=8, full=True)
+    source = quick_jit(policy.make_evaluator(SMALL).sources["logged"](1))
+    rollout, lists = source({}, {}, query, jax.random.key(0))
+    kept, shown = np.asarray(lists.ranking) >= 0, np.asarray(query.logged_items)
+    np.testing.assert_array_equal(np.asarray(lists.ranking)[kept], shown[kept])
+    lengths, before = kept.sum(-1), (shown >= 0).sum(-1)
+    assert (kept == (np.arange(L) < lengths[..., None])).all() and (lengths[before > 0] >= 1).all()
+    cut = (lengths < before)[before > 1].mean()
+    assert 0.2 < cut < 0.5  # a cut after the last item leaves a list whole
+    np.testing.assert_array_equal(np.asarray(rollout.phase) != UNTRAINED, kept)
 
 
 def test_greedy_lists_of_those_that_judge(frozen):

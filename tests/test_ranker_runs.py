@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import changed, quick_programs, rows, run_training, write_world
+from helpers import quick_runs
+from tiny import changed, rows, run_training, write_world
 from tiny_lists import tiny_ranker, write_lists
 
 import eval as evaluation
 from fgrpo_jax.config_files import from_json, to_json
-from fgrpo_jax.evaluation import report
+from fgrpo_jax.run import directory
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.stages import stages
 
@@ -21,25 +22,8 @@ TRAINED = ("evaluator", "pointwise", "imitation", "imitation_2", "imitation_3", 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    """Nobody looks at the pictures; and what is compiled here runs a few times only."""
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "curves", lambda *paths: None)
-        patch.setattr(report, "git_revision", lambda: "a commit")
+    with quick_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def states():
-    """(stage, step) -> the train state after it, of whatever is trained in this process."""
-    found, on_step = {}, Stage.on_step
-
-    def record(self, state, metrics, examples, stopping):
-        found[self.name, self._step + 1] = jax.device_get(state)
-        return on_step(self, state, metrics, examples, stopping)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "on_step", record)
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +134,7 @@ def test_the_configuration_is_read_back(whole):
         ({"evaluator.policy": "pointwise"}, "evaluator.policy='pointwise': this stage is read as the evaluator"),
         ({"fgrpo.policy": "judge"}, "fgrpo.policy='judge' is not one of generator"),
         ({"selection.lists": 5}, "selection.lists=5 must be as many for each of the 3 generators of several"),
-        ({"fgrpo.source": "mixed", "fgrpo.frozen_from": ("evaluator", "pointwise")}, "two_phase has only sampled"),
+        ({"fgrpo.source": "mixed"}, "fgrpo: proposal 'pointwise' reads the stage 'pointwise'"),
         ({"grpo.credit.terms": (("slate", "reward_model", 1.0),)}, "grpo.credit.terms: its lists are rankings"),
         ({"evaluator.source": "sampled", "evaluator.objective.name": "clipped_pg"}, "evaluator.group_size=1"),
     ],
@@ -159,6 +143,18 @@ def test_what_cannot_run_is_refused(whole, tmp_path, capsys, fields, message):
     config = changed(whole[0], fields | {"run_dir": str(tmp_path / "run")})
     assert run_training(config) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_query_of_any_evaluation_split_is_refused_before_training(whole, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(whole[0].data.manual_dir, data)
+    *some, last = (data / "test.jsonl").read_text().splitlines()
+    row = json.loads(last) | {"query_id": "small", "logged": []}
+    row |= {name: row[name][:2] for name in ("candidates", "relevance", "retrieval", "topics")}
+    (data / "test.jsonl").write_text("\n".join([*some, json.dumps(row)]) + "\n")
+    assert run_training(changed(whole[0], {"run_dir": str(tmp_path / "run"), "data.manual_dir": str(data)})) == 2
+    assert "query 'small' has 2 candidates, fewer than" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_without_shown_lists_are_refused(whole, tmp_path, capsys):
@@ -184,6 +180,22 @@ def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, caps
     write_lists(other, train=20, validation=4, test=2, seed=5)
     assert run_training(changed(whole[0], start | {"data.manual_dir": str(other)})) == 2
     assert "numbers other items" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_start_may_be_read_by_more_stages_later(whole, tmp_path):
+    """And is recorded with what they take from it; another start under its name is still noticed."""
+    first = {"run_dir": str(tmp_path), "start_from": whole[0].run_dir, "eval.versus": "goalrank"}
+    first |= {f"{name}.steps": 0 for name in TRAINED if name != "goalrank"}
+    config = changed(whole[0], first)
+    directory.record_start(tmp_path, config)
+    more = changed(config, {"imitation_2.starts_from": "imitation", "imitation_2.steps": 4})
+    assert directory.lacking_start(tmp_path, more) == ""
+    directory.record_start(tmp_path, more)
+    record = json.loads((tmp_path / "start.json").read_text())
+    assert {"seed", "evaluator", "pointwise", "imitation"} == set(record["mark"])
+    record["mark"]["evaluator"]["best_step"] += 1
+    (tmp_path / "start.json").write_text(json.dumps(record))
+    assert "is not, or no more, the run" in directory.lacking_start(tmp_path, more)
 
 
 def test_an_item_that_was_never_numbered_is_named(whole, tmp_path, capsys):

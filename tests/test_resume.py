@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import two_processes
+from helpers import quick_runs, two_processes
 from tiny import (
     ROOT,
     changed,
     config_file,
     contents,
-    quick_programs,
     rows,
     run_training,
     tiny_config,
@@ -34,34 +33,15 @@ from tiny import (
 import train
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.data.datasets import load
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.run.checkpoint import Checkpoints
-from fgrpo_jax.run.stage import Stage
 
 STOPPED, KILLED = ("sft", 5), ("rl", 5)  # at no step that is logged, evaluated or saved anyway
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    """Nobody looks at the pictures; and what is compiled here runs a few times only."""
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "curves", lambda *paths: None)
-        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+    with quick_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def states():
-    """(stage, step) -> the train state after it, of whatever is trained in this process."""
-    found, on_step = {}, Stage.on_step
-
-    def record(self, state, metrics, examples, stopping):
-        found[self.name, self._step + 1] = jax.device_get(state)
-        return on_step(self, state, metrics, examples, stopping)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "on_step", record)
-        yield found
 
 
 class Run(NamedTuple):

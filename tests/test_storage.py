@@ -11,20 +11,19 @@ import textwrap
 
 import jax
 import pytest
-from tiny import ROOT, changed, config_file, contents, quick_programs, rows, run_training, tiny_config, write_world
+from helpers import quick_runs
+from tiny import ROOT, changed, config_file, contents, rows, run_training, tiny_config, write_world
 
 import eval as evaluation
 from fgrpo_jax import files
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.files import StorageError, write_atomically
 from fgrpo_jax.run import directory as run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with pytest.MonkeyPatch.context() as patch, quick_programs():
-        patch.setattr(report, "git_revision", lambda: "a commit")  # which may be made meanwhile
+    with quick_runs(curves=True):
         yield
 
 

@@ -78,3 +78,41 @@ def decode_step_bytes(spec: DecoderSpec, shape: Shape) -> int:
     per_token = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers
     cached = shape.batch * (shape.prompt + shape.group * shape.length // 2) * per_token
     return width * (weights + cached)
+
+
+# --------------------------------------------------------------------- the ranker
+
+
+class RankerSizes(NamedTuple):
+    """Of one step."""
+
+    batch: int = 64
+    group: int = 20
+    pool: int = 50
+    history: int = 20
+    length: int = 6
+    width: int = 64
+    layers: int = 1
+    list_layers: int = 1
+    heads: int = 4
+    mlp: int = 128
+    items: int = 3000
+
+
+def ranker_sample_flops(n: RankerSizes) -> int:
+    """Matrix products of sampling a step's lists, or of reading them: useful work.
+
+    Of a history's last layer only keys and values are needed.
+    """
+    keys_values, rest = 2 * n.width * 2 * n.width, 2 * n.width * 2 * n.width + 2 * 3 * n.width * n.mlp
+    pair = 2 * 2 * n.width  # score and value
+    history = n.layers * n.history * keys_values + (n.layers - 1) * n.history * (rest + n.history * pair)
+    pool = n.layers * n.pool * (keys_values + rest + (n.history + n.pool) * pair) + n.list_layers * n.pool * keys_values
+    seen = n.length * n.pool + n.length * (n.length + 1) // 2
+    one_list = n.list_layers * (n.length * (keys_values + rest) + seen * pair) + n.length * 2 * n.width * n.pool
+    return n.batch * (history + pool + n.group * one_list)
+
+
+def ranker_step_flops(n: RankerSizes) -> int:
+    """Of a training step: a backward pass is twice its forward pass."""
+    return 3 * ranker_sample_flops(n)

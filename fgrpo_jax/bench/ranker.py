@@ -33,6 +33,8 @@ import numpy as np
 
 from fgrpo_jax.algorithm.group_softmax import group_softmax
 from fgrpo_jax.algorithm.update import make_optimizer, make_update
+from fgrpo_jax.bench import flops
+from fgrpo_jax.bench.flops import RankerSizes
 from fgrpo_jax.bench.measure import positive
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.policies.ranker import generator, network
@@ -40,23 +42,6 @@ from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.types import RANK, Batch, PyTree, Rollout, TrainState
-
-
-class Sizes(NamedTuple):
-    """Of one step."""
-
-    batch: int = 64
-    group: int = 20
-    pool: int = 50
-    history: int = 20
-    length: int = 6
-    width: int = 64
-    layers: int = 1
-    list_layers: int = 1
-    heads: int = 4
-    mlp: int = 128
-    items: int = 3000
-
 
 MEANINGS = {
     "batch": "queries", "group": "lists of a query", "pool": "candidates of a query", "history": "items of a history",
@@ -69,29 +54,7 @@ JOBS = {"sample": "sampling", "step": "training step"}
 _WARM_UP = 3
 _RATE, _BETAS, _EPS, _DECAY, _CLIP = 1e-3, (0.9, 0.98), 1e-8, 0.01, 1.0
 
-# --------------------------------------------------------------------- what it has to compute
-
-
-def sample_flops(n: Sizes) -> int:
-    """Matrix products of sampling a step's lists, or of reading them: useful work, counted as in flops.py.
-
-    Of a history's last layer only keys and values are needed.
-    """
-    keys_values, rest = 2 * n.width * 2 * n.width, 2 * n.width * 2 * n.width + 2 * 3 * n.width * n.mlp
-    pair = 2 * 2 * n.width  # score and value
-    history = n.layers * n.history * keys_values + (n.layers - 1) * n.history * (rest + n.history * pair)
-    pool = n.layers * n.pool * (keys_values + rest + (n.history + n.pool) * pair) + n.list_layers * n.pool * keys_values
-    seen = n.length * n.pool + n.length * (n.length + 1) // 2
-    one_list = n.list_layers * (n.length * (keys_values + rest) + seen * pair) + n.length * 2 * n.width * n.pool
-    return n.batch * (history + pool + n.group * one_list)
-
-
-def step_flops(n: Sizes) -> int:
-    """Of a training step: a backward pass is twice its forward pass."""
-    return 3 * sample_flops(n)
-
-
-FLOPS = {"sample": sample_flops, "step": step_flops}
+FLOPS = {"sample": flops.ranker_sample_flops, "step": flops.ranker_step_flops}
 
 # --------------------------------------------------------------------- what both are given
 
@@ -105,14 +68,14 @@ class Inputs(NamedTuple):
     reward: np.ndarray  # [B,G]
 
 
-def spec_of(n: Sizes) -> RankerSpec:
+def spec_of(n: RankerSizes) -> RankerSpec:
     return RankerSpec(
         num_items=n.items, history_max=n.history, list_length=n.length, hidden_size=n.width, num_layers=n.layers,
         list_layers=n.list_layers, num_heads=n.heads, mlp_size=n.mlp,
     )  # fmt: skip
 
 
-def make_inputs(n: Sizes) -> Inputs:
+def make_inputs(n: RankerSizes) -> Inputs:
     rng = np.random.default_rng(0)
     shape = n.batch, n.pool
     query = RankerQuery(
@@ -138,7 +101,7 @@ def make_inputs(n: Sizes) -> Inputs:
 Programs = dict[str, Callable[[], Any]]  # by JOBS; a call has ended when it returns
 
 
-def ours(n: Sizes) -> Programs:
+def ours(n: RankerSizes) -> Programs:
     """Compiled sampling and update, put together as training does on one device."""
     spec, given = spec_of(n), jax.tree.map(jnp.asarray, make_inputs(n))
     optimizer = make_optimizer(_RATE, 1, 0, "constant", *_BETAS, _EPS, _DECAY, _CLIP, True)
@@ -166,7 +129,7 @@ def ours(n: Sizes) -> Programs:
     return {"sample": lambda: jax.block_until_ready(sampling(params, given.query, key)), "step": step}
 
 
-def theirs(n: Sizes, threads: int) -> Programs:
+def theirs(n: RankerSizes, threads: int) -> Programs:
     """PyTorch's; to be called in a process of its own."""
     import torch
 
@@ -185,11 +148,11 @@ def theirs(n: Sizes, threads: int) -> Programs:
 
 
 def _serve(line: Connection, threads: int) -> None:
-    """The other process: given Sizes it prepares them, given a job it does it and says how long that took."""
+    """The other process: given RankerSizes it prepares them, given a job it does it and says how long that took."""
     keep_memory()
     programs = {}
     while (asked := line.recv()) is not None:
-        if isinstance(asked, Sizes):
+        if isinstance(asked, RankerSizes):
             programs = theirs(asked, threads)
             line.send(None)
         else:
@@ -203,7 +166,7 @@ def _seconds(program: Callable[[], Any]) -> float:
 
 
 @contextlib.contextmanager
-def torch_process(threads: int) -> Iterator[Callable[[Sizes | str], float]]:
+def torch_process(threads: int) -> Iterator[Callable[[RankerSizes | str], float]]:
     """Asks it, and waits for the answer."""
     # Threads that spin while they wait make PyTorch 10 to 20 times slower once another program shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when the process starts
@@ -213,7 +176,7 @@ def torch_process(threads: int) -> Iterator[Callable[[Sizes | str], float]]:
     process.start()
     end.close()  # so that its death is noticed here
 
-    def ask(what: Sizes | str) -> float:
+    def ask(what: RankerSizes | str) -> float:
         line.send(what)
         return line.recv()
 
@@ -228,7 +191,7 @@ def torch_process(threads: int) -> Iterator[Callable[[Sizes | str], float]]:
 # --------------------------------------------------------------------- measured
 
 
-def measure(n: Sizes, repeats: int, ask: Callable[[Sizes | str], float]) -> dict[str, Any]:
+def measure(n: RankerSizes, repeats: int, ask: Callable[[RankerSizes | str], float]) -> dict[str, Any]:
     """{"ours" and "torch": {job: seconds}} of calls in turns, the first ones dropped; and the FLOPs of a job."""
     programs = ours(n)
     ask(n)
@@ -238,7 +201,7 @@ def measure(n: Sizes, repeats: int, ask: Callable[[Sizes | str], float]) -> dict
             times["ours"][job].append(_seconds(programs[job]))
             times["torch"][job].append(ask(job))
     found = {name: {job: spread(x[_WARM_UP:]) for job, x in jobs.items()} for name, jobs in times.items()}
-    return n._asdict() | found | {"flops": {job: flops(n) for job, flops in FLOPS.items()}}
+    return n._asdict() | found | {"flops": {job: count(n) for job, count in FLOPS.items()}}
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -265,7 +228,7 @@ def growth(rows: list[dict]) -> list[str]:
 
 def table(found: dict[str, Any]) -> str:
     """The comparison for people."""
-    lines = [", ".join(f"{MEANINGS[name]} {found[name]}" for name in Sizes._fields)]
+    lines = [", ".join(f"{MEANINGS[name]} {found[name]}" for name in RankerSizes._fields)]
     lists = found["batch"] * found["group"]
     per_second = {"sample": (lists, "lists/s"), "step": (1, "steps/s")}
     for job, (count, unit) in per_second.items():
@@ -284,9 +247,9 @@ def table(found: dict[str, Any]) -> str:
 # --------------------------------------------------------------------- command line
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Sizes]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, RankerSizes]:
     parser = argparse.ArgumentParser(prog="python -m fgrpo_jax.bench ranker", description=__doc__.splitlines()[0])
-    for name, default in Sizes()._asdict().items():
+    for name, default in RankerSizes()._asdict().items():
         told = f"{MEANINGS[name]}; default: {default}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N", help=told)
     parser.add_argument("--repeats", type=positive, default=20, metavar="N", help="timed calls after the warm-up")
@@ -295,7 +258,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--no-growth", action="store_true", help="these sizes only, no others beside them")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     args = parser.parse_args(argv)
-    n = Sizes(**{name: value for name, value in vars(args).items() if name in Sizes._fields})
+    n = RankerSizes(**{name: value for name, value in vars(args).items() if name in RankerSizes._fields})
     if n.width % n.heads:
         parser.error(f"--width {n.width} is not divided by --heads {n.heads}")
     if n.pool < n.length:
@@ -303,7 +266,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Sizes]:
     return args, n
 
 
-def compare(n: Sizes, repeats: int, threads: int, with_growth: bool) -> dict[str, Any]:
+def compare(n: RankerSizes, repeats: int, threads: int, with_growth: bool) -> dict[str, Any]:
     """Everything measured; raises ConfigError without PyTorch."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("bench ranker compares with PyTorch: pip install 'fgrpo_jax[parity]'")

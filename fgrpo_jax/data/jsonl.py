@@ -140,7 +140,8 @@ def _example(value: dict[str, Any], reasons: list[str]) -> RankingExample | None
         reasons.append("query is empty and there is no history: nothing to rank by")
     if candidates is not None:
         _check_pool(candidates, reasons)
-    relevance = _gains(value["relevance"], value["candidates"], reasons)
+    size = len(value["candidates"]) if isinstance(value["candidates"], list) else None
+    relevance = _numbers("relevance", value["relevance"], size, "candidates", reasons)
     if reasons:
         return None
     more = _for_rankers(value, [item for item, _ in candidates], reasons)
@@ -151,9 +152,11 @@ def _for_rankers(value: dict[str, Any], ids: list[str], reasons: list[str]) -> d
     """The optional fields of a sound row, by their names in RankingExample."""
     found: dict[str, Any] = {}
     if "retrieval" in value:
-        found["retrieval"] = _numbers("retrieval", value["retrieval"], len(ids), (int, float), -GAIN_MAX, reasons)
+        found["retrieval"] = _numbers("retrieval", value["retrieval"], len(ids), "candidates", reasons, low=-GAIN_MAX)
     if "topics" in value:
-        found["topics"] = _numbers("topics", value["topics"], len(ids), (int,), 0, reasons, 2**31 - 1)
+        found["topics"] = _numbers(
+            "topics", value["topics"], len(ids), "candidates", reasons, high=2**31 - 1, whole=True
+        )
     if "logged" in value and not isinstance(value["logged"], list):
         reasons.append("logged must be a list of objects with items and feedback")
     elif "logged" in value:
@@ -171,20 +174,7 @@ def _shown(where: str, value: Any, ids: list[str], reasons: list[str]) -> Logged
     items = tuple(ids.index(item) for item in value["items"])
     if len(set(items)) < len(items):
         reasons.append(f"{where} shows a candidate twice")
-    return LoggedList(items, _numbers(f"{where}.feedback", value["feedback"], len(items), (int, float), 0, reasons, 1))
-
-
-def _numbers(
-    name: str, value: Any, size: int, kinds: tuple[type, ...], low: float, reasons: list[str], high: float = GAIN_MAX
-) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) != size:
-        reasons.append(f"{name} must be a list of {size} numbers")
-        return ()
-    for number, one in enumerate(value):
-        if type(one) not in kinds or not low <= one <= high:  # not a number is in no interval
-            kind = "a whole number" if kinds == (int,) else "a number"
-            reasons.append(f"{name}[{number}] is {one!r}, not {kind} from {low:g} to {high:g}")
-    return tuple(value)
+    return LoggedList(items, _numbers(f"{where}.feedback", value["feedback"], len(items), "items", reasons, high=1))
 
 
 def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None:
@@ -211,17 +201,29 @@ def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:
             reasons.append(f"two candidates have the {name} {twice!r}")
 
 
-def _gains(value: Any, candidates: Any, reasons: list[str]) -> tuple[float, ...] | None:
+def _numbers(
+    name: str,
+    value: Any,
+    size: int | None,
+    of: str,
+    reasons: list[str],
+    low: float = 0,
+    high: float = GAIN_MAX,
+    whole: bool = False,
+) -> tuple[float, ...] | None:
+    """A list of `size` numbers from low to high, one for each `of`; size: None where that is unknown."""
     if not isinstance(value, list):
-        reasons.append("relevance must be a list of numbers")
+        reasons.append(f"{name} must be a list of numbers")
         return None
-    if isinstance(candidates, list) and len(value) != len(candidates):
-        reasons.append(f"relevance has {len(value)} numbers for {len(candidates)} candidates")
-    for number, gain in enumerate(value):
-        if type(gain) not in (int, float):
-            reasons.append(f"relevance[{number}] is not a number")
-        elif isinstance(gain, float) and not math.isfinite(gain):
-            reasons.append(f"relevance[{number}] is {gain}, not finite")
-        elif not 0 <= gain <= GAIN_MAX:
-            reasons.append(f"relevance[{number}] is {'negative' if gain < 0 else f'above {GAIN_MAX:g}'}")
-    return None if reasons else tuple(float(gain) for gain in value)
+    if size is not None and len(value) != size:
+        reasons.append(f"{name} has {len(value)} numbers for {size} {of}")
+    for number, one in enumerate(value):
+        where = f"{name}[{number}]"
+        if type(one) not in ((int,) if whole else (int, float)):
+            reasons.append(f"{where} is not a {'whole ' * whole}number")
+        elif isinstance(one, float) and not math.isfinite(one):
+            reasons.append(f"{where} is {one}, not finite")
+        elif not low <= one <= high:
+            below = "negative" if low == 0 else f"below {low:g}"
+            reasons.append(f"{where} is {below if one < low else f'above {high:g}'}")
+    return None if reasons else tuple(value if whole else map(float, value))

@@ -1,7 +1,7 @@
 """The systems: each makes the policies of its runs, and knows what its configuration may not be.
 
-To add one: a package here with a `system` module that has the functions below, a configuration
-(config_files.SYSTEMS), and a line in SYSTEMS.
+To add one: a package here, called as the system, with a `system` module that has the functions below
+and REWARDS; and its configuration in config_files.SYSTEMS.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from fgrpo_jax.data.datasets import Dataset
     from fgrpo_jax.types import Policy, Selection
 
-# Modules, by name: only the one that is used is imported.
-SYSTEMS = {"llm": "fgrpo_jax.policies.llm.system", "ranker": "fgrpo_jax.policies.ranker.system"}
-
 
 def _of(config: RunConfig) -> Any:
-    return importlib.import_module(SYSTEMS[config.SYSTEM])
+    """The module of the configuration's system: only the one that is used is imported."""
+    return importlib.import_module(f"{__name__}.{config.SYSTEM}.system")
 
 
 def make(config: RunConfig, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:

@@ -37,7 +37,7 @@ class Judged:
     """Where the queries and candidates come from."""
 
     name: str
-    """Data set: synthetic, lastfm, musique or jsonl."""
+    """Data set, as the configuration's data.name."""
     manual_dir: str
     """Folder with the raw files of the data set (not used by synthetic)."""
     prepared_dir: str

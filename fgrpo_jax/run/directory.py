@@ -2,13 +2,11 @@
 
 config.json       the configuration; what may change in it says changes.py
 data.json         fingerprints of the data splits, and the catalogue's items
-tokenizer/        the tokenizer
-model.json        sizes of the decoder
-hf_config.json    config.json of the Hugging Face checkpoint it started from, if any
+tokenizer/, ...   what its policies say of themselves: policies/llm/files.py, policies/ranker/files.py
 start.json        the run that `start_from` named, and where it lies from here
 metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
-sft/, rl/         checkpoints/ and done.json (written when the stage is complete)
-curves.png        training curves of both phases
+sft/, rl/, ...    of every stage: checkpoints/ and done.json (written when it is complete)
+curves.png        training curves
 eval/SPLIT/       evaluations
 """
 
@@ -125,7 +123,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 def _before(run_dir: Path, config: RunConfig) -> RunConfig:
     """The configuration in a run directory; a start that only lies elsewhere now is not another."""
     before, record = read_config(run_dir), _read_start(run_dir)
-    if record and config.start_from and record["mark"] == _mark(path_of(config.start_from), config):
+    if record and config.start_from and _is_same(record["mark"], _mark(path_of(config.start_from), config)):
         before = dataclasses.replace(before, start_from=config.start_from)
     return before
 
@@ -214,14 +212,15 @@ def start_dir(run_dir: Path, config: RunConfig) -> Path:
     if record is None:
         return given
     recorded = follow(run_dir, record["run"])
-    return given if _mark(given, config) == record["mark"] != _mark(recorded, config) else recorded
+    fits = [_is_same(record["mark"], _mark(place, config)) for place in (given, recorded)]
+    return given if fits == [True, False] else recorded
 
 
 def record_start(run_dir: Path, config: RunConfig) -> None:
     """Note which run this one starts from, and where it lies; nothing where it is gone or another."""
     given, record = path_of(config.start_from), _read_start(run_dir)
     mark = _mark(given, config)
-    if mark and (record is None or record["mark"] == mark):
+    if mark and (record is None or _is_same(record["mark"], mark)):
         place = relative(given, run_dir)
         write_atomically(run_dir / "start.json", json.dumps({"run": place, "mark": mark}, indent=1) + "\n")
 
@@ -232,7 +231,7 @@ def lacking_start(run_dir: Path, config: RunConfig) -> str:
     mark = _mark(start, config)
     if mark is None:
         return f"there is no run with a finished {' and '.join(from_start(config))} stage at {start}"
-    if record and record["mark"] != mark:
+    if record and not _is_same(record["mark"], mark):
         names = " or ".join(from_start(config))
         return f"{start} is not, or no more, the run that {run_dir} started from: its {names} stage ended otherwise"
     return ""
@@ -241,6 +240,11 @@ def lacking_start(run_dir: Path, config: RunConfig) -> str:
 def _read_start(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "start.json"
     return read_json(path, ("run", "mark")) if path.is_file() else None
+
+
+def _is_same(recorded: dict[str, Any], mark: dict[str, Any] | None) -> bool:
+    """Whether two marks are of one run: where more stages read it than when it was recorded, by what both name."""
+    return mark is not None and all(mark[name] == value for name, value in recorded.items() if name in mark)
 
 
 def _mark(start: Path, config: RunConfig) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import multihost_utils
 
-from fgrpo_jax.config_files import as_dict
+from fgrpo_jax.config_files import to_json
 from fgrpo_jax.files import write_atomically
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment, initial_params
@@ -156,7 +156,7 @@ class Stage:
 
     def _save(self, state: TrainState, step: int, metric: float | None) -> None:
         meta = {
-            "config": json.loads(json.dumps(as_dict(self._config))),
+            "config": json.loads(to_json(self._config)),
             "data": self._experiment.dataset.fingerprints,
             "unlogged": self._meter.unlogged(),
         }

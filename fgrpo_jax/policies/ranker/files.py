@@ -1,4 +1,4 @@
-"""What a run directory says of its ranker: items.json, and sizes by the shapes of its parameters.
+"""What a run directory says of its ranker: items.json, with the items it numbers and its sizes.
 
 With it the directory can be moved and used where the data that it was trained on are not.
 """
@@ -35,7 +35,7 @@ def saved_catalogue(run_dir: Path) -> Catalogue | None:
     return Catalogue(tuple(found["items"]), tuple(found["counts"]))
 
 
-def policy_files(spec: RankerSpec, table: PyTree, catalogue: Catalogue) -> PolicyFiles:
+def policy_files(spec: RankerSpec, catalogue: Catalogue) -> PolicyFiles:
     sizes = {name: value for name, value in spec._asdict().items() if name not in _NOT_DESCRIBED}
 
     def save(run_dir: Path) -> None:

@@ -27,14 +27,14 @@ LABELS = ("relevance", "feedback")
 class Parts(NamedTuple):
     """What a policy is made of, but for `encode` and `blank` (query.py), which know the catalogue.
 
-    table: its Params. init: (key) -> params.
+    spec: its sizes. table: its Params.
     sources: by name, (group size) -> ((params, frozen, query, key) -> (Rollout, Lists)).
     logprobs: (params, frozen, query, rollout) -> [B,G,T]. greedy: (params, frozen, query) -> as a source, G = 1.
     rewards: by name, (k) -> ((lists, query, frozen) -> [B,G]).
     """
 
+    spec: RankerSpec
     table: PyTree
-    init: Callable[[Array], PyTree]
     sources: dict[str, Callable[[int], Source]]
     logprobs: Callable
     greedy: Callable
@@ -42,19 +42,16 @@ class Parts(NamedTuple):
     outcomes: tuple[Outcome, ...] = (OK,)  # decoding cannot break a rule
 
 
-def learned_rewards(evaluator: RankerSpec, pointwise: RankerSpec) -> dict[str, Callable]:
+def learned_rewards(spec: RankerSpec) -> dict[str, Callable]:
     """Rewards of rankings, cut at k: what frozen networks say of them, and those that read topics."""
 
-    def build(of_lists: Callable, spec: RankerSpec, name: str) -> Callable:
+    def build(stage: str, of_lists: Callable) -> Callable:
         def at(k: int) -> Callable:
-            return lambda lists, query, frozen: of_lists(spec, frozen[name], query, lists.ranking, k)
+            return lambda lists, query, frozen: of_lists(spec, frozen[stage], query, lists.ranking, k)
 
         return at
 
-    return TOPICAL | {
-        "reward_model": build(scorers.reward_of_lists, evaluator, "evaluator"),
-        "pointwise_reward": build(scorers.pointwise_reward_of_lists, pointwise, "pointwise"),
-    }
+    return TOPICAL | {name: build(*reads) for name, reads in scorers.REWARDS.items()}
 
 
 # --------------------------------------------------------------------- the generator
@@ -66,7 +63,7 @@ def make_generator(
 ) -> Parts:  # fmt: skip
     """The generator of lists.
 
-    setting: of the proposals, which also names the specs of evaluator and point-wise network.
+    setting: of the proposals, which also names the sizes of evaluator and point-wise network.
     mix: the proposals of a "mixed" group, (name, number) each; the rest of it are own samples, which come first.
     labels: what the "logged" source imitates: candidates by "relevance", or by the best "feedback" in logged lists.
     beam: lists kept by `greedy`, which returns the best.
@@ -100,8 +97,8 @@ def make_generator(
         return jax.tree.map(lambda x: x[:, :1], generator.beam(spec, encoded, beam))
 
     sources = {"sampled": sampled, "logged": logged, "mixed": functools.partial(_mixed, spec, setting, mix)}
-    rewards = learned_rewards(setting.evaluator, setting.pointwise)
-    return Parts(table, functools.partial(network.init, spec, table), sources, logprobs, greedy, rewards)
+    rewards = learned_rewards(setting.judge)
+    return Parts(spec, table, sources, logprobs, greedy, rewards)
 
 
 def _mixed(spec: RankerSpec, setting: proposals.Setting, mix: tuple[tuple[str, int], ...], group: int) -> Source:
@@ -202,7 +199,7 @@ def make_evaluator(spec: RankerSpec) -> Parts:
     def greedy(params, frozen, query):
         return _as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length), UNTRAINED)
 
-    return Parts(table, functools.partial(network.init, spec, table), {"logged": _logged_and_cut}, logprobs, greedy, {})
+    return Parts(spec, table, {"logged": _logged_and_cut}, logprobs, greedy, {})
 
 
 def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
@@ -234,7 +231,7 @@ def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
         score_B1C = scorers.pointwise_logits(spec, params, query)[:, None]
         return _as_given(proposals.order(query, score_B1C, spec.list_length), UNTRAINED)
 
-    return Parts(table, functools.partial(network.init, spec, table), {"logged": logged}, logprobs, greedy, {})
+    return Parts(spec, table, {"logged": logged}, logprobs, greedy, {})
 
 
 # --------------------------------------------------------------------- generators and an evaluator

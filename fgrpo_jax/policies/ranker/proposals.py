@@ -35,13 +35,12 @@ from fgrpo_jax.types import Array, PyTree
 class Setting(NamedTuple):
     """What proposals depend on besides arrays; hashable.
 
+    judge: sizes of evaluator and point-wise network.
     noise: scale of the Gumbel noise of further lists, in standard deviations of a pool's scores.
     mmr_lambda: weight of relevance against redundancy (Carbonell and Goldstein, 1998).
     """
 
-    list_length: int
-    evaluator: RankerSpec
-    pointwise: RankerSpec
+    judge: RankerSpec
     noise: float = 0.5
     mmr_lambda: float = 0.7
 
@@ -91,13 +90,13 @@ def _noisy(setting: Setting, asked: Asked, score_BC: Array) -> Array:
 
 def _by(score: Callable[[Setting, Asked], Array]) -> Callable[[Setting, Asked], Array]:
     def propose(setting: Setting, asked: Asked) -> Array:
-        return order(asked.query, _noisy(setting, asked, score(setting, asked)), setting.list_length)
+        return order(asked.query, _noisy(setting, asked, score(setting, asked)), setting.judge.list_length)
 
     return propose
 
 
 def _random(setting: Setting, asked: Asked) -> Array:
-    return order(asked.query, _gumbel(asked), setting.list_length)
+    return order(asked.query, _gumbel(asked), setting.judge.list_length)
 
 
 def _retrieval(setting: Setting, asked: Asked) -> Array:
@@ -105,7 +104,7 @@ def _retrieval(setting: Setting, asked: Asked) -> Array:
 
 
 def _pointwise(setting: Setting, asked: Asked) -> Array:
-    return scorers.pointwise_logits(setting.pointwise, asked.frozen["pointwise"], asked.query)
+    return scorers.pointwise_logits(setting.judge, asked.frozen["pointwise"], asked.query)
 
 
 # --------------------------------------------------------------------- maximal marginal relevance
@@ -143,8 +142,8 @@ def same_topic(setting: Setting, asked: Asked) -> Array:
 
 def near_items(setting: Setting, asked: Asked) -> Array:
     """[B,C,C]: cosine of the point-wise network's item embeddings, from 0 (negative ones too) to 1."""
-    table = {"items": network.pointwise_table(setting.pointwise)["items"]}
-    items = network.whole(setting.pointwise, table, {"items": asked.frozen["pointwise"]["items"]})["items"]
+    table = {"items": network.pointwise_table(setting.judge)["items"]}
+    items = network.whole(setting.judge, table, {"items": asked.frozen["pointwise"]["items"]})["items"]
     x_BCD = items[asked.query.candidates].astype(jnp.float32)
     x_BCD /= jnp.maximum(jnp.linalg.norm(x_BCD, axis=-1, keepdims=True), 1e-12)
     return jnp.clip(jnp.einsum("bcd,bed->bce", x_BCD, x_BCD), 0.0, 1.0)
@@ -156,7 +155,7 @@ def _mmr(
     def propose(setting: Setting, asked: Asked) -> Array:
         score_BGC = _noisy(setting, asked, score(setting, asked))
         close_BCC = similarity(setting, asked)
-        return by_marginal_relevance(asked.query, score_BGC, close_BCC, setting.mmr_lambda, setting.list_length)
+        return by_marginal_relevance(asked.query, score_BGC, close_BCC, setting.mmr_lambda, setting.judge.list_length)
 
     return propose
 
@@ -166,7 +165,7 @@ def _mmr(
 
 def best(setting: Setting, evaluator: PyTree, query: RankerQuery, list_BGT: Array) -> Array:
     """[B,1,L]: of a group of lists, the one the evaluator expects most of."""
-    score_BG = scorers.reward_of_lists(setting.evaluator, evaluator, query, list_BGT)
+    score_BG = scorers.reward_of_lists(setting.judge, evaluator, query, list_BGT)
     return jnp.take_along_axis(list_BGT, jnp.argmax(score_BG, -1)[:, None, None], 1)
 
 
@@ -174,7 +173,7 @@ def _evaluator(setting: Setting, asked: Asked) -> Array:
     if asked.count > 1:
         raise ValueError(f"the evaluator's greedy list is one, not {asked.count}: ask for perturbed ones beside it")
     evaluator = asked.frozen["evaluator"]
-    return scorers.evaluator_greedy(setting.evaluator, evaluator, asked.query, setting.list_length)
+    return scorers.evaluator_greedy(setting.judge, evaluator, asked.query, setting.judge.list_length)
 
 
 def _perturbed(setting: Setting, asked: Asked) -> Array:
@@ -188,7 +187,7 @@ def _perturbed(setting: Setting, asked: Asked) -> Array:
     size = (list_B1T >= 0).sum(-1, keepdims=True)
     i = jnp.minimum((u[0] * size).astype(jnp.int32), size - 1)
     j = (i + 1 + jnp.minimum((u[1] * (size - 1)).astype(jnp.int32), size - 2)) % size
-    place = jnp.arange(setting.list_length)
+    place = jnp.arange(setting.judge.list_length)
     at_i, at_j = (jnp.take_along_axis(jnp.broadcast_to(list_B1T, (*x.shape[:2], place.size)), x, -1) for x in (i, j))
     swapped = jnp.where(place == i, at_j, jnp.where(place == j, at_i, list_B1T))
 

@@ -77,6 +77,10 @@ def pointwise_reward_of_lists(
     return list_score(p_BGT, list_BGT, k)
 
 
+# Learned rewards by name: the stage whose parameters each one reads, and what these say of lists.
+REWARDS = {"reward_model": ("evaluator", reward_of_lists), "pointwise_reward": ("pointwise", pointwise_reward_of_lists)}
+
+
 def log_likelihood(logit: Array, label: Array) -> Array:
     """y log p + (1 - y) log(1 - p) of a label y from 0 to 1."""
     return label * jax.nn.log_sigmoid(logit) + (1 - label) * jax.nn.log_sigmoid(-logit)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fgrpo_jax.algorithm.rewards import TOPICAL
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.datasets import DataError, Dataset
-from fgrpo_jax.policies.ranker import network, policy, proposals, validation
+from fgrpo_jax.policies.ranker import network, policy, proposals, scorers
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.policies.ranker.files import Catalogue, policy_files, saved_catalogue
 from fgrpo_jax.policies.ranker.network import RankerSpec
@@ -24,7 +26,7 @@ from fgrpo_jax.types import Policy, PyTree, Selection
 __all__ = ["REWARDS", "policies", "problems", "selections"]
 
 _FIRST = 1000  # training queries that are looked at before training
-REWARDS = frozenset(validation.REWARDS) | frozenset(TOPICAL)
+REWARDS = frozenset(scorers.REWARDS) | frozenset(TOPICAL)
 
 
 def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> dict[str, Policy]:
@@ -34,50 +36,31 @@ def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> di
     comes without data.
     """
     catalogue = saved_catalogue(run_dir) or _catalogue(dataset)
-    spec = make_spec(config, len(catalogue.items))
-    labels, setting = config.network.labels, make_setting(config, spec)
-    two = spec._replace(two_phase=True)
+    spec, n = make_spec(config, len(catalogue.items)), config.network
+    setting = make_setting(config, spec)
+    writing = setting, config.proposals.mix, n.labels, n.beam
     made = {
-        "generator": policy.make_generator(spec, setting, config.proposals.mix, labels, config.network.beam),
-        "two_phase": policy.make_generator(two, setting, (), labels, config.network.beam),
+        "generator": policy.make_generator(spec, *writing),
+        "two_phase": policy.make_generator(spec._replace(two_phase=True), *writing),
         "evaluator": policy.make_evaluator(spec),
-        "pointwise": policy.make_pointwise(spec, labels),
+        "pointwise": policy.make_pointwise(spec, n.labels),
     }
     numbers = {item: number for number, item in enumerate(catalogue.items, start=1)}
     counts = np.concatenate([[0.0], np.log1p(np.asarray(catalogue.counts, np.float64))]).astype(np.float32)
-    encode = encoder(numbers, counts, config.data.history_max, config.network.list_length)
-    del made["two_phase"].sources["mixed"]  # proposals are rankings
-    trained = {stage.policy for stage in stages(config).values() if stage.steps}
-    by_feedback = {"evaluator"} | ({"pointwise", "generator", "two_phase"} if labels == "feedback" else set())
-    return {
-        name: _policy(two if name == "two_phase" else spec, parts, encode, catalogue, name in by_feedback & trained)
-        for name, parts in made.items()
-    }
+    encode = encoder(numbers, counts, config.data.history_max, n.list_length)
+    # All read the same queries, so one of them asks whether these are sound.
+    checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config))}
+    return {name: _policy(parts, encode, catalogue, checks.get(name, _no_check)) for name, parts in made.items()}
 
 
 def make_spec(config: RankerConfig, num_items: int) -> RankerSpec:
-    n = config.network
-    return RankerSpec(
-        num_items=num_items,
-        history_max=config.data.history_max,
-        list_length=n.list_length,
-        hidden_size=n.hidden_size,
-        num_layers=n.num_layers,
-        list_layers=n.list_layers,
-        num_heads=n.num_heads,
-        mlp_size=n.mlp_size,
-        sees_retrieval=n.sees_retrieval,
-        causal_history=n.causal_history,
-        init_std=n.init_std,
-        dtype=n.dtype,
-        param_dtype=n.param_dtype,
-        remat=n.remat,
-    )
+    """The fields of `network` that are sizes have the same names in both."""
+    sizes = {name: value for name, value in vars(config.network).items() if name in RankerSpec._fields}
+    return RankerSpec(num_items=num_items, history_max=config.data.history_max, **sizes)
 
 
 def make_setting(config: RankerConfig, spec: RankerSpec) -> proposals.Setting:
-    p = config.proposals
-    return proposals.Setting(spec.list_length, spec, spec, p.noise, p.mmr_lambda)
+    return proposals.Setting(spec, config.proposals.noise, config.proposals.mmr_lambda)
 
 
 def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, Selection]:
@@ -99,24 +82,42 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
     }
 
 
-def _policy(spec: RankerSpec, parts: policy.Parts, encode, catalogue: Catalogue, needs_lists: bool) -> Policy:
+def _needs_lists(config: RankerConfig) -> bool:
+    """Whether something is trained that learns from shown lists alone."""
+    trained = {stage.policy for stage in stages(config).values() if stage.steps and stage.source == "logged"}
+    return "evaluator" in trained or bool(trained) and config.network.labels == "feedback"
+
+
+def _check_queries(encode: Callable, needs_lists: bool, mesh: Mesh, dataset: Dataset, ends_on: str) -> None:
+    """See Policy.check: all queries but those of a large training split, which are read in their turn.
+
+    Raises DataError.
+    """
+    for name, split in dataset.splits.items():
+        if name != "train":
+            encode(list(split))
+    first = dataset.splits["train"][:_FIRST] if "train" in dataset.splits else []
+    if first and not dataset.sampled_negatives:
+        encode(first)
+    if first and needs_lists and not any(row.logged for row in first):
+        raise DataError(
+            f"data set {dataset.name!r} has no shown lists (`logged`) in its first {len(first)} training "
+            "queries, and evaluator, or network.labels='feedback', learn from nothing else"
+        )
+
+
+def _no_check(mesh: Mesh, dataset: Dataset, ends_on: str) -> None:
+    return None
+
+
+def _policy(parts: policy.Parts, encode: Callable, catalogue: Catalogue, check: Callable) -> Policy:
+    spec = parts.spec
+
     def init(key: jax.Array, shardings: PyTree) -> PyTree:
-        return jax.jit(parts.init, out_shardings=shardings)(key)
+        return jax.jit(functools.partial(network.init, spec, parts.table), out_shardings=shardings)(key)
 
     def sizes(query: RankerQuery) -> dict[str, int]:
         return {"S": query.history.shape[1] + query.candidates.shape[1], "T": spec.steps}
-
-    def check(mesh, dataset: Dataset, split: str) -> None:
-        for name, split in dataset.splits.items():
-            few = name == "train"  # which may be large: its other queries are read in their turn
-            rows = split[:_FIRST] if few else list(split)
-            if not (dataset.sampled_negatives and few):
-                encode(rows)
-            if few and needs_lists and not any(row.logged for row in rows):
-                raise DataError(
-                    f"data set {dataset.name!r} has no shown lists (`logged`) in its first {len(rows)} training "
-                    "queries, and evaluator, or network.labels='feedback', learn from nothing else"
-                )
 
     def of_group(source):
         return lambda stage: source(stage.group_size)
@@ -138,7 +139,7 @@ def _policy(spec: RankerSpec, parts: policy.Parts, encode, catalogue: Catalogue,
         ),
         sizes=sizes,
         check=check,
-        files=policy_files(spec, parts.table, catalogue),
+        files=policy_files(spec, catalogue),
     )
 
 

@@ -7,9 +7,10 @@ import math
 from fgrpo_jax.config import StageConfig
 from fgrpo_jax.policies.ranker.config import NetworkConfig, RankerConfig
 from fgrpo_jax.policies.ranker.proposals import PROPOSALS, READS
+from fgrpo_jax.policies.ranker.scorers import REWARDS
 from fgrpo_jax.stages import stages
 
-REWARDS = {"reward_model": "evaluator", "pointwise_reward": "pointwise"}  # and the stage that each one reads
+_READS = {name: stage for name, (stage, _) in REWARDS.items()}  # of a learned reward: the stage that it reads
 
 
 def problems(config: RankerConfig) -> list[str]:
@@ -17,7 +18,7 @@ def problems(config: RankerConfig) -> list[str]:
     for name, stage in stages(config).items():
         if stage.steps:
             found += _stage(config, name, stage)
-        if name in REWARDS.values() and stage.policy != name:
+        if name in _READS.values() and stage.policy != name:
             found.append(f"{name}.policy={stage.policy!r}: this stage is read as the {name}; leave it at {name!r}")
     if config.reward.rules:
         found.append("reward.rules: a ranker's lists cannot break a rule; leave it empty")
@@ -56,7 +57,7 @@ def _selection(config: RankerConfig) -> list[str]:
         for name in names:
             if name not in stages(config) or stages(config)[name].policy != "generator":
                 found.append(f"selection.{row}: {name!r} is no stage that trains the generator")
-        if names and (s.lists < len(names) or s.lists % len(names)):
+        if names and (s.lists < 1 or s.lists % len(names)):
             found.append(f"selection.lists={s.lists} must be as many for each of the {len(names)} generators of {row}")
     return found
 
@@ -73,7 +74,7 @@ def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
             )
         needs |= {f"proposal {one!r}": READS[one] for one, _ in config.proposals.mix if one in READS}
     if stage.source != "logged":
-        needs |= {f"reward {reward!r}": REWARDS[reward] for _, reward, _ in stage.credit.terms if reward in REWARDS}
+        needs |= {f"reward {reward!r}": _READS[reward] for _, reward, _ in stage.credit.terms if reward in _READS}
     for what, network in needs.items():
         if network not in stage.frozen_from:
             found.append(f"{name}: {what} reads the stage {network!r}, so name it in {name}.frozen_from")
