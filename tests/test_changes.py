@@ -1,6 +1,7 @@
 """What may change in a configuration between two starts of a run, and what a stage that goes on becomes."""
 
 import json
+import operator
 import shutil
 
 import jax
@@ -11,11 +12,13 @@ from tiny import changed, contents, rows, run_training, tiny_config, write_world
 
 from fgrpo_jax.config import Config
 from fgrpo_jax.config_files import to_json
+from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.run import changes, meter
 from fgrpo_jax.run import directory as run
 from fgrpo_jax.run.changes import Reached
 from fgrpo_jax.run.checkpoint import Checkpoints
 from fgrpo_jax.run.stage import Stage
+from fgrpo_jax.stages import stages
 
 NEW, BEGUN = Reached(None, None), Reached(300, None)
 
@@ -25,10 +28,25 @@ def refused(fields, sft=NEW, rl=NEW, **before):
     return changes.refused(old, changed(old, fields), {"sft": sft, "rl": rl})
 
 
+def has(config, path):
+    try:
+        operator.attrgetter(path)(config)
+    except AttributeError:
+        return False
+    return True
+
+
 def test_what_keeps_the_meaning_may_change():
-    """Always: where things lie, what is shown and kept, how it is computed."""
-    fields = dict.fromkeys(changes.ALWAYS, "other")
-    assert refused(fields, sft=Reached(600, 600), rl=Reached(500, 500)) == []
+    """Always: where things lie, what is shown and kept, how it is computed, in either system."""
+    known = {system: {name for name in changes.ALWAYS if has(system(), name)} for system in (Config, RankerConfig)}
+    assert set.union(*known.values()) == changes.ALWAYS
+    for system, names in known.items():
+        reached = {name: Reached(stage.steps, stage.steps) for name, stage in stages(system()).items()}
+        assert changes.refused(system(), changed(system(), dict.fromkeys(names, "other")), reached) == []
+
+
+def test_what_changes_the_meaning_is_refused():
+    fields = {"run_dir": "other"}
     assert refused(fields | {"seed": 1, "eval.metric": "mrr", "data.history_max": 3}, sft=BEGUN) == [
         "seed: 0 -> 1", "data.history_max: 10 -> 3", "eval.metric: 'ndcg@5' -> 'mrr'"
     ]  # fmt: skip
