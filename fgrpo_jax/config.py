@@ -178,6 +178,9 @@ class StageConfig:
     """Steps between evaluations on the validation split (each also saves a checkpoint)."""
     patience: int = 0
     """Stop after this many evaluations without improvement; 0: never."""
+    metric: Literal["", "likelihood"] = ""
+    """Chooses the stage's best checkpoint, and decides its patience: eval.metric where empty; likelihood: the mean
+    log-likelihood of what is learnt in the validation queries, per action (source "logged" only)."""
     optim: OptimConfig = OptimConfig()
     credit: CreditConfig = CreditConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -201,7 +204,7 @@ class RewardConfig:
 class EvalConfig:
     split: str = "validation"
     metric: str = "ndcg@5"
-    """Chooses the best checkpoint, and decides patience."""
+    """Chooses the best checkpoint, and decides patience, of stages without a `metric` of their own."""
     cutoffs: tuple[int, ...] = (1, 3, 5)
     metrics: tuple[str, ...] = ("recall", "precision", "hit", "ndcg")
     """What is measured, beside mrr and slate_recall. At every cut-off: recall, precision, hit, ndcg, map, f1 and,

@@ -13,10 +13,12 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.config import Config, ConfigError, RunConfig
+from fgrpo_jax.config import Config, ConfigError, RunConfig, StageConfig
 
 # Module and class of a system's configuration, by its name.
 SYSTEMS = {"llm": "fgrpo_jax.config:Config", "ranker": "fgrpo_jax.policies.ranker.config:RankerConfig"}
+# What runs were made under before a field was there, where some default is another one.
+_BEFORE = {StageConfig: {"metric": ""}}
 
 
 def load_file(path: str | Path) -> RunConfig:
@@ -50,8 +52,8 @@ def to_json(config: RunConfig) -> str:
 def from_json(text: str) -> RunConfig:
     """Inverse of `to_json`. A field that the text lacks (see `absent`) has its default.
 
-    So a new field must come with the default under which earlier runs were made. Raises
-    ConfigError on what is not JSON, or has fields that do not exist.
+    So a new field must come with the default under which earlier runs were made, or with a line in _BEFORE.
+    Raises ConfigError on what is not JSON, or has fields that do not exist.
     """
     return _read(text)[0]
 
@@ -94,7 +96,7 @@ def _build(default: Any, value: Any, where: str, lacking: list[str], unknown: li
     path = {name: f"{where}.{name}" if where else name for name in (*known, *value)}
     unknown += [path[name] for name in value if name not in known]
     lacking += [path[name] for name in known if name not in value]
-    built = {}
+    built = {name: before for name, before in _BEFORE.get(type(default), {}).items() if name not in value}
     for name in (name for name in known if name in value):
         if dataclasses.is_dataclass(known[name]):
             built[name] = _build(known[name], value[name], path[name], lacking, unknown)

@@ -286,8 +286,10 @@ def curves(metrics_path: str | Path, png_path: str | Path) -> None:
 
 
 def _shown(rows: Sequence[dict]) -> list[str]:
-    """Of the validation metrics: nDCG and recall at their largest cut-off, and recall of the slate."""
+    """Of the validation metrics: nDCG and recall at their largest cut-off, and recall of the slate; or likelihood."""
     names = {name for row in rows for name in row if name.startswith("eval/")}
+    if "eval/likelihood" in names:  # on another scale, and what chooses the checkpoint
+        return ["eval/likelihood"]
     shown = []
     for metric in ("eval/ndcg@", "eval/recall@"):
         cutoffs = [int(name.removeprefix(metric)) for name in names if name.startswith(metric)]

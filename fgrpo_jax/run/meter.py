@@ -12,6 +12,7 @@ from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.errors import TrainingError
 from fgrpo_jax.evaluation.evaluate import score
 from fgrpo_jax.run.experiment import Experiment, Predictor
+from fgrpo_jax.run.likelihood import Likelihood
 from fgrpo_jax.run.log import MetricsLog, Progress
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample
@@ -82,27 +83,31 @@ class Validation:
         self._config, self._name, self._log = experiment.config, name, log
         self._stage = stages(experiment.config)[name]
         self._predict = Predictor(experiment, experiment.policy(name))
+        self._likelihood = Likelihood(experiment, name) if self._stage.metric == "likelihood" else None
+        self.metric = self._stage.metric or experiment.config.eval.metric
         self.examples = _examples(experiment)
         self.measured: dict[int, float] = {}
 
     def resume(self, latest: int | None) -> None:
         """Read once what was logged up to the checkpoint: every host has to decide alike."""
-        kept, metric = -1 if latest is None else latest, f"eval/{self._config.eval.metric}"
+        kept, metric = -1 if latest is None else latest, f"eval/{self.metric}"
         rows: list[dict[str, Any]] = self._log.rows(self._name)
         self.measured = {row["step"]: row[metric] for row in rows if row["step"] <= kept and metric in row}
         self._log.forget_after(self._name, kept)
 
-    def measure(self, params: PyTree, step: int) -> float | None:
-        """Evaluate and log; the metric that chooses the best checkpoint."""
+    def measure(self, params: PyTree, frozen: PyTree, step: int) -> float | None:
+        """Evaluate and log; the metric that chooses the best checkpoint. Raises what `Likelihood` does."""
         if not self.examples:
             return None
         settings = self._config.eval
         scores = score(self.examples, self._predict(params, self.examples), settings.cutoffs, settings.metrics)
         values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
+        if self._likelihood:
+            values["eval/likelihood"] = self._likelihood(params, frozen, self.examples)
         self._log.write(self._name, step, values)
-        self.measured[step] = values[f"eval/{settings.metric}"]
+        self.measured[step] = values[f"eval/{self.metric}"]
         if jax.process_index() == 0:
-            names = dict.fromkeys((settings.metric, f"recall@{max(settings.cutoffs)}", "slate_recall"))
+            names = dict.fromkeys((self.metric, settings.metric, f"recall@{max(settings.cutoffs)}", "slate_recall"))
             shown = [f"{n.replace('_', ' ')} {values[f'eval/{n}']:.4f}" for n in names if f"eval/{n}" in values]
             print(f"{self._name} {step}: validation {'  '.join(shown)}", flush=True)
         return self.measured[step]

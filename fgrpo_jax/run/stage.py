@@ -149,7 +149,7 @@ class Stage:
     # ------------------------------------------------------------------ evaluating, saving
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        metric = self._validation.measure(state.params, step)
+        metric = self._validation.measure(state.params, self.frozen, step)
         # What is evaluated only because it is the last step is no more once the stage goes on from it.
         self._save(state, step, metric if step % self.stage.eval_every == 0 else None)
         self._meter.progress.skip(step)
@@ -171,7 +171,7 @@ class Stage:
             best, metric = step, last
         self._checkpoints.pin(best)
         if self._is_main:
-            record = {"step": step, "best_step": best, "metric": self._config.eval.metric, "best": metric}
+            record = {"step": step, "best_step": best, "metric": self._validation.metric, "best": metric}
             write_atomically(self._dir / "done.json", json.dumps(record, indent=1) + "\n")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"{self.name} done")  # before anyone looks for done.json

@@ -215,6 +215,8 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
     if s.source != "logged":
         problems += _check_credit(name, s, known)
+    if s.source != "logged" and s.metric:
+        problems.append(f"{name}.metric={s.metric!r} is of logged rollouts, {name}.source={s.source!r}: leave it empty")
     if not 0 <= s.subset[0] < s.subset[1] <= 1:
         problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
     if s.objective.epochs < 1:

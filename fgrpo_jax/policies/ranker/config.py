@@ -106,7 +106,7 @@ class RankerConfig(RunConfig):
     selection: SelectionConfig = SelectionConfig()
     reward: RewardConfig = RewardConfig(k=6)
     eval: EvalConfig = EvalConfig(metric="ndcg@6", cutoffs=(1, 3, 6), versus="pointwise")
-    evaluator: StageConfig = dataclasses.replace(_JUDGE, policy="evaluator")
+    evaluator: StageConfig = dataclasses.replace(_JUDGE, policy="evaluator", metric="likelihood")
     """The reward model, fitted to the feedback that shown lists had."""
     pointwise: StageConfig = dataclasses.replace(_JUDGE, policy="pointwise")
     """A score of each candidate by itself."""
