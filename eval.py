@@ -36,8 +36,8 @@ from fgrpo_jax.evaluation.evaluate import Prediction
 from fgrpo_jax.files import check_writable, path_of, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
-from fgrpo_jax.run.finished import best_params
-from fgrpo_jax.run.processes import on_first
+from fgrpo_jax.run.judge import Opened, fits_of, predict, rewards_of
+from fgrpo_jax.run.processes import note, on_first
 from fgrpo_jax.run.validation import check_evaluation
 from fgrpo_jax.stages import from_start, stages
 from fgrpo_jax.types import RankingExample
@@ -59,12 +59,13 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     unusable data.
     """
     config = directory.read_config(run_dir)
-    for note in filter(None, map(directory.earlier_version, (run_dir, *_prefixed(others).values()))):
-        _note(note)
+    for line in filter(None, map(directory.earlier_version, (run_dir, *_prefixed(others).values()))):
+        note(line)
     settings = settings or config.eval
     settings = dataclasses.replace(settings, split=split or settings.split)
     data, mesh = data or source_of_data(config), mesh or config.mesh
-    if settings.versus in from_start(config) and directory.lacking_start(run_dir, config):
+    reads = policies.selected(config).get(settings.versus, (settings.versus,))
+    if set(reads) & set(from_start(config)) and directory.lacking_start(run_dir, config):
         here = next(name for name, stage in stages(config).items() if stage.steps)
         settings = dataclasses.replace(settings, versus=here)  # `_finished` says so
     used = _judged(config, data, settings, mesh)
@@ -73,6 +74,10 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         theirs = directory.read_config(other)
         _check_limits(other, theirs.limits(), used.limits())
         finished |= _finished(other, prefix, _judged(theirs, data, settings, mesh), theirs)
+    rows = _rows(finished)
+    methods = [*settings.baselines, *finished, *rows]
+    if settings.versus not in methods:
+        raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
     dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
     same_data = (data.name, data.manual_dir) == (config.data.name, config.data.manual_dir)
     if same_data:
@@ -84,23 +89,28 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         settings.baselines, train, dataset.catalogue, dataset.kind, config.seed, examples,
         *config.limits(),
     )  # fmt: skip
-    if settings.versus not in (methods := [*predictions, *finished]):
-        known = ", ".join(methods)
-        raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {known}")
+    if settings.versus in left_out:
+        raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
-    predictions |= _predict(finished, dataset, examples)
+    runs = _opened(finished, dataset)
+    for prefix, one in runs.items():
+        for name, predicted in predict(one, [name for where, name in rows.values() if where == prefix]).items():
+            predictions[prefix + name] = list(map(_reindexed, examples, one.shown, predicted))
+    rewards = rewards_of(runs[""], predictions)
+    fits = {prefix + name: found for prefix, one in runs.items() for name, found in fits_of(one).items()}
     if jax.process_index():
         return ""
     evaluation = evaluate.compare(
-        examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed, settings.metrics
-    )
+        examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed, settings.metrics,
+        rewards, config.reward.k,
+    )  # fmt: skip
     about = report.manifest(
         as_dict(dataclasses.replace(used, run_dir="")),
         {"run": config.seed, "bootstrap": config.seed},
         {settings.split: dataset.fingerprints[settings.split]},
         report.git_revision(),
     )
-    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out)
+    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits)
 
 
 # --------------------------------------------------------------------- which policies
@@ -149,7 +159,7 @@ def _finished(run_dir: Path, prefix: str, used: RunConfig, config: RunConfig) ->
     if elsewhere and (lacking := directory.lacking_start(run_dir, config)):
         versus = f"; differences are taken to {used.eval.versus}" if not prefix else ""
         rows = " and ".join(prefix + name for name in elsewhere)
-        _note(f"no row {rows}, which this run started from: {lacking}{versus}")
+        note(f"no row {rows}, which this run started from: {lacking}{versus}")
     elif elsewhere:
         start = directory.start_dir(run_dir, config)
         places = {name: start if name in elsewhere else run_dir for name in stages(config)}
@@ -160,11 +170,6 @@ def _finished(run_dir: Path, prefix: str, used: RunConfig, config: RunConfig) ->
     return {prefix + name: Finished(used, run_dir, place, name, instruction) for name, place in done.items()}
 
 
-def _note(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"note: {text}")
-
-
 def _training_split(run_dir: Path, config: RunConfig, dataset):
     """What baselines count in when other data are evaluated: the training data of the run."""
     if "train" in dataset.splits and dataset.fingerprints["train"] == directory.read_fingerprints(run_dir).get("train"):
@@ -172,48 +177,44 @@ def _training_split(run_dir: Path, config: RunConfig, dataset):
     try:
         return datasets.load(config.data).splits.get("train", ())
     except datasets.DataError as error:
-        _note(f"baselines that count in the run's training data are left out: it cannot be read ({error})")
+        note(f"baselines that count in the run's training data are left out: it cannot be read ({error})")
         return ()
 
 
 # --------------------------------------------------------------------- what they say
 
 
-def _predict(finished: dict[str, Finished], dataset, examples) -> dict[str, list]:
-    """Predictions with the best parameters of every stage, as indices into `examples`; then selections among them."""
-    runs: dict[str, dict[str, Finished]] = {}  # by what their rows begin with
+def _by_run(finished: dict[str, Finished]) -> dict[str, dict[str, Finished]]:
+    """The stages of each run by their names, by what its rows begin with; nothing of this one's."""
+    runs: dict[str, dict[str, Finished]] = {}
     for method, one in finished.items():
         runs.setdefault(method.removesuffix(one.name), {})[one.name] = one
-    predicted = {}
-    for prefix, stages_of in runs.items():
+    return runs
+
+
+def _rows(finished: dict[str, Finished]) -> dict[str, tuple[str, str]]:
+    """The selections that the finished stages allow, by row: what the run's rows begin with, and the selection."""
+    rows = {}
+    for prefix, stages_of in _by_run(finished).items():
+        config = next(iter(stages_of.values())).config
+        for name, read in policies.selected(config).items():
+            if lacking := [other for other in read if other not in stages_of]:
+                note(f"no row {prefix}{name}: it reads {' and '.join(lacking)}, not finished here")
+            else:
+                rows[prefix + name] = (prefix, name)
+    return rows
+
+
+def _opened(finished: dict[str, Finished], dataset) -> dict[str, Opened]:
+    """The runs by what their rows begin with."""
+    runs = {}
+    for prefix, stages_of in _by_run(finished).items():
         first = next(iter(stages_of.values()))
         seen = dataset._replace(kind=directory.read_kind(first.run_dir), instruction=first.instruction)
         shown = evaluation_examples(seen, first.config, first.config.eval.split)
-        experiment = experiments.assemble(first.config, seen, first.run_dir)
-        for name, predictions in _of_run(experiment, stages_of, shown).items():
-            predicted[prefix + name] = list(map(_reindexed, examples, shown, predictions))
-    return predicted
-
-
-def _of_run(experiment, stages_of: dict[str, Finished], shown) -> dict[str, list]:
-    """Predictions of the finished stages of one run, by name, then of the selections that they allow."""
-    known, programs, predicted = stages(experiment.config), {}, {}
-
-    def params(name: str):
-        return best_params(experiment, stages_of[name].place, name)
-
-    for name in stages_of:
-        policy = known[name].policy
-        if policy not in programs:  # shared by the stages of a policy
-            programs[policy] = experiments.Predictor(experiment, experiment.policy(name))
-        predicted[name] = programs[policy](params(name), shown)
-    for name, selection in policies.selections(experiment.config, experiment.policies).items():
-        if set(selection.stages) <= set(stages_of):
-            table = {other: experiment.policy(other).table for other in selection.stages}
-            policy = experiment.policy(selection.stages[0])
-            program = experiments.Predictor(experiment, policy, selection.greedy, table)
-            predicted[name] = program({other: params(other) for other in selection.stages}, shown)
-    return predicted
+        places = {name: one.place for name, one in stages_of.items()}
+        runs[prefix] = Opened(experiments.assemble(first.config, seen, first.run_dir), places, shown)
+    return runs
 
 
 def _reindexed(example: RankingExample, shown: RankingExample, prediction: Prediction) -> Prediction:

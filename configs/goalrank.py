@@ -40,6 +40,7 @@ def get_config() -> RankerConfig:
             split="test",
             metric="alpha_ndcg@6",
             metrics=("alpha_ndcg", "ndcg", "hit", "map", "f1", "diversity"),
+            rewards=("reward_model",),
             cutoffs=(6,),
             train_queries=500,
             batch_queries=250,

@@ -209,6 +209,9 @@ class EvalConfig:
     metrics: tuple[str, ...] = ("recall", "precision", "hit", "ndcg")
     """What is measured, beside mrr and slate_recall. At every cut-off: recall, precision, hit, ndcg, map, f1 and,
     where candidates have topics, alpha_ndcg and diversity; of whole lists: list_auc, pool_auc."""
+    rewards: tuple[str, ...] = ()
+    """Learned rewards (reward_model) of every method's ranking, cut at reward.k: what a stage that is credited with
+    one has frozen beside it is what it reads."""
     batch_queries: int = 256
     train_queries: int = 512
     """Validation queries used while training (the first ones of the split); 0: all."""

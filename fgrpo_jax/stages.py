@@ -38,3 +38,11 @@ def from_start(config: RunConfig) -> tuple[str, ...]:
     trained = [name for name, stage in known.items() if stage.steps]
     read = {start_of(config, name) for name in trained}.union(*(known[name].frozen_from for name in trained))
     return tuple(name for name in known if name in read and name not in trained)
+
+
+def credited(config: RunConfig, reward: str) -> str | None:
+    """The first stage that is trained here and credited with a reward, so that it has frozen what the reward reads."""
+    for name, stage in stages(config).items():
+        if stage.steps and stage.source != "logged" and reward in (term[1] for term in stage.credit.terms):
+            return name
+    return None

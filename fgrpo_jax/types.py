@@ -234,6 +234,8 @@ class Policy(NamedTuple):
         trained on: raises ConfigError for this machine, DataError for queries of any split; `split`
         is the one that the run ends on.
     files: how a run directory describes it.
+    fit: of a model of feedback to lists that were shown: (params, frozen, query) -> (logit, feedback, shown),
+        [B,J,T] each of J lists: of positive feedback as it sees them, what it was, and where there is a position.
     """
 
     table: PyTree
@@ -250,6 +252,7 @@ class Policy(NamedTuple):
     sizes: Callable
     check: Callable
     files: PolicyFiles
+    fit: Callable | None = None
 
     def shapes(self) -> PyTree:
         """Its parameters as ShapeDtypeStructs."""

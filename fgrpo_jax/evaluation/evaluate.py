@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -172,14 +173,17 @@ def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
     return "rank_drop" if len(relevant.intersection(prediction.ranking[:k])) < n else "ok"
 
 
+def draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n queries is drawn, with replacement, in every resample: [up to 64, n] at a time."""
+    rng, step = np.random.default_rng(seed), 64
+    for start in range(0, resamples, step):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start))
+
+
 def resampled_means(values_QM: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means [resamples, M] over queries drawn with replacement; all M columns share each draw."""
-    n, rng, step = len(values_QM), np.random.default_rng(seed), 64
-    means = [
-        rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start)) @ values_QM / n
-        for start in range(0, resamples, step)
-    ]
-    return np.concatenate(means)
+    n = len(values_QM)
+    return np.concatenate([counts_RQ @ values_QM / n for counts_RQ in draws(n, resamples, seed)])
 
 
 def _interval(name: str, point: float, means: np.ndarray) -> dict[str, float]:
@@ -235,17 +239,22 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
     names: Sequence[str] = AT_CUTOFF,
+    rewards: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
+    reward_k: int = 0,
 ) -> Evaluation:
     """All methods on the same examples; the summary also counts errors and broken rules.
 
+    rewards: learned ones, method -> name -> [Q], of the first reward_k of the ranking; scores like the others.
+
     Adds to `summarise`: `"errors": {method: {name of ERRORS: queries}}` (at the largest cut-off),
-    `"outcomes": {method: {outcome: queries}}` and `"cutoffs"`. Raises what `score` and `summarise` do,
-    and ValueError on a method name that could not be a file name.
+    `"outcomes": {method: {outcome: queries}}`, `"cutoffs"` and, where there are any, `"rewards": {name: reward_k}`.
+    Raises what `score` and `summarise` do, and ValueError on a method name that could not be a file name.
     """
     for method in predictions:
         if not re.fullmatch(r"[\w.+-]+", method):
             raise ValueError(f"method {method!r}: use letters, digits and _ . + - only; it names a file")
     scores = {method: score(examples, predicted, cutoffs, names) for method, predicted in predictions.items()}
+    scores = {method: found | dict(rewards.get(method, {})) for method, found in scores.items()}
     k = max(cutoffs)
     errors = {
         method: [error_class(example, prediction, k) for example, prediction in zip(examples, predicted)]
@@ -253,6 +262,8 @@ def compare(
     }
     summary = summarise(scores, versus, resamples, seed)
     summary["cutoffs"] = sorted(set(cutoffs))
+    if rewards:
+        summary["rewards"] = dict.fromkeys(rewards[versus], reward_k)
     summary["errors"] = {method: {name: Counter(found)[name] for name in ERRORS} for method, found in errors.items()}
     summary["outcomes"] = {
         method: dict(sorted(Counter(prediction.outcome.name for prediction in predicted).items()))

@@ -3,6 +3,7 @@
 An evaluation folder holds, written at once or not at all (at an address, where no folder can be renamed: the older
 evaluation is taken away first, and manifest.json is written last):
 
+    fit.json           how the models of feedback fit shown lists (fit.py), where there are both
     metrics.json       means, 95 % intervals, paired differences, error counts (`evaluate.compare`)
     per_query.jsonl    one query a line: relevant ids, and for each method its lists, error and metrics
     qrels.trec         gains of every candidate; <method>.run.trec: each method's rankings
@@ -22,18 +23,22 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import quote
 
 import jax
 import numpy as np
 
 import fgrpo_jax
-from fgrpo_jax.evaluation.evaluate import DIGITS, ERRORS, Evaluation, counted
+from fgrpo_jax.evaluation.evaluate import DIGITS, Evaluation, counted
+from fgrpo_jax.evaluation.fit import lines
+from fgrpo_jax.evaluation.table import table
 from fgrpo_jax.files import is_address, path_of, read_rows, storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
 _MAX_GAIN = 10**6  # TREC gains are whole numbers
+
 # --------------------------------------------------------------------- the folder
 
 
@@ -74,15 +79,16 @@ def write_evaluation(
     evaluation: Evaluation,
     manifest: Mapping[str, object],
     left_out: Mapping[str, str],
+    fits: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
 ) -> str:
     """Write the folder, replacing an older one whole, and return the text of table.txt.
 
-    `left_out` maps baselines that make no sense here to the reason. Raises StorageError when the
-    folder cannot be written; an older evaluation is then still there, but for an address.
+    `left_out` maps baselines that make no sense here to the reason, `fits` models to what `fit.fit` says. Raises
+    StorageError when the folder cannot be written; an older evaluation is then still there, but for an address.
     """
     directory = path_of(directory)
-    text = table(evaluation, left_out)
-    contents = _contents(evaluation, manifest, left_out, text)
+    text = table(evaluation, left_out) + (f"\n{lines(fits)}\n" if fits else "")
+    contents = _contents(evaluation, manifest, left_out, fits, text)
     if is_address(directory):
         with storing(directory, Exception):
             directory.rmtree(missing_ok=True)
@@ -96,13 +102,15 @@ def write_evaluation(
 
 
 def _contents(
-    evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], text: str
+    evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], fits: Mapping, text: str
 ) -> Iterator[tuple[str, str]]:
     """Names and texts of the files, the manifest's last."""
     scale = gain_scale(evaluation.examples)
     summary = {**evaluation.summary, "left_out": dict(left_out), "trec_gain_scale": scale}
     yield "metrics.json", _json(summary, indent=1)
     yield "table.txt", text
+    if fits:
+        yield "fit.json", _json(fits, indent=1)
     yield "per_query.jsonl", "".join(_json(row) for row in _per_query(evaluation))
     yield "qrels.trec", qrels(evaluation.examples, scale)
     for method in evaluation.predictions:
@@ -202,60 +210,6 @@ def run(evaluation: Evaluation, method: str) -> str:
             points = len(items) - rank
             lines.append(f"{trec_id(example.query_id)} Q0 {item} {rank + 1} {points} {method}\n")
     return "".join(lines)
-
-
-# --------------------------------------------------------------------- the table
-
-
-def table(evaluation: Evaluation, left_out: Mapping[str, str]) -> str:
-    """Methods as rows: metrics in percent with half of their 95 % interval, differences, errors."""
-    summary = evaluation.summary
-    cutoffs, versus = summary["cutoffs"], summary["versus"]
-    found = list(summary["methods"][versus])
-    cut = list(dict.fromkeys(name.split("@")[0] for name in found if "@" in name))
-    groups = [[f"{name}@{k}" for name in cut[i : i + 2] for k in cutoffs] for i in range(0, len(cut), 2)]
-    whole = [name for name in found if "@" not in name]
-    blocks = [f"{summary['queries']} queries, percent, ± half of the 95 % bootstrap interval"]
-    for names in (*groups, whole):
-        rows = [
-            [method, *(_plus_minus(values[name]) for name in names)] for method, values in summary["methods"].items()
-        ]
-        blocks.append(_align([["", *names], *rows]))
-    if summary["paired"]:
-        names = [f"{name}@{max(cutoffs)}" for name in ("ndcg", "alpha_ndcg", "recall")] + ["recall@1", *whole]
-        names = [name for name in names if name in summary["methods"][versus]]
-        rows = [
-            [method, *(_difference(values[name]) for name in names)] for method, values in summary["paired"].items()
-        ]
-        blocks.append(f"difference to {versus}, paired, [95 % interval]\n" + _align([["", *names], *rows]))
-    total = summary["queries"]
-    rows = [
-        [method, *(f"{100 * counts[name] / total:.1f}" for name in ERRORS)]
-        for method, counts in summary["errors"].items()
-    ]
-    blocks.append(f"errors at {max(cutoffs)}, percent of queries\n" + _align([["", *ERRORS], *rows]))
-    blocks += [f"left out: {name}: {reason}" for name, reason in left_out.items()]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _plus_minus(interval: Mapping[str, float]) -> str:
-    half = (interval["high"] - interval["low"]) / 2
-    return f"{100 * interval['mean']:.1f} ±{100 * half:.1f}"
-
-
-def _difference(interval: Mapping[str, float]) -> str:
-    values = (100 * interval[key] for key in ("difference", "low", "high"))
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left and the others to the right."""
-    widths = [max(len(row[j]) for row in rows) for j in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------- training curves

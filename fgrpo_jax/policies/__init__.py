@@ -44,3 +44,8 @@ def learned_rewards(config: RunConfig) -> frozenset[str]:
 def selections(config: RunConfig, policies: dict[str, Policy]) -> dict[str, Selection]:
     """Rows of an evaluation that no stage trains: lists made with the parameters of several stages."""
     return _of(config).selections(config, policies)
+
+
+def selected(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """The names of the selections, and the stages that each reads."""
+    return _of(config).selected(config)

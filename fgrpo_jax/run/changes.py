@@ -22,7 +22,7 @@ ALWAYS = {
     "model.attention", "model.remat", "model.logit_chunk", "network.remat",
     "selection.lists", "selection.few", "selection.several", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.metrics", "eval.batch_queries", "eval.baselines", "eval.bootstrap",
-    "eval.versus",
+    "eval.rewards", "eval.versus",
     "checkpoint.every", "checkpoint.keep",
 }  # fmt: skip
 OF_A_STAGE = {"eval_every", "microbatches"}  # at any time

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,17 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
     return sharding.shard_batch(experiment.mesh, mine, len(examples))
 
 
+def batches_of(
+    experiment: Experiment, examples: Sequence[RankingExample]
+) -> Iterator[tuple[int, list[RankingExample]]]:
+    """The examples to evaluate in batches of one size, each after its place; the last example fills the last one."""
+    parts = sharding.query_shards(experiment.mesh)
+    size = -(-experiment.config.eval.batch_queries // parts) * parts
+    for start in range(0, len(examples), size):
+        part = list(examples[start : start + size])
+        yield start, part + [part[-1]] * (size - len(part))
+
+
 class Predictor:
     """Predictions of a policy's parameters, compiled once per shape.
 
@@ -134,18 +145,14 @@ class Predictor:
             return of_shard(params, {}, query)[1]
 
         self._greedy = decode
-        parts = sharding.query_shards(experiment.mesh)
-        self._size = -(-experiment.config.eval.batch_queries // parts) * parts
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
-        """One Prediction per example; padding rows repeat the last example and are dropped."""
+        """One Prediction per example."""
         found: list[Prediction] = []
-        for start in range(0, len(examples), self._size):
-            part = list(examples[start : start + self._size])
-            padded = part + [part[-1]] * (self._size - len(part))
-            query = encode(self._experiment, self._policy, padded)
+        for start, part in batches_of(self._experiment, examples):
+            query = encode(self._experiment, self._policy, part)
             lists = jax.tree.map(np.asarray, self._greedy(params, query))
-            for i in range(len(part)):
+            for i in range(min(len(part), len(examples) - start)):
                 found.append(
                     Prediction(
                         slate=tuple(int(c) for c in lists.slate[i, 0] if c >= 0),

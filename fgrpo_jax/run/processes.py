@@ -102,6 +102,12 @@ def code() -> str:
     return "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(package.rglob("*.py")))
 
 
+def note(text: str) -> None:
+    """Say something once."""
+    if jax.process_index() == 0:
+        print(f"note: {text}")
+
+
 def on_first(action: Callable[[], None]) -> None:
     """Do something on the first process; every process goes on when it is done.
 

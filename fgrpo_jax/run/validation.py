@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from fgrpo_jax import policies
 from fgrpo_jax.config import ConfigError, EvalConfig, ObjectiveConfig, OptimConfig, RewardConfig, RunConfig, StageConfig
 from fgrpo_jax.files import is_address
-from fgrpo_jax.stages import from_start, stages
+from fgrpo_jax.stages import credited, from_start, stages
 
 
 class Registries(NamedTuple):
@@ -80,7 +80,7 @@ def check_types(config: RunConfig) -> None:
 
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
-    _refuse(_check_data(config, known) + _check_eval(config.eval, known))
+    _refuse(_check_data(config, known) + _check_eval(config.eval, known) + _check_rewards(config))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -94,6 +94,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
         *policies.problems(config),
         *_check_data(config, known),
         *_check_eval(config.eval, known),
+        *_check_rewards(config),
         *_check_reward(config.reward),
         *(line for name, stage in stages(config).items() for line in _check_stage(name, stage, known)),
         *_check_starts(config),
@@ -127,7 +128,9 @@ def _unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[st
 
 def _check_versus(config: RunConfig) -> list[str]:
     trained = [name for name, stage in stages(config).items() if stage.steps]
-    methods = [*trained, *from_start(config), *config.eval.baselines]
+    here = {*trained, *from_start(config)}
+    rows = [row for row, read in policies.selected(config).items() if here.issuperset(read)]
+    methods = [*here, *rows, *config.eval.baselines]
     return _unknown("eval.versus", [config.eval.versus], frozenset(methods))
 
 
@@ -185,6 +188,17 @@ def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
     if not e.cutoffs or min(e.cutoffs) < 1:
         problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
     return problems
+
+
+def _check_rewards(config: RunConfig) -> list[str]:
+    learned, asked = policies.learned_rewards(config), config.eval.rewards
+    if asked and not learned:
+        return [f"eval.rewards={asked}: there are no learned rewards here: leave it empty"]
+    return _unknown("eval.rewards", asked, learned) + [
+        f"eval.rewards: no stage that is trained has {name!r} in its credit.terms, which would say what it reads"
+        for name in asked
+        if name in learned and credited(config, name) is None
+    ]
 
 
 def _check_reward(r: RewardConfig) -> list[str]:

@@ -11,7 +11,7 @@ from fgrpo_jax.policies.llm.policy import make
 from fgrpo_jax.policies.llm.validation import problems
 from fgrpo_jax.types import Policy, Selection
 
-__all__ = ["REWARDS", "policies", "problems", "selections"]
+__all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
 REWARDS = frozenset()
 
@@ -30,4 +30,8 @@ def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str
 
 
 def selections(config: Config, policies: dict[str, Policy]) -> dict[str, Selection]:
+    return {}
+
+
+def selected(config: Config) -> dict[str, tuple[str, ...]]:
     return {}

@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     spec: its sizes. table: its Params.
     sources: by name, (group size) -> ((params, frozen, query, key) -> (Rollout, Lists)).
     logprobs: (params, frozen, query, rollout) -> [B,G,T]. greedy: (params, frozen, query) -> as a source, G = 1.
-    rewards: by name, (k) -> ((lists, query, frozen) -> [B,G]).
+    rewards: by name, (k) -> ((lists, query, frozen) -> [B,G]). fit: as Policy's.
     """
 
     spec: RankerSpec
@@ -40,6 +40,7 @@ class Parts(NamedTuple):
     greedy: Callable
     rewards: dict[str, Callable]
     outcomes: tuple[Outcome, ...] = (OK,)  # decoding cannot break a rule
+    fit: Callable | None = None
 
 
 def learned_rewards(spec: RankerSpec) -> dict[str, Callable]:
@@ -199,7 +200,11 @@ def make_evaluator(spec: RankerSpec) -> Parts:
     def greedy(params, frozen, query):
         return _as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length), UNTRAINED)
 
-    return Parts(spec, table, {"logged": _logged_and_cut}, logprobs, greedy, {})
+    def fit(params, frozen, query):
+        list_BJT = query.logged_items
+        return scorers.evaluator_logits(spec, params, query, list_BJT), query.logged_feedback, list_BJT >= 0
+
+    return Parts(spec, table, {"logged": _logged_and_cut}, logprobs, greedy, {}, fit=fit)
 
 
 def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
@@ -221,9 +226,11 @@ def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
 
         return source
 
+    def logits(params, query, index_BGT):
+        return jax.vmap(lambda logit, index: logit[index])(scorers.pointwise_logits(spec, params, query), index_BGT)
+
     def logprobs(params, frozen, query, rollout):
-        logit_BC = scorers.pointwise_logits(spec, params, query)
-        logit_BGT = jax.vmap(lambda logit, index: logit[index])(logit_BC, rollout.actions)
+        logit_BGT = logits(params, query, rollout.actions)
         label = query.logged_feedback if labels == "feedback" else (query.relevance > 0)[:, None].astype(jnp.float32)
         return jnp.where(rollout.phase != UNTRAINED, scorers.log_likelihood(logit_BGT, label), 0.0)
 
@@ -231,7 +238,11 @@ def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
         score_B1C = scorers.pointwise_logits(spec, params, query)[:, None]
         return _as_given(proposals.order(query, score_B1C, spec.list_length), UNTRAINED)
 
-    return Parts(spec, table, {"logged": logged}, logprobs, greedy, {})
+    def fit(params, frozen, query):
+        list_BJT = query.logged_items
+        return logits(params, query, jnp.maximum(list_BJT, 0)), query.logged_feedback, list_BJT >= 0
+
+    return Parts(spec, table, {"logged": logged}, logprobs, greedy, {}, fit=fit)
 
 
 # --------------------------------------------------------------------- generators and an evaluator

@@ -23,7 +23,7 @@ from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Policy, PyTree, Selection
 
-__all__ = ["REWARDS", "policies", "problems", "selections"]
+__all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
 _FIRST = 1000  # training queries that are looked at before training
 REWARDS = frozenset(scorers.REWARDS) | frozenset(TOPICAL)
@@ -74,12 +74,13 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
         of_each = [params[name] for name in generators]
         return None, policy.best_of(spec, setting, each, of_each, params["evaluator"], query)
 
+    return {name: Selection(read, functools.partial(select, read[:-1])) for name, read in selected(config).items()}
+
+
+def selected(config: RankerConfig) -> dict[str, tuple[str, ...]]:
+    """Rows of `selections`, and the stages that each reads: generators, then the evaluator."""
     rows = {"g_e": config.selection.few, "mg_e": config.selection.several}
-    return {
-        name: Selection((*generators, "evaluator"), functools.partial(select, generators))
-        for name, generators in rows.items()
-        if generators
-    }
+    return {name: (*generators, "evaluator") for name, generators in rows.items() if generators}
 
 
 def _needs_lists(config: RankerConfig) -> bool:
@@ -140,6 +141,7 @@ def _policy(parts: policy.Parts, encode: Callable, catalogue: Catalogue, check: 
         sizes=sizes,
         check=check,
         files=policy_files(spec, catalogue),
+        fit=parts.fit,
     )
 
 

@@ -1,0 +1,154 @@
+"""What an evaluation says of rankers beside the metrics: the reward of lists, the fit to shown ones, selections."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import quick_jit, quick_runs
+from tiny import changed, contents, run_training
+from tiny_lists import tiny_ranker, write_lists
+
+import eval as evaluation
+from fgrpo_jax.data import datasets
+from fgrpo_jax.data.batches import evaluation_examples
+from fgrpo_jax.evaluation.fit import NAMES
+from fgrpo_jax.policies.ranker import scorers
+from fgrpo_jax.policies.ranker.system import make_spec
+from fgrpo_jax.run.experiment import KNOWN, assemble
+from fgrpo_jax.run.finished import best_params
+from fgrpo_jax.run.validation import problems_of
+
+TRAINED = ("evaluator", "pointwise", "imitation", "goalrank")
+SKIPPED = ("imitation_2", "imitation_3", "grpo", "fgrpo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_runs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranker")
+    (folder / "data").mkdir()
+    config = tiny_ranker(write_lists(folder / "data"), folder / "prepared", folder / "run")
+    fields = {f"{name}.steps": 0 for name in SKIPPED} | {"reward.k": 2, "eval.rewards": ("reward_model",)}
+    config = changed(config, fields | {"eval.versus": "g_e"})
+    assert run_training(config) == 0
+    return config
+
+
+def written(run_dir, name="metrics.json"):
+    return json.loads((Path(run_dir) / "eval" / "validation" / name).read_text())
+
+
+def per_query(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "eval/validation/per_query.jsonl").read_text().splitlines()]
+
+
+def judged(config, name):
+    """The best parameters of a stage, and a function that encodes one query."""
+    experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
+    policy = experiment.policy(name)
+    spec = make_spec(config, policy.table["items"].shape[0] - 1)
+    return spec, best_params(experiment, Path(config.run_dir), name), policy.encode, experiment.dataset
+
+
+def test_every_methods_lists_are_scored_by_the_reward_model(whole):
+    """One list at a time, by the reward that training reads."""
+    spec, params, encode, dataset = judged(whole, "evaluator")
+    examples = evaluation_examples(dataset, whole, "validation")
+    of_lists = quick_jit(scorers.reward_of_lists, static_argnums=(0, 4))
+    rows, summary = per_query(whole.run_dir), written(whole.run_dir)
+    methods = ["random", "retrieval", *TRAINED, "g_e"]
+    assert set(summary["methods"]) == set(rows[0]["methods"]) == set(methods)
+    for example, row in zip(examples, rows, strict=True):
+        place = {item: i for i, (item, _) in enumerate(example.candidates)}
+        for method in methods:
+            ranking = [place[item] for item in row["methods"][method]["ranking"]]
+            assert len(ranking) == 3  # the list is seen whole, and its first two positions count
+            value = float(of_lists(spec, params, encode([example]), np.array([[ranking]], np.int32), 2)[0, 0])
+            assert row["methods"][method]["metrics"]["reward_model"] == pytest.approx(value, abs=1e-5)
+    for method in methods:
+        values = [row["methods"][method]["metrics"]["reward_model"] for row in rows]
+        assert summary["methods"][method]["reward_model"]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+    assert set(summary["paired"]) == set(methods) - {"g_e"}
+    assert summary["paired"]["random"]["reward_model"]["high"] < 0  # what the reward model chose, it finds better
+    table = (Path(whole.run_dir) / "eval" / "validation" / "table.txt").read_text()
+    assert "learned rewards, not in percent: reward_model of the first 2; paired differences\n" in table
+
+
+def test_models_of_feedback_are_held_against_shown_lists(whole):
+    """Log-likelihood and Brier score of every position, one query at a time."""
+    found = written(whole.run_dir, "fit.json")
+    assert set(found) == {"evaluator", "pointwise"}
+    for name in found:
+        spec, params, encode, dataset = judged(whole, name)
+        logits = quick_jit(
+            {"evaluator": scorers.evaluator_logits, "pointwise": scorers.pointwise_logits}[name], static_argnums=0
+        )
+        said, was = [], []
+        for example in evaluation_examples(dataset, whole, "validation"):
+            query = encode([example])
+            more = (query.logged_items,) if name == "evaluator" else ()
+            logit = np.asarray(logits(spec, params, query, *more), float)[0]
+            for j, shown in enumerate(example.logged):
+                said += [logit[j, t] if name == "evaluator" else logit[i] for t, i in enumerate(shown.items)]
+                was += shown.feedback
+        p, y = 1 / (1 + np.exp(-np.array(said))), np.array(was)
+        assert (found[name]["queries"], found[name]["lists"], found[name]["positions"]) == (12, 24, len(y))
+        likelihood = np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+        assert found[name]["log_likelihood"]["value"] == pytest.approx(likelihood, abs=1e-5)
+        assert found[name]["brier"]["value"] == pytest.approx(np.mean((p - y) ** 2), abs=1e-5)
+        assert set(NAMES) < set(found[name])
+    table = (Path(whole.run_dir) / "eval" / "validation" / "table.txt").read_text()
+    assert table.splitlines()[-4].startswith("fit to 24 shown lists of 12 queries")
+
+
+def _numbers(value, where=""):
+    if isinstance(value, dict):
+        return {k: v for name in value for k, v in _numbers(value[name], f"{where}.{name}").items()}
+    if isinstance(value, list):
+        return _numbers(dict(enumerate(value)), where)
+    return {where: value} if isinstance(value, (int, float)) else {}
+
+
+def test_what_is_not_there_is_said_before_anything_is_predicted(whole, tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run_dir)
+    capsys.readouterr()
+    assert evaluation.main([str(run_dir), "--eval.batch-queries", "5"]) == 0
+    for name in ("metrics.json", "fit.json"):  # how many are predicted at once changes nothing
+        ours, theirs = (_numbers(written(place, name)) for place in (run_dir, whole.run_dir))
+        assert ours == pytest.approx(theirs, abs=2e-6)
+    assert "note: no row mg_e: it reads imitation_2 and imitation_3, not finished here\n" in capsys.readouterr().out
+    (run_dir / "evaluator" / "done.json").unlink()
+    before = contents(run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.evaluate, "run_baselines", lambda *given: pytest.fail("predicts"))
+        assert evaluation.main([str(run_dir), "--eval.versus", "g_e"]) == 2
+    said = capsys.readouterr()
+    assert "note: no row g_e: it reads evaluator, not finished here\n" in said.out
+    assert "eval.versus='g_e' is not evaluated here; choose one of random, retrieval, pointwise" in said.err
+    assert contents(run_dir) == before
+    assert evaluation.main([str(run_dir), "--eval.versus", "pointwise"]) == 0
+    assert "note: no column reward_model: goalrank reads it from evaluator, not finished" in capsys.readouterr().out
+    assert "reward_model" not in written(run_dir)["methods"]["random"] and list(written(run_dir, "fit.json")) == [
+        "pointwise"
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"eval.rewards": ("ndcg",)}, "eval.rewards: 'ndcg' is not one of alpha_ndcg, pointwise_reward, reward_model"),
+        ({"eval.rewards": ("pointwise_reward",)}, "eval.rewards: no stage that is trained has 'pointwise_reward'"),
+        ({"goalrank.steps": 0}, "eval.rewards: no stage that is trained has 'reward_model' in its credit.terms"),
+        ({"eval.versus": "mg_e"}, "eval.versus: 'mg_e' is not one of evaluator, g_e, goalrank, imitation, pointwise"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(whole, fields, message):
+    assert any(message in line for line in problems_of(changed(whole, fields), KNOWN))
