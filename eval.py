@@ -109,6 +109,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         {"run": config.seed, "bootstrap": config.seed},
         {settings.split: dataset.fingerprints[settings.split]},
         report.git_revision(),
+        [note.text for note in dataset.notes],
     )
     return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import operator
+import re
 import runpy
 
 import pytest
@@ -139,6 +140,10 @@ def test_values_of_the_wrong_type():
         (dict(data__pool_size=1), "data.pool_size=1 must be at least 2"),
         (dict(data__history_dropout=float("nan")), r"data.history_dropout=nan must be in \[0, 1\)"),
         (dict(data__history_max=0), "data.history_max=0 must be at least 1"),
+        (
+            dict(data__interactions__user="who"),
+            "data.interactions.user: 'user' -> 'who': data.name='synthetic' does not",
+        ),
         (dict(transcript__slate_min=11), "slate_min=11 and transcript.slate_max=10: need 1 <= min <= max"),
         (dict(transcript__rank_min=0), "rank_min=0 and transcript.rank_max=5: need 1 <= min <= max"),
         (dict(transcript__rank_max=11), "rank_max=11 exceeds transcript.slate_max=10: only items of the slate"),
@@ -212,12 +217,43 @@ def test_impossible_values(fields, message):
         assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(targets=0), "data.interactions.targets=0 must be at least 1"),
+        (dict(kcore=0), "data.interactions.kcore=0 must be at least 1"),
+        (dict(windows=0), "data.interactions.windows=0 must be at least 1"),
+        (dict(min_history=0), "data.interactions.min_history=0 must be at least 1"),
+        (dict(history=9), "data.interactions.history=9 is below data.history_max=10"),
+        (dict(user=""), "data.interactions: user, item, time, item_id and text must name columns"),
+        (dict(text=()), "data.interactions: user, item, time, item_id and text must name columns"),
+        (dict(time="user"), "data.interactions: user, item, time, rating are different columns"),
+        (dict(text=("a", "a")), "text names none twice"),
+        (dict(min_rating=3.0), "min_rating and gain='rating' need data.interactions.rating, the column"),
+        (dict(gain="rating"), "min_rating and gain='rating' need data.interactions.rating, the column"),
+        (dict(rating="r", min_rating=float("nan")), "data.interactions.min_rating=nan must be finite"),
+        (dict(split="time", held_out=(0.5, 0.5)), "must be shares above 0 that leave some for training"),
+        (dict(held_out=(0.2, 0.2)), "is read with split='time' only: leave it at its default"),
+        (dict(candidates_file="x.csv"), "candidates_file is read with candidates='file' only"),
+        (dict(targets=20), "data.interactions.targets=20 leave no room for others in data.pool_size=20"),
+        (dict(split="random"), "data.interactions.split='random' must be of type Literal"),
+        (dict(data__pool="closed"), "pools that are drawn .data.interactions.candidates. always hold their targets"),
+        (dict(data__pool_size=9), "data.pool_size=9 is smaller than the lists, of up to 10 items: raise it"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_impossible_values_of_interactions(fields, message):
+    named = {name if "__" in name else f"data__interactions__{name}": value for name, value in fields.items()}
+    found = problems(data__name="interactions", data__manual_dir="logs", **named)
+    assert any(re.search(message, line) for line in found) and len(found) == 1, found
+
+
 def test_all_problems_are_told_at_once(capsys):
     assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
-        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, jsonl, lastfm, musique, "
-        "synthetic\n"
+        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, interactions, jsonl, "
+        "lastfm, musique, synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )
 

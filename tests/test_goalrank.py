@@ -9,7 +9,7 @@ import pytest
 from raw_files import RAW, lengths, real
 
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.data import datasets, goalrank, interactions, retriever
+from fgrpo_jax.data import datasets, goalrank, published, retriever
 from fgrpo_jax.data.datasets import DataError
 
 USERS, MOVIES = 30, 60
@@ -25,7 +25,7 @@ def write_movielens(folder, users=USERS, shortest=32):
         sequences[str(user)] = [str(movie) for movie in movies]
         times = 1000 + 5 * np.arange(len(movies))
         rows += [f"{user}::{m}::{rng.integers(1, 6)}::{t}" for m, t in rng.permutation(list(zip(movies, times)))]
-    movies = [f"{m}::Amélie {m} (2001)::{interactions.GENRES[m % 18]}|Drama" for m in range(1, MOVIES + 1)]
+    movies = [f"{m}::Amélie {m} (2001)::{published.GENRES[m % 18]}|Drama" for m in range(1, MOVIES + 1)]
     (folder / "movies.dat").write_bytes("\n".join(movies).encode("latin-1") + b"\n")
     (folder / "ratings.dat").write_text("\n".join(rows) + "\n")
     return sequences
@@ -118,14 +118,14 @@ def test_the_first_stage_never_sees_a_target(small, tmp_path, monkeypatch):
             embedded.append((len(fitted), {tuple(history) for history in histories}))
             return super().scores(histories)
 
-    monkeypatch.setattr(goalrank, "Retriever", Spy)
+    monkeypatch.setattr(retriever, "Retriever", Spy)
     load(folder / "raw", tmp_path)
     known = [tuple(int(item) - 1 for item in items[:-12]) for items in sequences.values()]
-    assert fitted[-1] == set(known) and len(fitted) == goalrank.FOLDS + 1
-    for fold in range(goalrank.FOLDS):
-        assert fitted[fold] == {walk for user, walk in enumerate(known) if user % goalrank.FOLDS != fold}
+    assert fitted[-1] == set(known) and len(fitted) == retriever.FOLDS + 1
+    for fold in range(retriever.FOLDS):
+        assert fitted[fold] == {walk for user, walk in enumerate(known) if user % retriever.FOLDS != fold}
         at, histories = embedded[fold]
-        mine = [walk for user, walk in enumerate(known) if user % goalrank.FOLDS == fold]
+        mine = [walk for user, walk in enumerate(known) if user % retriever.FOLDS == fold]
         assert at == fold + 1 and histories == {
             walk[: len(walk) - 6 * n] for walk in mine for n in range(1, 5) if len(walk) > 6 * n
         }
@@ -244,7 +244,7 @@ def test_real_movielens(tmp_path, monkeypatch):
 @real
 def test_real_books():
     folder = Path(RAW) / "amazon-book"
-    read = interactions.read_kgat(interactions.find_files(folder, interactions.KGAT, "amazon-book"))
+    read = published.read_kgat(published.find_files(folder, published.KGAT, "amazon-book"))
     assert (len(read.sequences), len(read.texts)) == (70_679, 24_915)
     assert sum(map(len, read.sequences.values())) == 846_434
     assert len(retriever.core(read.sequences, 20)) == 3_194

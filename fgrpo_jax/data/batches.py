@@ -50,15 +50,20 @@ def in_subset(query_id: str, subset: tuple[float, float]) -> bool:
 
 
 def negatives(
-    catalogue: Sequence[Item], seen: set[str], count: int, rng: np.random.Generator, query_id: str
+    catalogue: Sequence[Item],
+    seen: set[str],
+    count: int,
+    rng: np.random.Generator,
+    query_id: str,
+    share: np.ndarray | None = None,
 ) -> tuple[Item, ...]:
-    """`count` different items, uniform over those whose id is not in `seen`.
+    """`count` different items whose id is not in `seen`, one after the other: uniform, or by `share` (sum 1).
 
-    A prefix of a random ordering, with the seen items left out, is a uniform draw.
+    A prefix of a random ordering, with the seen items left out, is such a draw.
     Raises DataError when the catalogue has too few unseen items.
     """
     length = min(count + len(seen), len(catalogue))
-    order = rng.choice(len(catalogue), length, replace=False)
+    order = rng.choice(len(catalogue), length, replace=False, p=share)
     unseen = [catalogue[i] for i in order if catalogue[i][0] not in seen][:count]
     if len(unseen) < count:
         raise DataError(
@@ -84,6 +89,7 @@ class Batches:
         self._split = split if isinstance(split, Split) else in_memory(split)
         self._dataset, self._data, self._size = dataset, cfg.data, stage.batch_queries
         self._seed, self._stage = cfg.seed, stage_name
+        self._share = np.array(dataset.weights) / sum(dataset.weights) if dataset.weights else None
         mine = [i for i, q in enumerate(self._split.query_ids) if in_subset(q, stage.subset)]
         self.rows = np.array([i for i in mine if self._split.trainable[i]], np.int64)
         self.skipped = len(mine) - len(self.rows)
@@ -128,7 +134,7 @@ class Batches:
                 f"query {example.query_id!r} has {len(example.candidates)} relevant items, more than "
                 f"data.pool_size={self._data.pool_size}; raise it"
             )
-        drawn = negatives(self._dataset.catalogue, seen, count, rng, example.query_id)
+        drawn = negatives(self._dataset.catalogue, seen, count, rng, example.query_id, self._share)
         return dataclasses.replace(
             example, candidates=example.candidates + drawn, relevance=example.relevance + (0.0,) * count
         )

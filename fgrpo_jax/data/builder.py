@@ -30,7 +30,7 @@ import tensorflow_datasets as tfds
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.config_files import fingerprint
 from fgrpo_jax.data import records
-from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, is_trainable
+from fgrpo_jax.data.datasets import DataError, Dataset, Item, Note, Split, is_trainable
 from fgrpo_jax.files import check_reachable, fetch, is_address, is_whole, path_of, reason, scratch, send
 from fgrpo_jax.types import RankingExample
 
@@ -63,11 +63,17 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.files, self.given, self.options = files, given, options or {}
         self.records: dict[str, dict[str, Any]] = {}
         self.pools: dict[str, dict[str, Any]] = {}
+        self.notes: list[Note] = []
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
         """The raw files by role. Raises DataError when none is there."""
         return {}
+
+    @classmethod
+    def files_of(cls, config: DataConfig) -> dict[str, Path]:
+        """The raw files of a configuration, by role; as `find` where their names are not configured."""
+        return cls.find(folder_of(config))
 
     @classmethod
     def options_of(cls, config: DataConfig) -> dict[str, Any]:
@@ -78,6 +84,10 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def catalogue(self) -> tuple[Item, ...]:
+        return ()
+
+    def weights(self) -> tuple[float, ...]:
+        """Of the catalogue's items, where negatives are drawn and not uniformly."""
         return ()
 
     def examples(self, split: str) -> Iterator[RankingExample]:
@@ -105,6 +115,8 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         digest, ids, trainable, pools = hashlib.sha256(), [], [], {}
         if split == "train" and self.sampled_negatives:
             digest.update(_canonical(self.catalogue()))
+            if weights := self.weights():
+                digest.update(_canonical(weights))
         for row, example in enumerate(self.examples(split)):
             digest.update(_canonical(records.content(example)))
             ids.append(example.query_id)
@@ -135,8 +147,7 @@ def _canonical(value: Any) -> bytes:
 
 def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, ...] | None) -> Dataset:
     """See `datasets.load`."""
-    folder = Path(config.manual_dir).expanduser() if config.manual_dir else None
-    files = builder.find(folder)
+    folder, files = folder_of(config), builder.files_of(config)
     used = given if builder.takes_catalogue and "catalogue" not in files else None
     depends = {
         "version": str(builder.VERSION),
@@ -178,6 +189,7 @@ def _prepare(builder, files, given, options, folder: Path | None, home: Path) ->
             made.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
         shutil.rmtree(temporary / "downloads", ignore_errors=True)
         meta = {"kind": made.kind, "catalogue": made.catalogue(), "splits": made.records}
+        meta |= {"sampled": made.sampled_negatives, "weights": made.weights(), "notes": made.notes}
         (temporary / _LAST).write_text(json.dumps(meta))
         (temporary / "candidates.json").write_text(json.dumps(made.pools))
         try:
@@ -195,7 +207,8 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     meta = json.loads((home / _LAST).read_text())
     (data_path,) = {path.parent for path in home.glob("*/*/dataset_info.json")}
     reader = tfds.builder_from_directory(str(data_path))
-    keep = builder.sampled_negatives  # rows of recommendation sets are small
+    # What data prepared by an earlier version lack has its default.
+    keep = sampled = meta.get("sampled", builder.sampled_negatives)  # rows of recommendation sets are small
     splits = {}
     for split, record in meta["splits"].items():
         source = reader.as_data_source(split=split)
@@ -206,8 +219,10 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
         instruction=builder.instruction,
         catalogue=tuple((i, t) for i, t in meta["catalogue"]),
         splits=splits,
-        sampled_negatives=builder.sampled_negatives,
+        sampled_negatives=sampled,
         fingerprints={split: record["fingerprint"] for split, record in meta["splits"].items()},
+        weights=tuple(meta.get("weights", ())),
+        notes=tuple(Note(*note) for note in meta.get("notes", ())),
     )
 
 
@@ -284,6 +299,10 @@ def find_one(folder: Path, matches: Callable[[str], bool], deep: bool = True) ->
         names = ", ".join(str(p) for p in found)
         raise DataError(f"several different files for the same thing: {names}; leave only one")
     return found[0] if found else None
+
+
+def folder_of(config: DataConfig) -> Path | None:
+    return Path(config.manual_dir).expanduser() if config.manual_dir else None
 
 
 def manual_folder(folder: Path | None, needed: str) -> Path:

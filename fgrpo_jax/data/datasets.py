@@ -30,6 +30,7 @@ DATASETS = {
     "lastfm": "fgrpo_jax.data.lastfm:Lastfm",
     "musique": "fgrpo_jax.data.musique:Musique",
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
+    "interactions": "fgrpo_jax.data.interactions:Interactions",
     "goalrank_world": "fgrpo_jax.data.goalrank_world:GoalrankWorld",
     "goalrank_ml1m": "fgrpo_jax.data.goalrank:GoalrankMl1m",
     "goalrank_book": "fgrpo_jax.data.goalrank:GoalrankBook",
@@ -38,6 +39,13 @@ DATASETS = {
 
 class DataError(UserError, ValueError):
     """Data that cannot be used; the message says what is wrong, where, and what to do."""
+
+
+class Note(NamedTuple):
+    """about: "time", where what is said of times makes their order doubtful, or "data"."""
+
+    about: str
+    text: str
 
 
 def one_line(text: str) -> str:
@@ -106,6 +114,8 @@ class Dataset(NamedTuple):
     splits: evaluation splits hold frozen pools in their frozen order. Where negatives are
         sampled, a training row's candidates are its relevant items only.
     fingerprints: content hash of each split (with the catalogue, where it is drawn from).
+    weights: of the catalogue's items, where negatives are not drawn uniformly; else ().
+    notes: what was found in the raw files and decided about it.
     """
 
     name: str
@@ -115,6 +125,8 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]
     sampled_negatives: bool
     fingerprints: dict[str, str]
+    weights: tuple[float, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def builder_class(name: str) -> Any:

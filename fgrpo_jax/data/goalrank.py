@@ -34,7 +34,6 @@ Every interaction counts as relevant with gain 1, whatever its rating.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -44,17 +43,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.data import interactions
+from fgrpo_jax.data import published
 from fgrpo_jax.data.builder import RankingBuilder, manual_folder
 from fgrpo_jax.data.datasets import DataError, Item
-from fgrpo_jax.data.retriever import Retriever, core
+from fgrpo_jax.data.retriever import FoldedRetriever, core, pool_of
 from fgrpo_jax.types import LoggedList, Missed, RankingExample
 
-LENGTH, WINDOWS, HISTORY, FOLDS = 6, 4, 50, 4
+LENGTH, WINDOWS, HISTORY = 6, 4, 50
 SHOWN, SHOWN_NOISE = 3, 10.0  # lists; Gumbel noise in ranks
 SEED = 46
 SHORTEST = 3 * LENGTH + 1
-BLOCK = 1024  # queries scored at once
 _OFFSETS = {"train": range(2, 2 + WINDOWS), "validation": range(1, 2), "test": range(1)}
 
 
@@ -77,7 +75,7 @@ class _Retrieved(RankingBuilder, skip_registration=True):
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
         folder = manual_folder(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS)
-        found = interactions.find_files(folder, cls.names, cls.zips)
+        found = published.find_files(folder, cls.names, cls.zips)
         if not found:
             raise DataError(f"{folder} and its sub-folders do not hold {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}")
         return found
@@ -89,11 +87,11 @@ class _Retrieved(RankingBuilder, skip_registration=True):
     def split_names(self) -> tuple[str, ...]:
         return tuple(_OFFSETS)
 
-    def interactions(self) -> interactions.Interactions:
+    def interactions(self) -> published.Interactions:
         raise NotImplementedError
 
     @cached_property
-    def _raw(self) -> interactions.Interactions:
+    def _raw(self) -> published.Interactions:
         return self.interactions()
 
     @cached_property
@@ -142,26 +140,15 @@ class _Retrieved(RankingBuilder, skip_registration=True):
                     tasks.append(Task(user, offset, walk[: end - LENGTH], walk[end - LENGTH : end]))
         return tasks
 
-    def _scored(self, split: str) -> Iterator[tuple[Task, np.ndarray]]:
-        """Every query with the scores of all items, in blocks by the retriever that may score it."""
-        tasks = self._tasks(split)
-        for fold in range(FOLDS) if split == "train" else (None,):
-            retriever = self._retriever(fold)
-            mine = [task for task in tasks if fold is None or task.user % FOLDS == fold]
-            for start in range(0, len(mine), BLOCK):
-                block = mine[start : start + BLOCK]
-                yield from zip(block, retriever.scores([task.history for task in block]), strict=True)
-
-    @functools.cache  # noqa: B019 - a builder lives as long as the preparation
-    def _retriever(self, fold: int | None) -> Retriever:
-        """Fitted to what precedes the validation targets of all users but those of the fold."""
-        known = [walk[: -2 * LENGTH] for user, walk in enumerate(self._walks) if fold is None or user % FOLDS != fold]
-        return Retriever(known, len(self._items))
+    @cached_property
+    def _retriever(self) -> FoldedRetriever:
+        """Fitted to what precedes the validation targets."""
+        return FoldedRetriever([walk[: -2 * LENGTH] for walk in self._walks], len(self._items))
 
     def examples(self, split: str) -> Iterator[RankingExample]:
         items = self.catalogue()
         topics = [self._raw.topics[item] for item, _ in items] if self._raw.topics else None
-        for task, score_I in self._scored(split):
+        for task, score_I in self._retriever.scored(self._tasks(split), unseen=split == "train"):
             pool, missed = pool_of(task.targets, score_I, self.options["retrieved"], self.options["pool"])
             rng = np.random.default_rng([SEED, task.user, task.offset])
             pool = rng.permutation(pool)
@@ -182,21 +169,6 @@ class _Retrieved(RankingBuilder, skip_registration=True):
         return {"seed": SEED, "negatives": f"retrieved by ALS from the history, {self.options}"}
 
 
-def pool_of(targets: np.ndarray, score_I: np.ndarray, size: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Item indices of a pool, best score first, and of the targets outside of it; ties by index.
-
-    kind: "closed": targets take the places of the lowest-ranked other items; "open": nothing is done.
-    """
-    ranked = np.argsort(-score_I, kind="stable")
-    ranked = ranked[np.isfinite(score_I[ranked])]  # a user who took nearly everything has a smaller pool
-    if kind == "open":
-        pool = ranked[:size]
-        return pool, np.setdiff1d(targets, pool)
-    others = ranked[~np.isin(ranked, targets)]
-    pool = np.concatenate([others[: size - len(targets)], targets])
-    return pool[np.argsort(-score_I[pool], kind="stable")], targets[:0]
-
-
 def shown_lists(
     pool_C: np.ndarray, targets: np.ndarray, retrieval_C: np.ndarray, rng: np.random.Generator
 ) -> tuple[LoggedList, ...]:
@@ -215,10 +187,10 @@ def shown_lists(
 class GoalrankMl1m(_Retrieved, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "MovieLens-1M: ml-1m.zip, or ratings.dat and movies.dat out of it"
     optional = ("retrieval", "topics", "logged", "missed")
-    names, zips = interactions.MOVIELENS, "ml-1m"
+    names, zips = published.MOVIELENS, "ml-1m"
 
-    def interactions(self) -> interactions.Interactions:
-        return interactions.read_movielens(self.files)
+    def interactions(self) -> published.Interactions:
+        return published.read_movielens(self.files)
 
 
 class GoalrankBook(_Retrieved, skip_registration=True):
@@ -228,7 +200,7 @@ class GoalrankBook(_Retrieved, skip_registration=True):
         "Amazon-Book as released with KGAT: train.txt, test.txt and item_list.txt, or a zip of them, amazon-book*.zip"
     )
     optional = ("retrieval", "logged", "missed")
-    names, zips = interactions.KGAT, "amazon-book"
+    names, zips = published.KGAT, "amazon-book"
 
-    def interactions(self) -> interactions.Interactions:
-        return interactions.read_kgat(self.files)
+    def interactions(self) -> published.Interactions:
+        return published.read_kgat(self.files)

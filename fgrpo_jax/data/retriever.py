@@ -7,8 +7,10 @@ processor may round otherwise, so a run that moves takes its prepared data along
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -16,6 +18,8 @@ import scipy.sparse
 from fgrpo_jax.data.datasets import DataError
 
 FACTORS, ITERATIONS, REGULARISATION, ALPHA, SEED = 32, 15, 0.05, 1.0, 0
+FOLDS = 4  # groups of users, see FoldedRetriever
+BLOCK = 1024  # queries scored at once
 
 
 def core(sequences: Mapping[str, Sequence[str]], k: int) -> dict[str, list[str]]:
@@ -64,6 +68,49 @@ class Retriever:
             score_QI = np.asarray(user_QE @ self._model.item_factors.T, np.float32)
         score_QI[rows_QI.nonzero()] = -np.inf
         return score_QI
+
+
+class FoldedRetriever:
+    """Retrievers of all users and, for training queries, of all but each group of users.
+
+    Factors that have seen a query's targets retrieve them too well: a policy that trains on such pools learns to
+    trust scores that are worse at evaluation.
+    """
+
+    def __init__(self, walks: Sequence[np.ndarray], n_items: int):
+        """walks: item indices of each user that precede all targets of evaluation."""
+        self._walks, self._n_items = walks, n_items
+
+    def scored(self, tasks: Sequence[Any], unseen: bool) -> Iterator[tuple[Any, np.ndarray]]:
+        """Every task (with a `user`, and item indices as `history`) and the scores of all items.
+
+        unseen: by factors fitted without its user, group after group; otherwise in the order given.
+        """
+        for fold in range(FOLDS) if unseen else (None,):
+            mine = [task for task in tasks if fold is None or task.user % FOLDS == fold]
+            for start in range(0, len(mine), BLOCK):
+                block = mine[start : start + BLOCK]
+                yield from zip(block, self._fitted(fold).scores([task.history for task in block]), strict=True)
+
+    @functools.cache  # noqa: B019 - a builder lives as long as the preparation
+    def _fitted(self, fold: int | None) -> Retriever:
+        known = [walk for user, walk in enumerate(self._walks) if fold is None or user % FOLDS != fold]
+        return Retriever(known, self._n_items)
+
+
+def pool_of(targets: np.ndarray, score_I: np.ndarray, size: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Item indices of a pool, best score first, and of the targets outside of it; ties by index.
+
+    kind: "closed": targets take the places of the lowest-ranked other items; "open": nothing is done.
+    """
+    ranked = np.argsort(-score_I, kind="stable")
+    ranked = ranked[np.isfinite(score_I[ranked])]  # a user who took nearly everything has a smaller pool
+    if kind == "open":
+        pool = ranked[:size]
+        return pool, np.setdiff1d(targets, pool)
+    others = ranked[~np.isin(ranked, targets)]
+    pool = np.concatenate([others[: size - len(targets)], targets])
+    return pool[np.argsort(-score_I[pool], kind="stable")], targets[:0]
 
 
 def _matrix(walks: Sequence[np.ndarray], n_items: int) -> scipy.sparse.csr_matrix:

@@ -47,13 +47,18 @@ def manifest(
     seeds: Mapping[str, int],
     fingerprints: Mapping[str, str],
     revision: str | None,
+    notes: Sequence[str] = (),
 ) -> dict[str, object]:
-    """What is needed to repeat an evaluation; `config` is JSON-ready, `revision` from `git_revision`."""
+    """What is needed to repeat an evaluation; `config` is JSON-ready, `revision` from `git_revision`.
+
+    notes: what was found in the raw files (Dataset.notes).
+    """
     versions = {"fgrpo_jax": fgrpo_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
     return {
         "config": dict(config),
         "seeds": dict(seeds),
         "data": dict(fingerprints),
+        "notes": list(notes),
         "versions": versions,
         "git": revision,
     }

@@ -175,6 +175,7 @@ def plan(experiment: Experiment) -> str:
         + ", ".join(f"{name} {len(split):,}" for name, split in experiment.dataset.splits.items())
         + " queries",
     ]
+    lines += [f"note      {note.text}" for note in experiment.dataset.notes]
     for name, stage in stages(c).items():
         lines.append(f"{name:9} {_shapes(experiment, name, stage) if stage.steps else 'skipped (steps = 0)'}")
     return "\n".join([*lines, f"output    {c.run_dir}"])

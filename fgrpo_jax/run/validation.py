@@ -12,7 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
-from fgrpo_jax.config import ConfigError, EvalConfig, ObjectiveConfig, OptimConfig, RewardConfig, RunConfig, StageConfig
+from fgrpo_jax.config import (
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    InteractionsConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RewardConfig,
+    RunConfig,
+    StageConfig,
+)
+from fgrpo_jax.config_files import differences
 from fgrpo_jax.files import is_address
 from fgrpo_jax.stages import credited, from_start, stages
 
@@ -93,6 +104,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
         *_check_versus(config),
         *policies.problems(config),
         *_check_data(config, known),
+        *_check_own_data(config),
         *_check_eval(config.eval, known),
         *_check_rewards(config),
         *_check_reward(config.reward),
@@ -174,6 +186,56 @@ def _check_data(config: RunConfig, known: Registries) -> list[str]:
         problems.append(f"data.history_max={d.history_max} must be at least 1")
     if d.name in known.datasets - {"synthetic", "goalrank_world"} and not d.manual_dir:
         problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
+    return problems
+
+
+def _check_own_data(config: RunConfig) -> list[str]:
+    """Options of data sets that have options of their own: set for another one, or impossible."""
+    d, problems = config.data, []
+    for name, check in {"interactions": _check_interactions}.items():
+        if d.name == name:
+            problems += check(d)
+            if d.pool_size < max(config.limits()):
+                problems.append(
+                    f"data.pool_size={d.pool_size} is smaller than the lists, of up to {max(config.limits())} items: "
+                    "raise it, or shorten the lists"
+                )
+            continue
+        default = getattr(DataConfig(), name)
+        problems += [
+            f"{line}: data.name={d.name!r} does not read it; leave it at its default, or set data.name={name!r}"
+            for line in differences(default, getattr(d, name), f"data.{name}").values()
+        ]
+    return problems
+
+
+def _check_interactions(d: DataConfig) -> list[str]:
+    c, where, problems = d.interactions, "data.interactions", []
+    for name in ("kcore", "targets", "windows", "min_history"):
+        if getattr(c, name) < 1:
+            problems.append(f"{where}.{name}={getattr(c, name)} must be at least 1")
+    if c.history < d.history_max:
+        problems.append(f"{where}.history={c.history} is below data.history_max={d.history_max}: raise it")
+    columns = [c.user, c.item, c.time, *([c.rating] if c.rating else [])]
+    if not all((*columns, c.item_id, *c.text)) or not c.text:
+        problems.append(f"{where}: user, item, time, item_id and text must name columns")
+    if len(set(columns)) < len(columns) or len(set(c.text)) < len(c.text):
+        problems.append(f"{where}: user, item, time, rating are different columns, and text names none twice")
+    if not c.rating and (c.min_rating or c.gain == "rating"):
+        problems.append(f"{where}.min_rating and gain='rating' need {where}.rating, the column of ratings")
+    if not math.isfinite(c.min_rating):
+        problems.append(f"{where}.min_rating={c.min_rating} must be finite")
+    if not (min(c.held_out) > 0 and sum(c.held_out) < 1):
+        problems.append(f"{where}.held_out={c.held_out} must be shares above 0 that leave some for training")
+    default = InteractionsConfig()
+    if c.split != "time" and c.held_out != default.held_out:
+        problems.append(f"{where}.held_out={c.held_out} is read with split='time' only: leave it at its default")
+    if c.candidates != "file" and c.candidates_file:
+        problems.append(f"{where}.candidates_file is read with candidates='file' only: set that, or leave it empty")
+    if c.candidates in ("uniform", "popularity") and d.pool != "open":
+        problems.append(f"data.pool={d.pool!r}: pools that are drawn ({where}.candidates) always hold their targets")
+    if c.candidates in ("uniform", "popularity") and c.targets >= d.pool_size:
+        problems.append(f"{where}.targets={c.targets} leave no room for others in data.pool_size={d.pool_size}")
     return problems
 
 

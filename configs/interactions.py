@@ -1,0 +1,23 @@
+"""Your own logs: a table of user, item, time and a table of items; a small model from scratch.
+
+    python train.py configs/interactions.py --data.manual-dir my_logs
+
+my_logs holds interactions.csv (user,item,time) and items.csv (id,text); --data.interactions.user and so on name other
+columns (fgrpo_jax/data/interactions.py). `python -m fgrpo_jax.data check`, with the same arguments, first. The
+settings are those of configs/synthetic.py; a larger catalogue wants more steps and width.
+"""
+
+import dataclasses
+
+from configs.synthetic import get_config as synthetic
+from fgrpo_jax.config import Config, DataConfig, EvalConfig
+
+
+def get_config() -> Config:
+    base = synthetic()
+    return dataclasses.replace(
+        base,
+        run_dir="runs/interactions",
+        data=DataConfig(name="interactions", manual_dir="my_logs", prompt_buckets=(40, 80, 160)),
+        eval=EvalConfig(split="validation", train_queries=1000),
+    )
