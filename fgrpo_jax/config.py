@@ -207,8 +207,6 @@ class StageConfig:
     starts_from: str = "previous"
     """Where its parameters come from: the best checkpoint of the stage of this name; `previous`: of the last
     one before it that trains the same policy; `initial`: the policy's own start, also where none does."""
-    random_start: int = 0
-    """Which of the random starts of this seed, where it starts from one: stages that differ in nothing else."""
     frozen_from: tuple[str, ...] = ()
     """Earlier stages whose best parameters rewards and proposals read while it trains, unchanged."""
     source: Literal["logged", "sampled", "mixed"] = "sampled"

@@ -34,6 +34,7 @@ QUERY_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis, None: replicated.
 RULES: dict[str, str | None] = {
     "layers": None,
+    "member": None,
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",

@@ -51,7 +51,7 @@ def test_two_steps(experiments, system, case):
     validate(config, KNOWN)
     experiment = assemble(config, experiment.dataset, Path(config.run_dir))
     state, batch, seen, compiled = two_steps(experiment, name)
-    start = initial_params(experiment, experiment.policy(name), stages(config)[name].random_start)
+    start = initial_params(experiment, experiment.policy(name))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, start)
     assert compiled == 1 and int(state.step) == 2 and max(jax.tree.leaves(moved)) > 0.01
     assert all(np.isfinite(value) for row in seen for value in row.values()) and seen[1]["nonfinite"] == 0

@@ -110,7 +110,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="a group of 4 has no room for own samples beside 4 proposals"):
         policy.make_generator(SMALL, SETTING, MIX).sources["mixed"](4)
     with pytest.raises(ValueError, match="labels='x'"):
-        policy.make_pointwise(SMALL, "x")
+        policy.make_scorer(SMALL, "pointwise", "x")
 
 
 # --------------------------------------------------------------------- those that judge
@@ -133,8 +133,8 @@ def test_likelihood_of_logged_feedback(frozen):
     query = make_query()
     for made, name in (
         (policy.make_evaluator(SMALL), "evaluator"),
-        (policy.make_pointwise(SMALL, "feedback"), "pointwise"),
-        (policy.make_pointwise(SMALL, "relevance"), "pointwise"),
+        (policy.make_scorer(SMALL, "pointwise", "feedback"), "pointwise"),
+        (policy.make_scorer(SMALL, "pointwise", "relevance"), "pointwise"),
     ):
         rollout, lists = made.sources["logged"](1)(frozen[name], {}, query, jax.random.key(0))
         logp = quick_jit(made.logprobs)(frozen[name], {}, query, rollout)
@@ -170,31 +170,13 @@ def test_the_evaluator_is_shown_prefixes_too():
 
 def test_greedy_lists_of_those_that_judge(frozen):
     query = make_query()
-    rollout, lists = quick_jit(policy.make_pointwise(SMALL).greedy)(frozen["pointwise"], {}, query)
+    rollout, lists = quick_jit(policy.make_scorer(SMALL, "pointwise").greedy)(frozen["pointwise"], {}, query)
     score = pointwise_logits(SMALL, frozen["pointwise"], query)
     by_score = np.argsort(-np.where(network.present(query), score, -np.inf), -1, kind="stable")[:, None, :L]
     np.testing.assert_array_equal(lists.ranking, by_score)
     assert (rollout.phase == UNTRAINED).all() and rollout.actions.shape == (4, 1, L)
     _, lists = quick_jit(policy.make_evaluator(SMALL).greedy)(frozen["evaluator"], {}, query)
     assert all(len(set(x)) == L for x in lists.ranking.reshape(-1, L).tolist())
-
-
-def test_selection_by_the_evaluator(params, frozen):
-    """Of two generators' greedy lists, and of more: the one with the highest score."""
-    query, other = make_query(), make_params("generator", SMALL, 4)
-    greedy = [quick_jit(policy.make_generator(SMALL, SETTING).greedy)(p, {}, query)[1].ranking for p in (params, other)]
-    list_BGT = jnp.concatenate(greedy, 1)
-    score = reward_of_lists(SMALL, frozen["evaluator"], query, list_BGT)
-    assert len(set(np.asarray(score).argmax(-1).tolist())) == 2
-    best = quick_jit(policy.best_of, static_argnums=(0, 1, 2))
-    found = best(SMALL, SETTING, 1, [params, other], frozen["evaluator"], query)
-    expected = np.asarray(list_BGT)[np.arange(4), np.asarray(score).argmax(-1)]
-    np.testing.assert_array_equal(found.ranking[:, 0], expected)
-    more = best(SMALL, SETTING, 8, [params, other], frozen["evaluator"], query).ranking
-    again = reward_of_lists(SMALL, frozen["evaluator"], query, more)[:, 0]
-    assert (again >= score.max(1) - 1e-5).all() and (again > score.max(1) + 1e-3).any()
-    alone = best(SMALL, SETTING, 8, [params, other], frozen["evaluator"], jax.tree.map(lambda x: x[1:2], query)).ranking
-    np.testing.assert_array_equal(alone[0], more[1])  # whatever else is in the batch
 
 
 # --------------------------------------------------------------------- learning
@@ -211,7 +193,7 @@ def test_the_evaluator_learns_what_order_does():
     losses = {}
     for name, made in (
         ("evaluator", policy.make_evaluator(SMALL)),
-        ("pointwise", policy.make_pointwise(SMALL, "feedback")),
+        ("pointwise", policy.make_scorer(SMALL, "pointwise", "feedback")),
     ):
         params = make_params(name, SMALL)
         rollout, _ = made.sources["logged"](1)(params, {}, query, jax.random.key(0))
@@ -274,7 +256,7 @@ SHARDS = """
     frozen = {{"evaluator": make_params("evaluator", SMALL), "pointwise": make_params("pointwise", SMALL, 1)}}
     params, query, key = make_params("generator", SMALL), make_query(batch=8), jax.random.key(0)
     parts = policy.make_generator(SMALL, SETTING, (("pointwise", 1), ("random", 1)))
-    beside = {{"evaluator": policy.make_evaluator(SMALL).table, "pointwise": policy.make_pointwise(SMALL).table}}
+    beside = {{"evaluator": policy.make_evaluator(SMALL).table, "pointwise": policy.make_scorer(SMALL, "pointwise").table}}
 
     def work(params, frozen, query, key):
         rollout, lists = parts.sources["mixed"](4)(params, frozen, query, key)

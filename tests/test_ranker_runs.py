@@ -17,7 +17,10 @@ from fgrpo_jax.run import directory
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.stages import stages
 
-TRAINED = ("evaluator", "pointwise", "imitation", "imitation_2", "imitation_3", "goalrank", "grpo", "fgrpo")
+TRAINED = (
+    "evaluator", "pointwise", "dlcm", "prm", "imitation", "generators", "two_phase", "goalrank", "grpo", "fgrpo",
+)  # fmt: skip
+SELECTED = ("g_e", "mg_e_3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +47,7 @@ def scores(run_dir):
 def test_every_stage_has_a_row_and_so_have_the_selections(whole):
     config, _ = whole
     found = scores(config.run_dir)
-    assert set(found["methods"]) == {"random", "retrieval", *TRAINED, "g_e", "mg_e"}
+    assert set(found["methods"]) == {"random", "retrieval", *TRAINED, *SELECTED}
     assert all(0 <= one["alpha_ndcg@2"]["mean"] <= 1 for one in found["methods"].values())
     for method, outcomes in found["outcomes"].items():
         assert outcomes == {"ok": 12}, method
@@ -59,11 +62,13 @@ def test_what_a_group_was_like_is_logged(whole):
 
 
 def test_stages_begin_where_they_are_told(whole):
-    """Three imitations at random starts of their own; GRPO at the first one's, F-GRPO another network."""
+    """Each at a random start of its own; GRPO and GoalRank at the imitation, F-GRPO at the one of two phases."""
     config, _ = whole
-    first = {name: rows(config.run_dir, name)[0]["eval/ndcg@2"] for name in TRAINED}
+    evaluated = {name: [row for row in rows(config.run_dir, name) if "eval/ndcg@2" in row] for name in TRAINED}
+    found = {name: [row["eval/ndcg@2"] for row in of_stage] for name, of_stage in evaluated.items()}
+    first = {name: values[0] for name, values in found.items()}
     assert first["goalrank"] == first["grpo"] == first["imitation"]
-    assert len({first["imitation"], first["imitation_2"], first["imitation_3"]}) > 1
+    assert first["imitation"] != first["generators"] and first["fgrpo"] == max(found["two_phase"])
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(whole, states, tmp_path, monkeypatch):
@@ -96,7 +101,7 @@ def test_a_run_that_was_moved_is_evaluated_without_its_training_data(whole, tmp_
     command = [str(moved), "--data.manual-dir", str(data), "--data.prepared-dir", str(tmp_path / "prepared")]
     assert evaluation.main([*command, "--eval.baselines", "retrieval"]) == 0
     after = scores(moved)
-    for method in (*TRAINED, "g_e", "mg_e"):
+    for method in (*TRAINED, *SELECTED):
         assert after["methods"][method] == before["methods"][method], method
 
 
@@ -107,7 +112,7 @@ def test_another_run_is_compared(whole, tmp_path):
     shutil.copytree(config.run_dir, tmp_path / "this")
     assert evaluation.main([str(tmp_path / "this"), "--compare", str(tmp_path / "other")]) == 0
     methods = scores(tmp_path / "this")["methods"]
-    assert methods["other.mg_e"] == methods["mg_e"] and methods["other.goalrank"] == methods["goalrank"]
+    assert methods["other.mg_e_3"] == methods["mg_e_3"] and methods["other.goalrank"] == methods["goalrank"]
 
 
 def test_the_configuration_is_read_back(whole):
@@ -129,11 +134,13 @@ def test_the_configuration_is_read_back(whole):
         ({"proposals.mix": (("oracle", 1),)}, "proposals.mix: 'oracle' is not one of retriever, popularity"),
         ({"network.hidden_size": 9}, "network.hidden_size=9 must be a multiple of num_heads=2"),
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
-        ({"selection.few": ("evaluator",)}, "selection.few: 'evaluator' is no stage that trains the generator"),
+        ({"selection.sizes": (1, 4)}, "selection.sizes=(1, 4) must differ, from 1 to selection.generators=3"),
+        ({"network.sees_retrieval": False}, "dlcm reads the pool in the first stage's order, which"),
+        ({"bias.kind": "noise"}, "bias: kind='noise' with weight=0.0; give both, or neither"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
         ({"evaluator.policy": "pointwise"}, "evaluator.policy='pointwise': this stage is read as the evaluator"),
         ({"fgrpo.policy": "judge"}, "fgrpo.policy='judge' is not one of generator"),
-        ({"selection.lists": 5}, "selection.lists=5 must be as many for each of the 3 generators of several"),
+        ({"selection.lists": 0}, "selection.generators and selection.lists must be at least 1"),
         ({"fgrpo.source": "mixed"}, "fgrpo: proposal 'pointwise' reads the stage 'pointwise'"),
         ({"grpo.credit.terms": (("slate", "reward_model", 1.0),)}, "grpo.credit.terms: its lists are rankings"),
         ({"evaluator.source": "sampled", "evaluator.objective.name": "clipped_pg"}, "evaluator.group_size=1"),
@@ -188,7 +195,7 @@ def test_a_start_may_be_read_by_more_stages_later(whole, tmp_path):
     first |= {f"{name}.steps": 0 for name in TRAINED if name != "goalrank"}
     config = changed(whole[0], first)
     directory.record_start(tmp_path, config)
-    more = changed(config, {"imitation_2.starts_from": "imitation", "imitation_2.steps": 4})
+    more = changed(config, {"grpo.starts_from": "imitation", "grpo.steps": 4})
     assert directory.lacking_start(tmp_path, more) == ""
     directory.record_start(tmp_path, more)
     record = json.loads((tmp_path / "start.json").read_text())

@@ -20,7 +20,7 @@ from fgrpo_jax.config_files import differences
 ALWAYS = {
     "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
     "model.attention", "model.remat", "model.logit_chunk", "network.remat",
-    "selection.lists", "selection.few", "selection.several", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "selection.lists", "selection.sizes", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.metrics", "eval.batch_queries", "eval.baselines", "eval.bootstrap",
     "eval.rewards", "eval.versus",
     "checkpoint.every", "checkpoint.keep",

@@ -93,9 +93,9 @@ def assemble(config: RunConfig, dataset: datasets.Dataset | None, run_dir: Path)
     return Experiment(config, dataset, made, mesh)
 
 
-def initial_params(experiment: Experiment, policy: Policy, start: int = 0) -> PyTree:
-    """What a policy starts from when no stage came before, in its places; `start`: see StageConfig."""
-    return policy.init(random_key(experiment.config.seed, "model", "init", start), experiment.shardings(policy))
+def initial_params(experiment: Experiment, policy: Policy) -> PyTree:
+    """What a policy starts from when no stage came before, in its places."""
+    return policy.init(random_key(experiment.config.seed, "model", "init", 0), experiment.shardings(policy))
 
 
 def random_key(seed: int, stage: str, stream: str, step: int) -> jax.Array:

@@ -106,7 +106,7 @@ class Stage:
     def _start_params(self) -> PyTree:
         if source := source_of(self._config, self._run_dir, self.name):
             return best_params(self._experiment, *source)
-        return initial_params(self._experiment, self._experiment.policy(self.name), self.stage.random_start)
+        return initial_params(self._experiment, self._experiment.policy(self.name))
 
     # ------------------------------------------------------------------ after every step
 

@@ -62,15 +62,25 @@ class ProposalsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectionConfig:
-    """Generators and an evaluator: the lists of one or several, the evaluator's best of them."""
+class BiasConfig:
+    """What is wrong with the reward model on purpose, wherever lists are chosen or learned by it."""
 
+    kind: Literal["none", "noise", "popularity", "position", "shift"] = "none"
+    """scorers.biased says what each does."""
+    weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """Generator-evaluators: of the lists of one generator or several, the evaluator's best."""
+
+    generators: int = 3
+    """Of the stage `generators`."""
+    sizes: tuple[int, ...] = (1, 3)
+    """How many of them a row chooses from: `g_e` from the first, `mg_e_3` from the first three."""
     lists: int = 24
-    """Of all generators together: the most probable ones of each, found by a beam."""
-    few: tuple[str, ...] = ("imitation",)
-    """Stages of the row `g_e`."""
-    several: tuple[str, ...] = ("imitation", "imitation_2", "imitation_3")
-    """Stages of the row `mg_e`."""
+    """That a row chooses from, as many of each generator and one of each at least: its most probable ones, found
+    by a beam."""
 
 
 _JUDGE = StageConfig(
@@ -104,16 +114,22 @@ class RankerConfig(RunConfig):
     network: NetworkConfig = NetworkConfig()
     proposals: ProposalsConfig = ProposalsConfig()
     selection: SelectionConfig = SelectionConfig()
+    bias: BiasConfig = BiasConfig()
     reward: RewardConfig = RewardConfig(k=6)
     eval: EvalConfig = EvalConfig(metric="ndcg@6", cutoffs=(1, 3, 6), versus="pointwise")
     evaluator: StageConfig = dataclasses.replace(_JUDGE, policy="evaluator", metric="likelihood")
     """The reward model, fitted to the feedback that shown lists had."""
     pointwise: StageConfig = dataclasses.replace(_JUDGE, policy="pointwise")
     """A score of each candidate by itself."""
+    dlcm: StageConfig = dataclasses.replace(_JUDGE, policy="dlcm")
+    prm: StageConfig = dataclasses.replace(_JUDGE, policy="prm")
+    """Rerankers of the pool: scores of candidates beside the others (rerankers.py)."""
     imitation: StageConfig = _IMITATION
     """The generator by imitation (nll) of the positive candidates."""
-    imitation_2: StageConfig = dataclasses.replace(_IMITATION, random_start=1)
-    imitation_3: StageConfig = dataclasses.replace(_IMITATION, random_start=2)
+    generators: StageConfig = dataclasses.replace(_JUDGE, policy="generators")
+    """Several more by imitation, from random starts of their own, for the generator-evaluators."""
+    two_phase: StageConfig = dataclasses.replace(_JUDGE, policy="two_phase")
+    """A generator of slate, then ranking, by imitation: where F-GRPO starts."""
     goalrank: StageConfig = _GROUPS
     """The generator by GoalRank."""
     grpo: StageConfig = dataclasses.replace(
@@ -123,6 +139,7 @@ class RankerConfig(RunConfig):
     fgrpo: StageConfig = dataclasses.replace(
         _GROUPS,
         policy="two_phase",
+        starts_from="previous",
         source="sampled",
         frozen_from=("evaluator",),
         credit=CreditConfig(terms=(("slate", "recall", 1.0), ("rank", "reward_model", 1.0))),

@@ -1,4 +1,4 @@
-"""The ranker's three networks as policies: generator, evaluator and point-wise network.
+"""The ranker's networks as policies: the generator, the evaluator, and those that score candidates.
 
 `frozen` maps the names of finished stages to their parameters: "evaluator" and "pointwise". Everything here
 is pure and treats queries one by one, so it can run on the shards of a batch (fgrpo_jax.shards).
@@ -7,7 +7,7 @@ is pure and treats queries one by one, so it can run on the shards of a batch (f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from fgrpo_jax.algorithm.rewards import TOPICAL
 from fgrpo_jax.policies.ranker import generator, network, proposals, scorers
 from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery
+from fgrpo_jax.policies.ranker.rerankers import SCORERS
 from fgrpo_jax.types import OK, RANK, UNTRAINED, Array, Lists, Outcome, PyTree, Rollout
 
 Source = Callable[[PyTree, PyTree, RankerQuery, Array], tuple[Rollout, Lists]]
@@ -43,12 +44,14 @@ class Parts(NamedTuple):
     fit: Callable | None = None
 
 
-def learned_rewards(spec: RankerSpec) -> dict[str, Callable]:
+def learned_rewards(setting: proposals.Setting) -> dict[str, Callable]:
     """Rewards of rankings, cut at k: what frozen networks say of them, and those that read topics."""
 
     def build(stage: str, of_lists: Callable) -> Callable:
+        biased = functools.partial(of_lists, bias=setting.bias) if stage == "evaluator" else of_lists
+
         def at(k: int) -> Callable:
-            return lambda lists, query, frozen: of_lists(spec, frozen[stage], query, lists.ranking, k)
+            return lambda lists, query, frozen: biased(setting.judge, frozen[stage], query, lists.ranking, k)
 
         return at
 
@@ -98,7 +101,7 @@ def make_generator(
         return jax.tree.map(lambda x: x[:, :1], generator.beam(spec, encoded, beam))
 
     sources = {"sampled": sampled, "logged": logged, "mixed": functools.partial(_mixed, spec, setting, mix)}
-    rewards = learned_rewards(setting.judge)
+    rewards = learned_rewards(setting)
     return Parts(spec, table, sources, logprobs, greedy, rewards)
 
 
@@ -155,7 +158,8 @@ def _check_labels(labels: str) -> None:
         raise ValueError(f"labels={labels!r} is not one of {', '.join(LABELS)}")
 
 
-def _as_given(list_BGT: Array, phase: int) -> tuple[Rollout, Lists]:
+def as_given(list_BGT: Array, phase: int) -> tuple[Rollout, Lists]:
+    """Lists that nobody wrote, -1 padded, whose actions have this label; `logp` is 0."""
     there = list_BGT >= 0
     logp = jnp.zeros(list_BGT.shape, jnp.float32)
     rollout = Rollout(jnp.maximum(list_BGT, 0), jnp.where(there, phase, UNTRAINED).astype(jnp.int32), logp)
@@ -166,7 +170,7 @@ def _logged(group: int) -> Source:
     """The query's logged lists, [B,J,T]: as many as it has, whatever the group size."""
 
     def source(params, frozen, query, key):
-        return _as_given(query.logged_items, RANK)
+        return as_given(query.logged_items, RANK)
 
     return source
 
@@ -179,12 +183,12 @@ def _logged_and_cut(group: int) -> Source:
         u = shards.uniform(key, (2, *list_BJT.shape[:2], 1), axis=1)
         length_BJ1 = (list_BJT >= 0).sum(-1, keepdims=True)
         kept_BJ1 = jnp.where(u[0] < 0.5, length_BJ1, 1 + (u[1] * length_BJ1).astype(jnp.int32))
-        return _as_given(jnp.where(jnp.arange(list_BJT.shape[-1]) < kept_BJ1, list_BJT, -1), RANK)
+        return as_given(jnp.where(jnp.arange(list_BJT.shape[-1]) < kept_BJ1, list_BJT, -1), RANK)
 
     return source
 
 
-def make_evaluator(spec: RankerSpec) -> Parts:
+def make_evaluator(spec: RankerSpec, bias: tuple[str, float] = scorers.UNBIASED) -> Parts:
     """The list-wise reward model: its log-probabilities are the likelihood of feedback to logged lists.
 
     A feedback y from 0 to 1 has y log p + (1 - y) log(1 - p). `greedy` builds a list under the evaluator.
@@ -198,7 +202,7 @@ def make_evaluator(spec: RankerSpec) -> Parts:
         return jnp.where(trained, scorers.log_likelihood(logit, query.logged_feedback), 0.0)
 
     def greedy(params, frozen, query):
-        return _as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length), UNTRAINED)
+        return as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length, bias), UNTRAINED)
 
     def fit(params, frozen, query):
         list_BJT = query.logged_items
@@ -207,14 +211,15 @@ def make_evaluator(spec: RankerSpec) -> Parts:
     return Parts(spec, table, {"logged": _logged_and_cut}, logprobs, greedy, {}, fit=fit)
 
 
-def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
-    """The point-wise network: the likelihood of labels, one by one; `greedy` is the order of its scores.
+def make_scorer(spec: RankerSpec, name: str, labels: str = "relevance") -> Parts:
+    """A network that scores candidates (rerankers.SCORERS): the likelihood of labels, one by one; `greedy` is the
+    order of its scores.
 
     labels: "relevance" (the source "logged" then gives all candidates, [B,1,C], positive where relevant) or
         "feedback" (the logged lists). Raises ValueError on another.
     """
     _check_labels(labels)
-    table = network.pointwise_table(spec)
+    table, logits = SCORERS[name]
 
     def logged(group: int) -> Source:
         if labels == "feedback":
@@ -222,47 +227,24 @@ def make_pointwise(spec: RankerSpec, labels: str = "relevance") -> Parts:
 
         def source(params, frozen, query, key):
             every_BC = jnp.where(network.present(query), jnp.arange(query.candidates.shape[1]), -1)
-            return _as_given(every_BC[:, None].astype(jnp.int32), RANK)
+            return as_given(every_BC[:, None].astype(jnp.int32), RANK)
 
         return source
 
-    def logits(params, query, index_BGT):
-        return jax.vmap(lambda logit, index: logit[index])(scorers.pointwise_logits(spec, params, query), index_BGT)
+    def logits_of(params, query, index_BGT):
+        return jax.vmap(lambda logit, index: logit[index])(logits(spec, params, query), index_BGT)
 
     def logprobs(params, frozen, query, rollout):
-        logit_BGT = logits(params, query, rollout.actions)
+        logit_BGT = logits_of(params, query, rollout.actions)
         label = query.logged_feedback if labels == "feedback" else (query.relevance > 0)[:, None].astype(jnp.float32)
         return jnp.where(rollout.phase != UNTRAINED, scorers.log_likelihood(logit_BGT, label), 0.0)
 
     def greedy(params, frozen, query):
-        score_B1C = scorers.pointwise_logits(spec, params, query)[:, None]
-        return _as_given(proposals.order(query, score_B1C, spec.list_length), UNTRAINED)
+        score_B1C = logits(spec, params, query)[:, None]
+        return as_given(proposals.order(query, score_B1C, spec.list_length), UNTRAINED)
 
     def fit(params, frozen, query):
         list_BJT = query.logged_items
-        return logits(params, query, jnp.maximum(list_BJT, 0)), query.logged_feedback, list_BJT >= 0
+        return logits_of(params, query, jnp.maximum(list_BJT, 0)), query.logged_feedback, list_BJT >= 0
 
-    return Parts(spec, table, {"logged": logged}, logprobs, greedy, {}, fit=fit)
-
-
-# --------------------------------------------------------------------- generators and an evaluator
-
-
-def best_of(
-    spec: RankerSpec, setting: proposals.Setting, each: int, generators: Sequence[PyTree], evaluator: PyTree,
-    query: RankerQuery,
-) -> Lists:  # fmt: skip
-    """Generator-evaluator selection: of the lists of one or several generators, the evaluator's best, G = 1.
-
-    each: lists of every generator, the most probable ones that a beam of this width finds: nothing is drawn,
-    so a query's list does not depend on the others of its batch. generators: parameters of one spec.
-    Source: the G-E and MG-E rows of GoalRank, whose generators are not described.
-    """
-
-    def lists_of(params: PyTree) -> Array:
-        return generator.beam(spec, generator.encode(spec, params, query), each)[1].ranking
-
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *generators)
-    list_MBGT = jax.lax.map(lists_of, stacked)
-    list_BGT = jnp.moveaxis(list_MBGT, 0, 1).reshape(list_MBGT.shape[1], -1, spec.list_length)
-    return _as_given(proposals.best(setting, evaluator, query, list_BGT), RANK)[1]
+    return Parts(spec, table(spec), {"logged": logged}, logprobs, greedy, {}, fit=fit)

@@ -38,11 +38,13 @@ class Setting(NamedTuple):
     judge: sizes of evaluator and point-wise network.
     noise: scale of the Gumbel noise of further lists, in standard deviations of a pool's scores.
     mmr_lambda: weight of relevance against redundancy (Carbonell and Goldstein, 1998).
+    bias: of the evaluator: scorers.reward_of_lists.
     """
 
     judge: RankerSpec
     noise: float = 0.5
     mmr_lambda: float = 0.7
+    bias: tuple[str, float] = scorers.UNBIASED
 
 
 class Asked(NamedTuple):
@@ -65,16 +67,6 @@ def order(query: RankerQuery, score_BGC: Array, length: int) -> Array:
     return jnp.where(jnp.arange(length) < query.n_candidates[:, None, None], list_BGT, -1).astype(jnp.int32)
 
 
-def standardised(query: RankerQuery, score_BC: Array) -> Array:
-    """Mean 0 and standard deviation 1 over the candidates there are; 0 where all are equal."""
-    there = network.present(query)
-    count_B1 = query.n_candidates[:, None]
-    mean_B1 = jnp.where(there, score_BC, 0.0).sum(-1, keepdims=True) / count_B1
-    off_BC = jnp.where(there, score_BC - mean_B1, 0.0)
-    std_B1 = jnp.sqrt((off_BC**2).sum(-1, keepdims=True) / count_B1)
-    return jnp.where(std_B1 > 0, off_BC / jnp.where(std_B1 > 0, std_B1, 1.0), 0.0)
-
-
 def _gumbel(asked: Asked) -> Array:
     """[B,G,C], G being the number of lists that is asked for."""
     batch, pool = asked.query.candidates.shape
@@ -85,7 +77,7 @@ def _gumbel(asked: Asked) -> Array:
 def _noisy(setting: Setting, asked: Asked, score_BC: Array) -> Array:
     """Standardised scores [B,G,C]: as they are for the first list, with noise for the others."""
     noise_BGC = jnp.where(jnp.arange(asked.count)[:, None] > 0, setting.noise * _gumbel(asked), 0.0)
-    return standardised(asked.query, score_BC)[:, None] + noise_BGC
+    return scorers.standardised(asked.query, score_BC)[:, None] + noise_BGC
 
 
 def _by(score: Callable[[Setting, Asked], Array]) -> Callable[[Setting, Asked], Array]:
@@ -165,7 +157,7 @@ def _mmr(
 
 def best(setting: Setting, evaluator: PyTree, query: RankerQuery, list_BGT: Array) -> Array:
     """[B,1,L]: of a group of lists, the one the evaluator expects most of."""
-    score_BG = scorers.reward_of_lists(setting.judge, evaluator, query, list_BGT)
+    score_BG = scorers.reward_of_lists(setting.judge, evaluator, query, list_BGT, bias=setting.bias)
     return jnp.take_along_axis(list_BGT, jnp.argmax(score_BG, -1)[:, None, None], 1)
 
 
@@ -173,7 +165,7 @@ def _evaluator(setting: Setting, asked: Asked) -> Array:
     if asked.count > 1:
         raise ValueError(f"the evaluator's greedy list is one, not {asked.count}: ask for perturbed ones beside it")
     evaluator = asked.frozen["evaluator"]
-    return scorers.evaluator_greedy(setting.judge, evaluator, asked.query, setting.judge.list_length)
+    return scorers.evaluator_greedy(setting.judge, evaluator, asked.query, setting.judge.list_length, setting.bias)
 
 
 def _perturbed(setting: Setting, asked: Asked) -> Array:

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from fgrpo_jax.algorithm.rewards import TOPICAL
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.datasets import DataError, Dataset
-from fgrpo_jax.policies.ranker import network, policy, proposals, scorers
+from fgrpo_jax.policies.ranker import ensemble, network, policy, proposals, scorers
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.policies.ranker.files import Catalogue, policy_files, saved_catalogue
 from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
+from fgrpo_jax.policies.ranker.rerankers import SCORERS
 from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Policy, PyTree, Selection
@@ -42,15 +43,20 @@ def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> di
     made = {
         "generator": policy.make_generator(spec, *writing),
         "two_phase": policy.make_generator(spec._replace(two_phase=True), *writing),
-        "evaluator": policy.make_evaluator(spec),
-        "pointwise": policy.make_pointwise(spec, n.labels),
+        "generators": ensemble.make_ensemble(spec, config.selection.generators, n.labels),
+        "evaluator": policy.make_evaluator(spec, setting.bias),
+        **{name: policy.make_scorer(spec, name, n.labels) for name in SCORERS},
     }
+    inits = {"generators": functools.partial(ensemble.init, spec, config.selection.generators)}
     numbers = {item: number for number, item in enumerate(catalogue.items, start=1)}
     counts = np.concatenate([[0.0], np.log1p(np.asarray(catalogue.counts, np.float64))]).astype(np.float32)
     encode = encoder(numbers, counts, config.data.history_max, n.list_length)
     # All read the same queries, so one of them asks whether these are sound.
     checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config))}
-    return {name: _policy(parts, encode, catalogue, checks.get(name, _no_check)) for name, parts in made.items()}
+    return {
+        name: _policy(parts, inits.get(name), encode, catalogue, checks.get(name, _no_check))
+        for name, parts in made.items()
+    }
 
 
 def make_spec(config: RankerConfig, num_items: int) -> RankerSpec:
@@ -60,27 +66,31 @@ def make_spec(config: RankerConfig, num_items: int) -> RankerSpec:
 
 
 def make_setting(config: RankerConfig, spec: RankerSpec) -> proposals.Setting:
-    return proposals.Setting(spec, config.proposals.noise, config.proposals.mmr_lambda)
+    bias = config.bias.kind, config.bias.weight
+    return proposals.Setting(spec, config.proposals.noise, config.proposals.mmr_lambda, bias)
 
 
 def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, Selection]:
-    """`g_e`, `mg_e`: the evaluator's best of what one generator, or several, would write."""
+    """`g_e`, `mg_e_3`: the evaluator's best of what one generator, or the first three, would write."""
     items = policies["generator"].table["items"].shape[0] - 1
     spec = make_spec(config, items)
     setting = make_setting(config, spec)
 
-    def select(generators: tuple[str, ...], params: PyTree, frozen: PyTree, query: RankerQuery):
-        each = config.selection.lists // len(generators)
-        of_each = [params[name] for name in generators]
-        return None, policy.best_of(spec, setting, each, of_each, params["evaluator"], query)
+    def select(count: int, params: PyTree, frozen: PyTree, query: RankerQuery):
+        each = max(config.selection.lists // count, 1)
+        return None, ensemble.best_of(spec, setting, count, each, params["generators"], params["evaluator"], query)
 
-    return {name: Selection(read, functools.partial(select, read[:-1])) for name, read in selected(config).items()}
+    counts = {_row(count): count for count in config.selection.sizes}
+    return {name: Selection(read, functools.partial(select, counts[name])) for name, read in selected(config).items()}
 
 
 def selected(config: RankerConfig) -> dict[str, tuple[str, ...]]:
-    """Rows of `selections`, and the stages that each reads: generators, then the evaluator."""
-    rows = {"g_e": config.selection.few, "mg_e": config.selection.several}
-    return {name: (*generators, "evaluator") for name, generators in rows.items() if generators}
+    """Rows of `selections`, and the stages that each reads."""
+    return {_row(count): ("generators", "evaluator") for count in config.selection.sizes}
+
+
+def _row(count: int) -> str:
+    return "g_e" if count == 1 else f"mg_e_{count}"
 
 
 def _needs_lists(config: RankerConfig) -> bool:
@@ -111,11 +121,14 @@ def _no_check(mesh: Mesh, dataset: Dataset, ends_on: str) -> None:
     return None
 
 
-def _policy(parts: policy.Parts, encode: Callable, catalogue: Catalogue, check: Callable) -> Policy:
-    spec = parts.spec
+def _policy(
+    parts: policy.Parts, make: Callable | None, encode: Callable, catalogue: Catalogue, check: Callable
+) -> Policy:
+    """make: (key) -> its random start, where that is not one network's."""
+    spec, make = parts.spec, make or functools.partial(network.init, parts.spec, parts.table)
 
     def init(key: jax.Array, shardings: PyTree) -> PyTree:
-        return jax.jit(functools.partial(network.init, spec, parts.table), out_shardings=shardings)(key)
+        return jax.jit(make, out_shardings=shardings)(key)
 
     def sizes(query: RankerQuery) -> dict[str, int]:
         return {"S": query.history.shape[1] + query.candidates.shape[1], "T": spec.steps}

@@ -14,7 +14,7 @@ _READS = {name: stage for name, (stage, _) in REWARDS.items()}  # of a learned r
 
 
 def problems(config: RankerConfig) -> list[str]:
-    found = [*_network(config.network), *_proposals(config), *_selection(config)]
+    found = [*_network(config.network), *_proposals(config), *_selection(config), *_rerankers(config), *_bias(config)]
     for name, stage in stages(config).items():
         if stage.steps:
             found += _stage(config, name, stage)
@@ -53,13 +53,28 @@ def _proposals(config: RankerConfig) -> list[str]:
 
 def _selection(config: RankerConfig) -> list[str]:
     s, found = config.selection, []
-    for row, names in (("few", s.few), ("several", s.several)):
-        for name in names:
-            if name not in stages(config) or stages(config)[name].policy != "generator":
-                found.append(f"selection.{row}: {name!r} is no stage that trains the generator")
-        if names and (s.lists < 1 or s.lists % len(names)):
-            found.append(f"selection.lists={s.lists} must be as many for each of the {len(names)} generators of {row}")
+    if s.generators < 1 or s.lists < 1:
+        found.append("selection.generators and selection.lists must be at least 1")
+    if len(set(s.sizes)) < len(s.sizes) or any(not 1 <= count <= s.generators for count in s.sizes):
+        found.append(f"selection.sizes={s.sizes} must differ, from 1 to selection.generators={s.generators}")
     return found
+
+
+def _rerankers(config: RankerConfig) -> list[str]:
+    if config.dlcm.steps and not config.network.sees_retrieval:
+        return [
+            "dlcm reads the pool in the first stage's order, which network.sees_retrieval=false hides: dlcm.steps=0"
+        ]
+    return []
+
+
+def _bias(config: RankerConfig) -> list[str]:
+    b = config.bias
+    if not math.isfinite(b.weight):
+        return [f"bias.weight={b.weight} must be finite"]
+    if (b.kind == "none") != (b.weight == 0):
+        return [f"bias: kind={b.kind!r} with weight={b.weight}; give both, or neither"]
+    return []
 
 
 def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
