@@ -22,19 +22,22 @@ _BEFORE = {StageConfig: {"metric": ""}}
 
 
 def load_file(path: str | Path) -> RunConfig:
-    """The Config that a configs/NAME.py file's `get_config()` returns.
+    """The Config that a configs/NAME.py file's `get_config()` returns; of NAME.py:VARIANT, `get_config("VARIANT")`.
 
-    Raises ConfigError when the file is missing, has no get_config, or returns another type.
+    Raises ConfigError when the file is missing, has no get_config, refuses the variant or returns another type.
     """
-    path = Path(path)
+    name, _, variant = str(path).partition(".py:")
+    path = Path(f"{name}.py") if variant else Path(path)
     if not path.is_file():
         raise ConfigError(f"no config file at {path}: give a path such as configs/synthetic.py")
     names = runpy.run_path(str(path))
     if "get_config" not in names:
         raise ConfigError(f"{path} defines no get_config(); it must return a fgrpo_jax.config.Config")
     try:
-        config = names["get_config"]()
-    except TypeError as error:  # a field that does not exist, most often
+        config = names["get_config"](*filter(None, [variant]))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except TypeError as error:  # a field that does not exist, most often; a variant where there are none
         raise ConfigError(f"{path}: get_config() failed: {error}") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")

@@ -76,13 +76,14 @@ def compare(
     low, high = np.percentile(resampled_means(difference_QM, resamples, seed), (2.5, 97.5), axis=0)
     lines = [f"{len(a)} seeds, {len(ids)} queries, percent", f"{'':14}{'a':>14}{'b':>14}   a - b"]
     for m, name in enumerate(metrics):
-        cells = [f"{x[..., m].mean():.1f} ±{_spread(x[..., m].mean(1)):.1f}" for x in (a_RQM, b_RQM)]
+        cells = [f"{x[..., m].mean():.1f} ±{spread(x[..., m].mean(1)):.1f}" for x in (a_RQM, b_RQM)]
         paired = f"{difference_QM[:, m].mean():+.2f} [{low[m]:+.2f}, {high[m]:+.2f}]"
         lines.append(f"{name:14}{cells[0]:>14}{cells[1]:>14}   {paired}")
     return "\n".join(lines)
 
 
-def _spread(means: np.ndarray) -> float:
+def spread(means: np.ndarray) -> float:
+    """Standard deviation over seeds; 0 of one."""
     return float(means.std(ddof=1)) if len(means) > 1 else 0.0
 
 

@@ -1,0 +1,150 @@
+"""One metric over several runs, by a field of their configuration: a table, and a plot.
+
+    python -m fgrpo_jax.evaluation.study --runs runs/w16 runs/w32 runs/w64 --methods goalrank mg_e_3 \
+        --x network.hidden_size --metric ndcg@6 --split test --plot widths.png
+
+Runs of one value of `x` are its seeds: the score of a query is its mean over them. Every value is compared
+with the first one, query by query (95 % percentile bootstrap over queries, as in fgrpo_jax.evaluation.seeds),
+and the spread over seeds stands beside each mean.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation.evaluate import resampled_means
+from fgrpo_jax.evaluation.seeds import read, spread
+from fgrpo_jax.files import path_of, read_json, write_atomically
+
+
+class Cell(NamedTuple):
+    """A method at a value of x; in percent. scores_RQ: of every run and query."""
+
+    x: Any
+    scores_RQ: np.ndarray
+
+
+def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
+    """What `x` is in a run: "run", its folder's name; "parameters", those the method reads; or a field.
+
+    Raises ConfigError where the run has no such thing.
+    """
+    if x == "run":
+        return path_of(run_dir).name
+    if x == "parameters":
+        path = path_of(run_dir) / "eval" / split / "metrics.json"
+        found = read_json(path, ("parameters",))["parameters"]
+        if method not in found:
+            raise ConfigError(f"{path} knows no number of parameters of {method!r}, only of {', '.join(found)}")
+        return found[method]
+    value = read_json(path_of(run_dir) / "config.json", ())
+    for name in x.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise ConfigError(f"x={x!r} is no field of {run_dir}/config.json; give one as network.hidden_size")
+        value = value[name]
+    return tuple(value) if isinstance(value, list) else value
+
+
+def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -> list[Cell]:
+    """The values of x in the order of their runs. Raises ConfigError where queries differ."""
+    found: dict[Any, list[dict[str, list[float]]]] = {}
+    for run_dir in runs:
+        scores = read(f"{run_dir}:{method}", split, (metric,))
+        found.setdefault(value_of(run_dir, x, method, split), []).append(scores)
+    ids = sorted(next(iter(found.values()))[0])
+    if any(sorted(scores) != ids for of_value in found.values() for scores in of_value):
+        raise ConfigError("the runs were not evaluated on the same queries")
+    return [
+        Cell(value, 100 * np.array([[scores[i][0] for i in ids] for scores in of_value]))
+        for value, of_value in found.items()
+    ]
+
+
+def study(
+    runs: tuple[str, ...],
+    methods: tuple[str, ...],
+    x: str = "run",
+    metric: str = "ndcg@5",
+    split: str = "test",
+    plot: str = "",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> str:
+    """A table: mean and spread of every method at every value of x, and its difference to the first value.
+
+    Args:
+        runs: evaluated run directories; those of one value of x are its seeds.
+        methods: rows of their evaluations.
+        x: "run" (the folder's name), "parameters" (those that a method reads to make a list), or a field of
+            the configuration, as network.hidden_size.
+        metric: a column of their per_query.jsonl.
+        split: the split they were evaluated on.
+        plot: a PNG file to write; empty: none. Needs an x that is a number.
+        resamples: bootstrap resamples behind the intervals.
+        seed: of the bootstrap.
+    """
+    if not runs or not methods:
+        raise ConfigError("give --runs and --methods")
+    table = {method: cells(runs, method, x, metric, split) for method in methods}
+    lines = [f"{metric}, percent, {table[methods[0]][0].scores_RQ.shape[1]} queries"]
+    lines.append(f"{x:24} {'method':14} {'seeds':>5} {'mean':>13}   less the first")
+    drawn = {}
+    for method, of_method in table.items():
+        drawn[method] = []
+        for cell in of_method:
+            low, high = np.percentile(resampled_means(cell.scores_RQ.mean(0)[:, None], resamples, seed), (2.5, 97.5))
+            drawn[method].append((cell.x, cell.scores_RQ.mean(), low, high))
+            lines.append(_line(cell, of_method[0], method, resamples, seed))
+    if plot:
+        _plot(Path(plot), drawn, x, metric)
+    return "\n".join(lines)
+
+
+def _line(cell: Cell, first: Cell, method: str, resamples: int, seed: int) -> str:
+    mean = f"{cell.scores_RQ.mean():.1f} ±{spread(cell.scores_RQ.mean(1)):.1f}"
+    line = f"{cell.x!s:24} {method:14} {len(cell.scores_RQ):>5} {mean:>13}"
+    if cell is first:
+        return line
+    difference_Q = cell.scores_RQ.mean(0) - first.scores_RQ.mean(0)
+    low, high = np.percentile(resampled_means(difference_Q[:, None], resamples, seed), (2.5, 97.5))
+    return f"{line}   {difference_Q.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _plot(path: Path, drawn: dict[str, list[tuple]], x: str, metric: str) -> None:
+    values = [value for points in drawn.values() for value, *_ in points]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise ConfigError(f"x={x!r} is no number in these runs ({json.dumps(values, default=str)}): leave --plot out")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, points in drawn.items():
+        at, mean, low, high = np.array(sorted(points), float).T
+        axes.errorbar(at, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=method)
+    if min(values) > 0 and max(values) >= 8 * min(values):
+        axes.set_xscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{metric}, percent")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
+
+
+if __name__ == "__main__":
+    try:
+        print(tyro.cli(study, description=__doc__))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
