@@ -1,8 +1,8 @@
 """GoalRank's protocol on MovieLens-1M: lists of six films out of fifty that a first stage retrieved.
 
-    python train.py configs/goalrank_ml1m.py --data.manual-dir FOLDER [--data.pool closed]
+    python train.py configs/goalrank_ml1m.py --data.manual-dir data/ml-1m [--data.pool closed]
 
-FOLDER holds ml-1m.zip.
+data/ml-1m holds ml-1m.zip.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def get_config() -> RankerConfig:
     return dataclasses.replace(
         base,
         run_dir="runs/goalrank_ml1m",
-        data=DataConfig(name="goalrank_ml1m", history_max=20),
+        data=DataConfig(name="goalrank_ml1m", manual_dir="data/ml-1m", history_max=20),
         network=NetworkConfig(hidden_size=64),
         proposals=ProposalsConfig(mix=(("retriever", 2), ("pointwise", 3), ("mmr_pointwise", 2), ("perturbed", 5))),
         selection=SelectionConfig(generators=20, sizes=(1, 3, 20), lists=60),

@@ -1,9 +1,9 @@
 """What GoalRank owes to each of its parts, in the world of configs/goalrank.py: one stage, changed in one thing.
 
-    python train.py configs/goalrank_study.py:VARIANT --start-from runs/goalrank --run-dir runs/study/VARIANT
+    python train.py configs/goalrank_study.py:VARIANT
 
-Networks are those of the run that it starts from; `goalrank` (and `grpo`, where the reward model is wrong on
-purpose) is trained anew. VARIANT: see VARIANTS. The same seed as the start's is to be given.
+Networks are those of the run that it starts from, runs/goalrank; `goalrank` (and `grpo`, where the reward model is wrong on
+purpose) is trained anew. VARIANT: see VARIANTS. For another seed: --seed, --start-from a run of that seed, and --run-dir.
 """
 
 import dataclasses
@@ -69,4 +69,5 @@ def get_config(variant: str = "as_it_is") -> RankerConfig:
         raise ConfigError(f"{variant!r} is not one of {', '.join(VARIANTS)}")
     base = runpy.run_path(str(Path(__file__).with_name("goalrank.py")))["get_config"]()
     idle = {name: dataclasses.replace(stage, steps=0) for name, stage in stages(base).items() if name != "goalrank"}
-    return VARIANTS[variant](dataclasses.replace(base, run_dir=f"runs/study/{variant}", **idle))
+    start = {"run_dir": f"runs/study/{variant}", "start_from": "runs/goalrank"}
+    return VARIANTS[variant](dataclasses.replace(base, **start, **idle))

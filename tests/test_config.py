@@ -34,6 +34,21 @@ def test_the_configs_that_come_along_are_possible(path):
     assert "python train.py" in runpy.run_path(str(path))["__doc__"]
 
 
+def test_every_variant_of_the_studies_is_possible():
+    """And differs from the others; the files' own rule for names is followed by get_config alone."""
+    path = ROOT / "configs" / "goalrank_study.py"
+    names = runpy.run_path(str(path))["VARIANTS"]
+    found = [load_file(f"{path}:{name}") for name in names]
+    for config in found:
+        validate(config, KNOWN)
+    assert len({to_json(dataclasses.replace(config, run_dir="")) for config in found}) == len(names) - 1
+    assert changed(load_file(f"{path}:group_20"), {"run_dir": ""}) == changed(load_file(path), {"run_dir": ""})
+    with pytest.raises(ConfigError, match="goalrank_study.py: 'x' is not one of as_it_is, no_proposals"):
+        load_file(f"{path}:x")
+    with pytest.raises(ConfigError, match=r"jsonl.py: get_config\(\) failed: .* takes 0 positional"):
+        load_file(f"{ROOT / 'configs' / 'jsonl.py'}:x")
+
+
 def test_a_file_and_flags():
     assert parse_training([], "") == DEFAULT
     path = str(ROOT / "configs" / "lastfm.py")
