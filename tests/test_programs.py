@@ -25,7 +25,7 @@ def lowered(tmp_path_factory):
     command = [sys.executable, str(ROOT / "tests" / "lowered.py"), str(folder)]
     seeds = ("0", "2")  # under which the set of "recall" and "ndcg" has two orders
     with two_processes(command, devices=2, PYTHONPATH=str(ROOT), PYTHONHASHSEED=seeds) as both:
-        errors = [child.communicate(timeout=300)[1] for child in both]
+        errors = [child.communicate(timeout=900)[1] for child in both]
     assert [child.returncode for child in both] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     return [json.loads((folder / f"{i}.json").read_text()) for i in "01"]
 
