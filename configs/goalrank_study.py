@@ -2,8 +2,9 @@
 
     python train.py configs/goalrank_study.py:VARIANT
 
-Networks are those of the run that it starts from, runs/goalrank; `goalrank` (and `grpo`, where the reward model is wrong on
-purpose) is trained anew. VARIANT: see VARIANTS. For another seed: --seed, --start-from a run of that seed, and --run-dir.
+Networks are those of the run that it starts from, runs/goalrank; `goalrank` (and `grpo`, where the reward
+model is wrong on purpose) is trained anew. VARIANT: see VARIANTS. For another seed: --seed, --start-from a run
+of that seed, and --run-dir.
 """
 
 import dataclasses

@@ -13,7 +13,6 @@ from tiny_lists import tiny_ranker, write_lists
 from fgrpo_jax.data import datasets
 from fgrpo_jax.run.experiment import KNOWN, assemble, initial_params
 from fgrpo_jax.run.validation import validate
-from fgrpo_jax.stages import stages
 
 F_GRPO = (("slate", "recall", 1.0), ("rank", "ndcg", 1.0))
 GRPO = tuple((phase, reward, 1.0) for phase in ("slate", "rank") for reward in ("recall", "ndcg"))

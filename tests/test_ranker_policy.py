@@ -256,7 +256,8 @@ SHARDS = """
     frozen = {{"evaluator": make_params("evaluator", SMALL), "pointwise": make_params("pointwise", SMALL, 1)}}
     params, query, key = make_params("generator", SMALL), make_query(batch=8), jax.random.key(0)
     parts = policy.make_generator(SMALL, SETTING, (("pointwise", 1), ("random", 1)))
-    beside = {{"evaluator": policy.make_evaluator(SMALL).table, "pointwise": policy.make_scorer(SMALL, "pointwise").table}}
+    judges = {{"evaluator": policy.make_evaluator(SMALL), "pointwise": policy.make_scorer(SMALL, "pointwise")}}
+    beside = {{name: made.table for name, made in judges.items()}}
 
     def work(params, frozen, query, key):
         rollout, lists = parts.sources["mixed"](4)(params, frozen, query, key)
