@@ -27,7 +27,8 @@ import jax
 import eval as evaluation
 from fgrpo_jax import shards
 from fgrpo_jax.algorithm import advantages, rewards
-from fgrpo_jax.algorithm.objectives import OBJECTIVES, options
+from fgrpo_jax.algorithm.credit import SCHEMES
+from fgrpo_jax.algorithm.objectives import OBJECTIVES, options, with_values
 from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
 from fgrpo_jax.config_files import to_json
 from fgrpo_jax.data import datasets
@@ -55,7 +56,8 @@ def make_step(experiment, policy, stage):
     Returns them, the optimizer, and where the parts of a train state lie.
     """
     config, loss = experiment.config, stage.objective
-    credit = Credit(stage.credit.terms, stage.credit.normalise)
+    credit = Credit(stage.credit.terms, stage.credit.normalise, stage.credit.scheme, stage.credit.shrinkage)
+    scheme = SCHEMES[credit.scheme]
     broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
 
     mesh, table = experiment.mesh, policy.table
@@ -66,28 +68,36 @@ def make_step(experiment, policy, stage):
     earned = functools.partial(rewards.term_rewards, credit, k=config.reward.k, broken=broken, learned=policy.rewards)
     reward_of = shards.by_query(mesh, table, lambda _, frozen, lists, query: earned(lists, query, frozen), beside)
 
+    def credited(_, frozen, batch, lists):
+        turns = policy.turns(batch.query, batch.rollout) if scheme.by_item else None
+        return scheme.assign(credit, config.reward.k, broken, batch, lists, turns)
+
+    assign = shards.by_query(mesh, table, credited, beside)
+
     @jax.jit
     def collect(params, frozen, query, key):
         rollout, lists = sample(params, frozen, query, key)
         reward_BGR = reward_of(params, frozen, lists, query)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
+        batch = assign(params, frozen, batch, lists)
         if loss.epochs > 1:  # the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:
             batch = batch.replace(ref_logp=logprobs(frozen["reference"], frozen, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
-        dead_BP = advantages.dead_groups(reward_BGR, credit)
+        dead_BP = advantages.dead_groups(rewards.outcome_rewards(reward_BGR, credit, lists, broken), credit)
         seen = describe(lists, batch, reward_BGP, dead_BP, policy.outcomes)
         return batch, {} if stage.source == "logged" else seen
 
     objective = OBJECTIVES[loss.name](**{name: getattr(loss, name) for name in options(loss.name)})
+    objective, read = (with_values(objective), policy.choices) if scheme.exact else (objective, policy.logprobs)
     o = stage.optim
     optimizer = make_optimizer(
         o.learning_rate, stage.steps * loss.epochs, o.warmup_steps * loss.epochs, o.decay, o.b1, o.b2, o.eps,
         o.weight_decay, o.clip_norm, map_params(lambda p: p.decay, table),
     )  # fmt: skip
     over_shards = functools.partial(shards.summed, mesh, table, beside=beside)
-    update = make_update(policy.logprobs, objective, optimizer, stage.microbatches, loss.epochs, over_shards)
+    update = make_update(read, objective, optimizer, stage.microbatches, loss.epochs, over_shards)
     state_at = state_shardings(optimizer, policy.shapes(), experiment.shardings(policy), replicated(mesh))
     update = jax.jit(update, donate_argnums=0, out_shardings=(state_at, replicated(mesh)))
     return collect, update, optimizer, state_at

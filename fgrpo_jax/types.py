@@ -134,8 +134,20 @@ OK = Outcome("ok", None)
 
 
 @flax.struct.dataclass
+class Turns:
+    """What the actions of rollouts are in the lists that they write.
+
+    A token that several candidates' identifiers share names all of them that it leaves possible.
+    """
+
+    place: Array  # [B,G,T] int32: items that the current phase's list had before
+    named: Array  # [B,G,T,C] bool: the candidates that the action leaves possible as the next item; none: a literal
+    open: Array  # [B,G,T] bool: whether it could have named one
+
+
+@flax.struct.dataclass
 class Batch:
-    """Everything an update needs. `old_logp` and `ref_logp` are None unless used."""
+    """Everything an update needs. `old_logp`, `ref_logp` and `value` are None unless used."""
 
     query: PyTree
     rollout: Rollout
@@ -144,19 +156,23 @@ class Batch:
     weight: Array  # [B,G,T] float32, normalised over the global batch
     old_logp: Array | None = None  # [B,G,T]: several epochs per rollout batch
     ref_logp: Array | None = None  # [B,G,T]: KL to a frozen reference
+    value: Array | None = None  # [B,G,T,C]: of naming each candidate, where credit.scheme says so
 
 
 class Credit(NamedTuple):
-    """Which reward trains which phase. Hashable, so it can be a static argument.
+    """Which reward trains which phase, and what of it an action gets. Hashable, so it can be a static argument.
 
     terms: `(phase, reward name, weight)` each, phase being "slate" or "rank".
     normalise: "none" (centred, Dr. GRPO), "each" (every reward centred and divided by
         its group's population std, then weighted and summed), "sum" (weighted, summed,
         then centred and divided).
+    scheme, shrinkage: see algorithm/credit.py.
     """
 
     terms: tuple[tuple[str, str, float], ...]
     normalise: str = "none"
+    scheme: str = "group"
+    shrinkage: float = 1.0
 
 
 @flax.struct.dataclass
@@ -227,6 +243,10 @@ class Policy(NamedTuple):
         shards.whole and for random numbers with shards.uniform.
     logprobs: (params, frozen, query, rollout) -> [B,G,T] float32; differentiable.
     greedy: (params, frozen, query) -> (Rollout, Lists) with G = 1, the most probable action everywhere.
+    turns: (query, rollout) -> Turns; None where actions write no lists.
+    choices: (params, frozen, query, rollout) -> (as logprobs, the probability [B,G,T,C] that an action names
+        each candidate: that of a token shared out evenly among the candidates it leaves possible); differentiable;
+        None where actions write no lists.
     rewards: learned ones by name, beside rewards.REWARDS: k -> (lists, query, frozen) -> [B,G].
     summary: its size in words, for the plan.
     sizes: (query) -> {"S": ..., "T": ...}: how long an encoded query and a rollout are.
@@ -247,6 +267,8 @@ class Policy(NamedTuple):
     sources: dict[str, Callable]
     logprobs: Callable
     greedy: Callable
+    turns: Callable | None
+    choices: Callable | None
     rewards: dict[str, Callable]
     summary: str
     sizes: Callable

@@ -50,6 +50,11 @@ def _weighted(reward_BGR: Array, terms: list[tuple[int, float]], each: Callable 
     return total_BG
 
 
+def phase_totals(reward_BGR: Array, credit: Credit) -> Array:
+    """The weighted sum of the terms of each phase, `[B,G,P]`."""
+    return jnp.stack([_weighted(reward_BGR, _terms(credit, phase)) for phase in PHASES], -1)
+
+
 def _check(credit: Credit) -> None:
     if credit.normalise not in NORMALISE:
         raise ValueError(f"credit.normalise={credit.normalise!r} is not one of {', '.join(NORMALISE)}")

@@ -134,6 +134,24 @@ def clipped_pg(
     return objective
 
 
+def with_values(objective: Objective) -> Callable[[tuple[Array, Array], Batch], tuple[Array, dict[str, Mean]]]:
+    """An objective less the value of every choice by its probability, − Σ w·Σ_c value·π(c): credit.exact.
+
+    It reads ((logp_BGT, probability_BGTC), batch), as Policy.choices gives them. On policy: it is not clipped.
+    Metric more: value, the expected value of the actions by weight; "loss" holds it too.
+    """
+
+    def both(scores: tuple[Array, Array], batch: Batch) -> tuple[Array, dict[str, Mean]]:
+        logp_BGT, probability_BGTC = scores
+        loss, metrics = objective(logp_BGT, batch)
+        value_BGT = (batch.value * probability_BGTC).sum(-1)
+        value = _weighted_mean(jnp.where(batch.weight > 0, value_BGT, 0.0), batch.weight)
+        whole = Mean(metrics["loss"].sum - value.sum, metrics["loss"].count)
+        return loss - value.sum, metrics | {"loss": whole, "value": value}
+
+    return both
+
+
 def nll() -> Objective:
     """Weighted negative log-likelihood, − Σ w·logp: supervised fine-tuning on logged lists.
 

@@ -76,6 +76,36 @@ REWARDS: dict[str, Callable[[int], Reward]] = {**COVERAGE, **UTILITY}
 TOPICAL: dict[str, Callable[[int], Reward]] = {"alpha_ndcg": _alpha_ndcg}
 
 
+# --------------------------------------------------------------------- item by item
+
+
+def _recall_of_items(pool_BC: Array, k: int, size: int) -> Array:
+    relevant_BC = (pool_BC > 0).astype(jnp.float32)
+    share_BC = relevant_BC / jnp.maximum(relevant_BC.sum(-1, keepdims=True), 1)
+    return jnp.broadcast_to(share_BC[:, None], (len(pool_BC), size, pool_BC.shape[-1]))
+
+
+def _ndcg_of_items(pool_BC: Array, k: int, size: int) -> Array:
+    ideal_B = metrics.dcg(jnp.flip(jnp.sort(pool_BC, -1), -1), k)
+    place_X = jnp.arange(size)
+    discount_X = jnp.where(place_X < k, 1.0 / jnp.log2(place_X + 2.0), 0.0)
+    share_BC = pool_BC / jnp.where(ideal_B > 0, ideal_B, 1.0)[:, None]
+    return share_BC[:, None] * discount_X[:, None]
+
+
+class Sum(NamedTuple):
+    """A reward that is a sum over the items of a phase's list.
+
+    gains: (pool_BC, k, size) -> [B,X,C]: what each candidate adds at each of the first `size` places.
+    """
+
+    phase: str
+    gains: Callable[[Array, int, int], Array]
+
+
+SUMS: dict[str, Sum] = {"recall": Sum("slate", _recall_of_items), "ndcg": Sum("rank", _ndcg_of_items)}
+
+
 class Broken(NamedTuple):
     """What rollouts are worth that broke a rule, by outcome code; hashable, static under jit."""
 
@@ -121,6 +151,16 @@ def term_rewards(
         distinct[name] = jnp.where(counts_BG, known[name](k)(lists, query, frozen), value_BG)
     columns = [distinct[name] for _, name, _ in credit.terms]
     return jnp.stack(columns, -1) if columns else jnp.zeros((*lists.outcome.shape, 0), jnp.float32)
+
+
+def outcome_rewards(reward_BGR: Array, credit: Credit, lists: Lists, broken: Broken) -> Array:
+    """What the lists are worth without the penalties of broken ones, [B,G,R]: those found nothing, 0.
+
+    Groups are judged by these: a penalty must not make one look alive in which no slate found anything.
+    """
+    keeps_slate_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
+    counts = [keeps_slate_BG if name in COVERAGE else ok_BG for _, name, _ in credit.terms]
+    return jnp.where(jnp.stack(counts, -1), reward_BGR, 0.0) if counts else reward_BGR
 
 
 def phase_rewards(reward_BGR: Array, credit: Credit) -> Array:

@@ -107,7 +107,7 @@ def make_update(
     microbatches are plainly added. Microbatch i takes rows i, i + n, ...: every device keeps
     its own rows. `epochs` updates are made on the batch; the metrics are the last one's.
 
-    logprobs: the policy's.
+    logprobs: the policy's, or its choices: what the objective reads.
     over_shards: runs `(params, frozen, batch) -> ((loss, metrics), gradient)` on every shard of the
     queries and adds the results (shards.summed); on one device there is nothing to do.
 

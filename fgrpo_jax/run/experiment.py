@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from fgrpo_jax import policies, shards
 from fgrpo_jax.algorithm import objectives
-from fgrpo_jax.algorithm.rewards import REWARDS
+from fgrpo_jax.algorithm.credit import SCHEMES
+from fgrpo_jax.algorithm.rewards import REWARDS, SUMS
 from fgrpo_jax.config import ConfigError, RunConfig, StageConfig
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches, seed_of
@@ -36,6 +37,10 @@ KNOWN = Registries(
     datasets=frozenset(datasets.DATASETS),
     rewards=frozenset(REWARDS),
     objectives={name: objectives.options(name) for name in objectives.OBJECTIVES},
+    schemes={name: scheme.options for name, scheme in SCHEMES.items()},
+    by_item=frozenset(name for name, scheme in SCHEMES.items() if scheme.by_item),
+    exact=frozenset(name for name, scheme in SCHEMES.items() if scheme.exact),
+    sums={name: reward.phase for name, reward in SUMS.items()},
     baselines=frozenset(BASELINES),
     cut_metrics=frozenset(AT_CUTOFF + MORE_AT_CUTOFF),
     whole_metrics=frozenset(WHOLE),
@@ -90,6 +95,8 @@ def assemble(config: RunConfig, dataset: datasets.Dataset | None, run_dir: Path)
             raise ConfigError(f"{name}.policy={stage.policy!r} is not one of {', '.join(made)}")
         if stage.source not in (sources := made[stage.policy].sources):
             raise ConfigError(f"{name}.source={stage.source!r}: {stage.policy} has only {', '.join(sources)}")
+        if SCHEMES[stage.credit.scheme].by_item and made[stage.policy].turns is None:
+            raise ConfigError(f"{name}.credit.scheme={stage.credit.scheme!r}: {stage.policy} writes no lists")
     return Experiment(config, dataset, made, mesh)
 
 

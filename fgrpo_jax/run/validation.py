@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from fgrpo_jax import policies
 from fgrpo_jax.config import (
     ConfigError,
+    CreditConfig,
     DataConfig,
     EvalConfig,
     InteractionsConfig,
@@ -34,6 +35,10 @@ class Registries(NamedTuple):
     datasets: frozenset[str]
     rewards: frozenset[str]
     objectives: Mapping[str, Sequence[str]]  # with the options each one reads
+    schemes: Mapping[str, Sequence[str]]  # of credit, with the options that each one reads
+    by_item: frozenset[str]  # those that need rewards that are sums over items
+    exact: frozenset[str]  # those that need the probability of every choice
+    sums: Mapping[str, str]  # rewards that are sums over items, with the phase whose items they are
     baselines: frozenset[str]
     cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"
     whole_metrics: frozenset[str]
@@ -304,18 +309,18 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
     if not 0 <= o.sigma < math.inf:
         problems.append(f"{name}.objective.sigma={o.sigma} must be >= 0 and finite")
-    problems += _unread_options(f"{name}.objective", o, known)
+    problems += _unread_options(f"{name}.objective", o, o.name, known.objectives)
     return problems + _check_optim(f"{name}.optim", s.optim)
 
 
-def _unread_options(where: str, o: ObjectiveConfig, known: Registries) -> list[str]:
-    """Options of other objectives, set although this one does not read them."""
-    if o.name not in known.objectives:
+def _unread_options(where: str, o: ObjectiveConfig | CreditConfig, name: str, known: Mapping) -> list[str]:
+    """Options of others than `name`, set although this one does not read them."""
+    if name not in known:
         return []
-    others = {option for options in known.objectives.values() for option in options} - {*known.objectives[o.name]}
-    values = {option: (getattr(o, option), getattr(ObjectiveConfig(), option)) for option in sorted(others)}
+    others = {option for options in known.values() for option in options} - {*known[name]}
+    values = {option: (getattr(o, option), getattr(type(o)(), option)) for option in sorted(others)}
     return [
-        f"{where}.{option}={value!r}: {o.name!r} has no such term or option: leave it at {default!r}"
+        f"{where}.{option}={value!r}: {name!r} has no such term or option: leave it at {default!r}"
         for option, (value, default) in values.items()
         if value != default
     ]
@@ -353,4 +358,28 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems += _unknown(f"{name}.credit.terms", [reward], known.rewards)
         if not math.isfinite(weight):
             problems.append(f"{name}.credit.terms: weight {weight} is not finite")
+    return problems + _check_scheme(name, s, known)
+
+
+def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
+    """Whether what the scheme of credit needs is there."""
+    c, where = s.credit, f"{name}.credit.scheme={s.credit.scheme!r}"
+    problems = _unread_options(f"{name}.credit", c, c.scheme, known.schemes)
+    if not 0 < c.shrinkage < math.inf:
+        problems.append(f"{name}.credit.shrinkage={c.shrinkage} must be positive and finite")
+    if c.scheme == CreditConfig().scheme:
+        return problems
+    if s.objective.name != "clipped_pg":
+        problems.append(f"{where} needs {name}.objective.name='clipped_pg', not {s.objective.name!r}")
+    if s.source != "sampled":
+        problems.append(f"{where}: its baselines are those of own samples; use {name}.source='sampled'")
+    if c.scheme in known.by_item:
+        allowed = ", ".join(f"({phase}, {reward})" for reward, phase in known.sums.items())
+        problems += [
+            f"{where}: ({phase}, {reward}) is not one of the terms that are sums over the phase's items: {allowed}"
+            for phase, reward, _ in c.terms
+            if known.sums.get(reward) != phase
+        ]
+    if c.scheme in known.exact and s.objective.epochs > 1:
+        problems.append(f"{where} is on policy: {name}.objective.epochs must be 1, not {s.objective.epochs}")
     return problems

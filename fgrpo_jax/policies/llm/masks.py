@@ -17,7 +17,7 @@ import numpy as np
 from fgrpo_jax.policies.llm import transcript
 from fgrpo_jax.policies.llm.grammar import Grammar
 from fgrpo_jax.policies.llm.query import Query
-from fgrpo_jax.types import RANK, SLATE, Array, Lists
+from fgrpo_jax.types import RANK, SLATE, Array, Lists, Rollout, Turns
 
 
 @flax.struct.dataclass
@@ -68,10 +68,9 @@ def allowed(grammar: Grammar, query: Query, options: Choices, state: transcript.
     No two of those allowed are the same token.
     """
     low, high = transcript.limits(grammar, query, state)
-    eligible_BGC = ~state.used & (state.in_slate | (state.phase == SLATE)[..., None])
     lengths = transcript.lengths(query)[:, None]
     at_identifier = state.at == transcript.IDENTIFIER
-    open_BGC = state.alive & eligible_BGC & (at_identifier & (state.count < high))[..., None]
+    open_BGC = _open(grammar, query, state)
     ended = (open_BGC & (lengths == state.pos[..., None]) & (state.pos > 0)[..., None]).any(-1)
 
     at_literal = state.at == transcript.LITERAL
@@ -100,6 +99,14 @@ def allowed(grammar: Grammar, query: Query, options: Choices, state: transcript.
         ],
         axis=-1,
     )
+
+
+def _open(grammar: Grammar, query: Query, state: transcript.State) -> Array:
+    """[B,G,C]: the candidates that what was read so far may still name, or has named."""
+    _, high = transcript.limits(grammar, query, state)
+    eligible_BGC = ~state.used & (state.in_slate | (state.phase == SLATE)[..., None])
+    at_identifier = (state.at == transcript.IDENTIFIER) & (state.count < high)
+    return state.alive & eligible_BGC & at_identifier[..., None]
 
 
 def _distinct(query: Query, options: Choices, state: transcript.State, open_BGC: Array) -> Array:
@@ -138,6 +145,43 @@ def parse(grammar: Grammar, query: Query, options: Choices, actions_BGT: Array) 
         return Decisions(mask_BGM, state.pos, taken_BG)
 
     return transcript.parse(grammar, query, actions_BGT, decide)
+
+
+def _going_on(grammar: Grammar, query: Query, state: transcript.State) -> Array:
+    """[B,G,C]: the candidates that the next token may go on naming."""
+    return _open(grammar, query, state) & (transcript.lengths(query)[:, None] > state.pos[..., None])
+
+
+def turns(grammar: Grammar, query: Query, rollout: Rollout) -> Turns:
+    """See Policy.turns."""
+
+    def watch(state: transcript.State, token_BG: Array) -> Turns:
+        open_BGC = _going_on(grammar, query, state)
+        named_BGC = open_BGC & (transcript.identifier_token(query, state.pos) == token_BG[..., None])
+        return Turns(place=state.count, named=named_BGC, open=open_BGC.any(-1))
+
+    return transcript.parse(grammar, query, rollout.actions, watch)[2]
+
+
+def shared_out(grammar: Grammar, query: Query, options: Choices, rollout: Rollout, probability_BGTM: Array) -> Array:
+    """[B,G,T,C]: the probability of every choice, in equal shares for the candidates that it leaves possible."""
+
+    def watch(state: transcript.State, token_BG: Array) -> tuple[Array, Array]:
+        return _going_on(grammar, query, state), state.pos
+
+    _, _, (open_BGTC, pos_BGT) = transcript.parse(grammar, query, rollout.actions, watch)
+    _, n_candidates, width = query.identifiers.shape
+    of_token_BGTC = probability_BGTM[..., :n_candidates]
+    if width == 1:
+        return jnp.where(open_BGTC, of_token_BGTC, 0.0)
+    here = jnp.arange(width) == pos_BGT[..., None]
+    twin_BGTC = jnp.where(here[..., None], options.twin[:, None, None], 0).sum(-2)
+
+    def share(twin_C: Array, open_C: Array, of_token_C: Array) -> Array:
+        count_C = jnp.zeros(n_candidates).at[twin_C].add(open_C, mode="promise_in_bounds")
+        return jnp.where(open_C, of_token_C[twin_C] / jnp.maximum(count_C[twin_C], 1), 0.0)
+
+    return jax.vmap(jax.vmap(jax.vmap(share)))(twin_BGTC, open_BGTC, of_token_BGTC)
 
 
 def _literals(grammar: Grammar) -> Array:

@@ -10,7 +10,7 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.models import decoder, hf
-from fgrpo_jax.policies.llm import checks, sampling, targets, transcript
+from fgrpo_jax.policies.llm import checks, masks, sampling, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
@@ -42,6 +42,9 @@ def make(
     def logprobs(params, frozen, query, rollout):
         return sampling.logprobs(sampler, params, query, rollout)
 
+    def choices(params, frozen, query, rollout):
+        return sampling.choices(sampler, params, query, rollout)
+
     def greedy(params, frozen, query):
         return sampling.sample(sampler, params, query, None, 1)
 
@@ -59,6 +62,8 @@ def make(
         sources={"sampled": sampled, "logged": logged},
         logprobs=logprobs,
         greedy=greedy,
+        turns=functools.partial(masks.turns, grammar),
+        choices=choices,
         rewards={},
         summary=(
             f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "

@@ -119,12 +119,32 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     if not constrained:
         logp = head.action_logprobs(spec, params, hidden, rollout.actions)
         return jnp.where(trained, logp, 0.0)
-    options = masks.choices(grammar, query)
-    _, _, decided = masks.parse(grammar, query, options, rollout.actions)
+    logit, chosen = _choice_logits(sampler, params, query, masks.choices(grammar, query), rollout, hidden)
+    return jnp.where(trained, chosen - jax.nn.logsumexp(logit, -1), 0.0)
+
+
+def choices(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -> tuple[Array, Array]:
+    """`logprobs`, and the probability that a token names each candidate, [B,G,T,C]: see Policy.choices.
+
+    Of constrained transcripts only: the choices are those of the grammar.
+    """
+    params = decoder.whole_ends(sampler.spec, params)
+    hidden = decoder.completions(sampler.spec, params, query.prompt, query.prompt_len, rollout.actions)
+    options = masks.choices(sampler.grammar, query)
+    logit, chosen = _choice_logits(sampler, params, query, options, rollout, hidden)
+    logp = jnp.where(rollout.phase != UNTRAINED, chosen - jax.nn.logsumexp(logit, -1), 0.0)
+    return logp, masks.shared_out(sampler.grammar, query, options, rollout, jax.nn.softmax(logit))
+
+
+def _choice_logits(
+    sampler: Sampler, params: PyTree, query: Query, options: masks.Choices, rollout: Rollout, hidden: Array
+) -> tuple[Array, Array]:
+    """Of every choice [B,G,T,M], -inf where it was not allowed, and of the action [B,G,T]."""
+    trained = rollout.phase != UNTRAINED
+    _, _, decided = masks.parse(sampler.grammar, query, options, rollout.actions)
     logit = head.choice_logits(head.choice_rows(params, options.tokens), hidden)
     logit = masks.due(query, decided.pos, logit)
     # Untrained positions may allow anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(decided.allowed | ~trained[..., None], logit, -jnp.inf)
     is_action = jnp.arange(logit.shape[-1]) == decided.taken[..., None]
-    chosen = jnp.where(decided.taken < 0, -jnp.inf, jnp.where(is_action, logit, 0.0).sum(-1))
-    return jnp.where(trained, chosen - jax.nn.logsumexp(logit, -1), 0.0)
+    return logit, jnp.where(decided.taken < 0, -jnp.inf, jnp.where(is_action, logit, 0.0).sum(-1))

@@ -6,10 +6,21 @@ import math
 
 from fgrpo_jax.config import Config, ModelConfig
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
+from fgrpo_jax.stages import stages
 
 
 def problems(config: Config) -> list[str]:
-    return [*_rules(config), *_transcript(config), *_model(config.model)]
+    return [*_rules(config), *_transcript(config), *_model(config.model), *_exact(config)]
+
+
+def _exact(config: Config) -> list[str]:
+    """The probability of every choice is that of the grammar's choices."""
+    trained = {name: stage for name, stage in stages(config).items() if stage.steps and stage.source != "logged"}
+    return [
+        f"{name}.credit.scheme='exact' needs the choices of the grammar: set transcript.constrained=True"
+        for name, stage in trained.items()
+        if stage.credit.scheme == "exact" and not config.transcript.constrained
+    ]
 
 
 def _rules(config: Config) -> list[str]:

@@ -25,7 +25,7 @@ from fgrpo_jax.models.layers import rms_norm
 from fgrpo_jax.policies.ranker import network
 from fgrpo_jax.policies.ranker.network import RankerSpec, Seen
 from fgrpo_jax.policies.ranker.query import RankerQuery
-from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollout
+from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollout, Turns
 
 # Steps of sampling that are compiled apart: XLA CPU then lays the pool out once for all of them, which saves a tenth.
 _UNROLLED = 8
@@ -136,12 +136,28 @@ def logprobs(spec: RankerSpec, encoded: Encoded, rollout: Rollout) -> Array:
 
     0 where a step is untrained; -inf where an item was used before (or is outside the slate).
     """
+    return choices(spec, encoded, rollout)[0]
+
+
+def choices(spec: RankerSpec, encoded: Encoded, rollout: Rollout) -> tuple[Array, Array]:
+    """`logprobs`, and the probability of every candidate at every step, [B,G,T,C]."""
     trained_BGT = rollout.phase != UNTRAINED
     open_BGTC = allowed(spec, encoded.present_BC, rollout.actions)
     # Untrained steps may choose anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(open_BGTC | ~trained_BGT[..., None], logits(spec, encoded, rollout.actions), -jnp.inf)
     chosen = jnp.take_along_axis(logit, rollout.actions[..., None], -1)[..., 0]
-    return jnp.where(trained_BGT, chosen - jax.nn.logsumexp(logit, -1), 0.0)
+    return jnp.where(trained_BGT, chosen - jax.nn.logsumexp(logit, -1), 0.0), jax.nn.softmax(logit)
+
+
+def turns(spec: RankerSpec, query: RankerQuery, rollout: Rollout) -> Turns:
+    """Every step names one candidate, the next item of its phase's list."""
+    place_T = jnp.arange(spec.steps) % spec.list_length
+    named_BGTC = jnp.arange(query.candidates.shape[1]) == rollout.actions[..., None]
+    return Turns(
+        place=jnp.broadcast_to(place_T, rollout.actions.shape),
+        named=named_BGTC,
+        open=jnp.ones(rollout.actions.shape, bool),
+    )
 
 
 # --------------------------------------------------------------------- decoding

@@ -32,6 +32,7 @@ class Parts(NamedTuple):
     sources: by name, (group size) -> ((params, frozen, query, key) -> (Rollout, Lists)).
     logprobs: (params, frozen, query, rollout) -> [B,G,T]. greedy: (params, frozen, query) -> as a source, G = 1.
     rewards: by name, (k) -> ((lists, query, frozen) -> [B,G]). fit: as Policy's.
+    turns, choices: as Policy's; None where no lists are written.
     """
 
     spec: RankerSpec
@@ -40,6 +41,8 @@ class Parts(NamedTuple):
     logprobs: Callable
     greedy: Callable
     rewards: dict[str, Callable]
+    turns: Callable | None = None
+    choices: Callable | None = None
     outcomes: tuple[Outcome, ...] = (OK,)  # decoding cannot break a rule
     fit: Callable | None = None
 
@@ -94,6 +97,9 @@ def make_generator(
     def logprobs(params, frozen, query, rollout):
         return generator.logprobs(spec, generator.encode(spec, params, query), rollout)
 
+    def choices(params, frozen, query, rollout):
+        return generator.choices(spec, generator.encode(spec, params, query), rollout)
+
     def greedy(params, frozen, query):
         encoded = generator.encode(spec, params, query)
         if beam == 1:
@@ -102,7 +108,8 @@ def make_generator(
 
     sources = {"sampled": sampled, "logged": logged, "mixed": functools.partial(_mixed, spec, setting, mix)}
     rewards = learned_rewards(setting)
-    return Parts(spec, table, sources, logprobs, greedy, rewards)
+    turns = functools.partial(generator.turns, spec)
+    return Parts(spec, table, sources, logprobs, greedy, rewards, turns, choices)
 
 
 def _mixed(spec: RankerSpec, setting: proposals.Setting, mix: tuple[tuple[str, int], ...], group: int) -> Source:

@@ -146,6 +146,8 @@ def _policy(
         sources={name: of_group(source) for name, source in parts.sources.items()},
         logprobs=parts.logprobs,
         greedy=parts.greedy,
+        turns=parts.turns,
+        choices=parts.choices,
         rewards=parts.rewards,
         summary=(
             f"{network.num_params(parts.table):,} parameters: width {spec.hidden_size}, {spec.num_items:,} items, "

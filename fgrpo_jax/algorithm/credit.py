@@ -1,0 +1,219 @@
+"""What every single action is credited with: the schemes of `Credit.scheme`.
+
+    group        its phase's reward, less the group's mean (advantages.py): GRPO, GDPO, F-GRPO by their terms
+    outcome      the same, but siblings are left out of their own mean, and a ranking is compared with those of slates
+                 that found the same (blockwise advantages with an outcome-conditioned baseline, arXiv 2602.10231)
+    to_go        reward to go: what its item and later ones bring, less what the siblings' from this place on bring
+    to_go_state  the same, less that of siblings in the same state: as many relevant items still to be placed
+    exact        the gain of every choice by its probability; what is sampled is only what comes after (see `exact`)
+
+The last three need rewards that are sums over items (rewards.SUMS: recall of the slate, ndcg of the ranking).
+All but `group` leave a rollout out of its own baseline, so the baseline does not depend on the action that it
+judges and the gradient is unbiased: that of E[reward of the slate] by the slate's actions plus that of
+E[reward of the ranking] by the ranking's. `group` includes it, which scales that gradient by (G - 1) / G; its terms
+may also give a phase the other's reward, and normalise="each" or "sum" is no gradient of an expectation.
+
+A mean over few siblings alike is shrunk towards that over all: `shrinkage` counts as that many siblings more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from fgrpo_jax import metrics
+from fgrpo_jax.algorithm.advantages import per_action, phase_totals
+from fgrpo_jax.algorithm.rewards import SUMS, Broken
+from fgrpo_jax.types import TRAINED, Array, Batch, Credit, Lists, Turns
+
+# --------------------------------------------------------------------- baselines
+
+
+def _others(group: int) -> Array:
+    """[G,G,1] bool: another rollout of the group."""
+    return ~jnp.eye(group, dtype=bool)[..., None]
+
+
+def _mean(value_BHX: Array, where_BGHX: Array, shrinkage: float) -> Array:
+    """Mean over siblings where the mask holds, [B,G,X], shrunk towards that over all siblings.
+
+    Sums have no term of the rollout itself: what does not depend on it does not to the last bit.
+    """
+    all_BGX = jnp.where(_others(value_BHX.shape[1]), value_BHX[:, None], 0.0).sum(2) / (value_BHX.shape[1] - 1)
+    where_BGHX = where_BGHX & _others(value_BHX.shape[1])
+    sum_BGX = jnp.where(where_BGHX, value_BHX[:, None], 0.0).sum(2)
+    return (sum_BGX + shrinkage * all_BGX) / (where_BGHX.sum(2) + shrinkage)
+
+
+def _less_siblings(value_BGX: Array) -> Array:
+    """value - mean of the others, as a mean of differences: exactly 0 where all are equal."""
+    return (value_BGX[:, :, None] - value_BGX[:, None]).sum(2) / (value_BGX.shape[1] - 1)
+
+
+def _less_alike(value_BGX: Array, key_BGX: Array, shrinkage: float) -> Array:
+    """value - mean of the siblings with the same key, shrunk; exactly 0 where all values are equal."""
+    alike_BGHX = (key_BGX[:, :, None] == key_BGX[:, None]) & _others(value_BGX.shape[1])
+    less_BGX = jnp.where(alike_BGHX, value_BGX[:, :, None] - value_BGX[:, None], 0.0).sum(2)
+    return (less_BGX + shrinkage * _less_siblings(value_BGX)) / (alike_BGHX.sum(2) + shrinkage)
+
+
+# --------------------------------------------------------------------- of whole phases
+
+
+def _group(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns | None) -> Batch:
+    return batch  # as make_batch gives it
+
+
+def _outcome(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns | None) -> Batch:
+    """Slates are alike where they hold the same gains, in any order; one that broke is like those that broke."""
+    total_BGP = phase_totals(batch.reward, credit)
+    keeps_BG1 = jnp.asarray(broken.keeps_slate)[lists.outcome][..., None]
+    found_BGN = jnp.sort(metrics.take_gains(batch.query.relevance[:, None], lists.slate), -1)
+    found_BGN = jnp.where(keeps_BG1, found_BGN, -1.0)
+    alike_BGH = (found_BGN[:, :, None] == found_BGN[:, None]).all(-1)
+    first_BG1 = jnp.argmax(alike_BGH, -1)[..., None]  # the first slate alike, as its name
+    slate_BG1 = _less_siblings(total_BGP[..., :1])
+    rank_BG1 = _less_alike(total_BGP[..., 1:], first_BG1, credit.shrinkage)
+    advantage_BGP = jnp.concatenate([slate_BG1, rank_BG1], -1)
+    return batch.replace(advantage=per_action(advantage_BGP, batch.rollout.phase))
+
+
+# --------------------------------------------------------------------- item by item
+
+
+class _Phase(NamedTuple):
+    """A phase's list, item by item. X: its places; Y = X + 1: and the end of the longest list."""
+
+    gain: Array  # [B,X,C]: what a candidate brings at a place
+    to_go: Array  # [B,G,Y]: what the items from a place on brought
+    missing: Array  # [B,G,Y]: relevant items still to be placed; -1 where a list was never begun
+    rewarded: Array  # [B,G] bool: whether its items count; else the penalty does, at the end
+
+
+def _phases(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists) -> tuple[_Phase, _Phase]:
+    pool_BC = batch.query.relevance
+    keeps_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
+    total_B1 = (pool_BC > 0).sum(-1)[:, None]
+    found_BGN = metrics.take_gains(pool_BC[:, None], lists.slate) > 0
+    in_slate_BG = jnp.where(keeps_BG, found_BGN.sum(-1), -1)
+    slate = _phase(credit, k, "slate", pool_BC, lists.slate, total_B1, keeps_BG, batch.reward)
+    return slate, _phase(credit, k, "rank", pool_BC, lists.ranking, in_slate_BG, ok_BG, batch.reward)
+
+
+def _phase(
+    credit: Credit, k: int, phase: str, pool_BC: Array, list_BGX: Array, most_BG: Array, rewarded_BG: Array,
+    reward_BGR: Array,
+) -> _Phase:  # fmt: skip
+    """most_BG: relevant items that the list could hold."""
+    size = list_BGX.shape[-1]
+    gain_BXC, penalty_BG = jnp.zeros((len(pool_BC), size, pool_BC.shape[-1])), 0.0
+    for r, (of, name, weight) in enumerate(credit.terms):
+        if of == phase:
+            gain_BXC += weight * SUMS[name].gains(pool_BC, k, size)
+            penalty_BG += weight * reward_BGR[..., r]
+    there_BGX = list_BGX >= 0
+    picked_BGXC = jnp.arange(pool_BC.shape[-1]) == list_BGX[..., None]
+    brought_BGX = jnp.where(picked_BGXC, gain_BXC[:, None], 0.0).sum(-1)
+    brought_BGX = jnp.where(rewarded_BG[..., None], brought_BGX, 0.0)
+    end_BG1 = jnp.where(rewarded_BG, 0.0, penalty_BG)[..., None]
+    to_go_BGY = jnp.flip(jnp.cumsum(jnp.flip(jnp.concatenate([brought_BGX, end_BG1], -1), -1), -1), -1)
+    relevant_BGX = there_BGX & (metrics.take_gains(pool_BC[:, None], list_BGX) > 0)
+    placed_BGY = jnp.pad(jnp.cumsum(relevant_BGX, -1), [(0, 0), (0, 0), (1, 0)])
+    missing_BGY = jnp.where(most_BG[..., None] < 0, -1, most_BG[..., None] - placed_BGY)
+    return _Phase(gain_BXC, to_go_BGY, missing_BGY, rewarded_BG)
+
+
+def _at(value_BGY: Array, place_BGT: Array) -> Array:
+    return jnp.take_along_axis(value_BGY, jnp.minimum(place_BGT, value_BGY.shape[-1] - 1), -1)
+
+
+def _by_phase(batch: Batch, of_phase: tuple[Array, ...]) -> Array:
+    """[B,G,T,...]: at every action what belongs to its phase; 0 where untrained."""
+    found = jnp.zeros_like(of_phase[0])
+    for label, value in zip(TRAINED, of_phase, strict=True):
+        mine = (batch.rollout.phase == label).reshape(*batch.rollout.phase.shape, *[1] * (value.ndim - 3))
+        found = jnp.where(mine, value, found)
+    return found
+
+
+def _to_go(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
+    phases = _phases(credit, k, broken, batch, lists)
+    advantages = tuple(_at(_less_siblings(p.to_go), turns.place) for p in phases)
+    return batch.replace(advantage=_by_phase(batch, advantages))
+
+
+def _to_go_state(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
+    """Where nothing relevant is missing nothing is to come: that needs no siblings."""
+
+    def advantage(p: _Phase) -> Array:
+        less_BGY = _less_alike(p.to_go, p.missing, credit.shrinkage)
+        return _at(jnp.where(p.missing == 0, p.to_go, less_BGY), turns.place)
+
+    return batch.replace(advantage=_by_phase(batch, tuple(map(advantage, _phases(credit, k, broken, batch, lists)))))
+
+
+def _values(p: _Phase, place: slice, missing_BGX: Array, shrinkage: float) -> Array:
+    """[B,G,X]: what siblings with so many relevant items missing had to go at these places; 0 where none is."""
+    alike_BGHX = missing_BGX[:, :, None] == p.missing[:, None, :, place]
+    return jnp.where(missing_BGX > 0, _mean(p.to_go[..., place], alike_BGHX, shrinkage), 0.0)
+
+
+def exact(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
+    """Every choice's gain by its own probability; the score function only for what comes after.
+
+    Naming candidate a at place x has the value Q(a) = its gain there + V, V the siblings' reward to go from place
+    x + 1 on with as many relevant items missing as there would be. With G the realised reward to go, the gradient is
+
+        sum_t [ sum_a Q(a) grad pi(a) + (G_t - Q(a_t)) grad log pi(a_t) ],
+
+    whose expectation does not depend on V, as V does not on a_t: unbiased. With one relevant candidate d it is
+    (w_t - b_t) grad pi(d) + 1{a_t is not d} (G_{t+1} - b_t) grad log pi(a_t) up to the place of d and 0 after it: w_t
+    the gain of d, b_t = V where d is still missing. It has an expectation over actions as expected policy gradients
+    have (arXiv 1706.05374), with Q half known and half from siblings in place of a learned critic.
+
+    A token that leaves several candidates possible has the mean of their values, a literal 0; where only literals
+    can follow, V at this place is a baseline. Batch.value holds Q, and objectives.with_values adds the sum over a.
+    """
+    values, baselines, to_go = [], [], []
+    for p in _phases(credit, k, broken, batch, lists):
+        pool_B11C = batch.query.relevance[:, None, None]
+        now_BGX, after = p.missing[..., :-1], slice(1, None)
+        missed_BGX = _values(p, after, now_BGX, credit.shrinkage)
+        hit_BGX = _values(p, after, now_BGX - 1, credit.shrinkage)
+        value_BGXC = p.gain[:, None] + jnp.where(pool_B11C > 0, hit_BGX[..., None], missed_BGX[..., None])
+        last = value_BGXC.shape[2] - 1
+        at_BGTC = jnp.take_along_axis(value_BGXC, jnp.minimum(turns.place, last)[..., None], 2)
+        named_BGT = jnp.where(turns.named, at_BGTC, 0.0).sum(-1) / jnp.maximum(turns.named.sum(-1), 1)
+        here_BGT = _at(_values(p, slice(None), p.missing, credit.shrinkage), turns.place)
+        values.append(at_BGTC)
+        baselines.append(jnp.where(turns.open, named_BGT, here_BGT))
+        to_go.append(_at(p.to_go, turns.place))
+    advantage_BGT = _by_phase(batch, tuple(to_go)) - _by_phase(batch, tuple(baselines))
+    return batch.replace(advantage=advantage_BGT, value=_by_phase(batch, tuple(values)))
+
+
+# --------------------------------------------------------------------- the schemes
+
+
+class Scheme(NamedTuple):
+    """assign: (credit, k, broken, batch, lists, turns) -> batch with its advantage (and value).
+
+    options: fields of Credit that only some schemes read, this one among them. by_item: reads turns, and rewards
+    that are sums. exact: gives values, so the objective needs the probability of every choice.
+    """
+
+    assign: Callable[[Credit, int, Broken, Batch, Lists, Turns | None], Batch]
+    options: tuple[str, ...]
+    by_item: bool = False
+    exact: bool = False
+
+
+SCHEMES: dict[str, Scheme] = {
+    "group": Scheme(_group, ("normalise",)),
+    "outcome": Scheme(_outcome, ("shrinkage",)),
+    "to_go": Scheme(_to_go, (), by_item=True),
+    "to_go_state": Scheme(_to_go_state, ("shrinkage",), by_item=True),
+    "exact": Scheme(exact, ("shrinkage",), by_item=True, exact=True),
+}

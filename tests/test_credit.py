@@ -1,0 +1,318 @@
+"""Schemes of credit against the enumerated expectation: pools of four, slates of two, rankings of two."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import quick_jit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_ranker import SPEC, make_params, make_query
+
+from fgrpo_jax.algorithm import rewards
+from fgrpo_jax.algorithm.advantages import dead_groups, make_batch
+from fgrpo_jax.algorithm.credit import SCHEMES
+from fgrpo_jax.algorithm.objectives import clipped_pg, with_values
+from fgrpo_jax.models import decoder
+from fgrpo_jax.policies.llm import masks, sampling
+from fgrpo_jax.policies.llm.grammar import Grammar, render
+from fgrpo_jax.policies.llm.query import Query
+from fgrpo_jax.policies.ranker import generator
+from fgrpo_jax.types import OK, RANK, SLATE, Credit, Lists, Outcome, Rollout
+
+POOL, SIZE = 4, 2
+RANKER = SPEC._replace(two_phase=True, list_length=SIZE, num_layers=1, list_layers=1)
+LLM = decoder.DecoderSpec(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8, init_std=0.5
+)
+BROKEN = rewards.broken_values(-0.1, (), (OK,))
+TERMS = (("slate", "recall", 1.0), ("rank", "ndcg", 0.7))
+JOINT = tuple((phase, name, weight) for phase in ("slate", "rank") for _, name, weight in TERMS)
+GAINS = {"one": (0.0, 1.0, 0.0, 0.0), "graded": (0.0, 2.0, 0.5, 0.0), "none": (0.0, 0.0, 0.0, 0.0)}
+BY_ITEM = [name for name, scheme in SCHEMES.items() if scheme.by_item]
+UNBIASED = [name for name in SCHEMES if name != "group"]
+
+
+class Ranker:
+    """Every transcript of the two-phase generator over one pool."""
+
+    params = make_params("generator", RANKER)
+
+    def __init__(self, gains):
+        query = make_query(batch=1, pool=POOL, spec=RANKER, full=True)
+        self.query = query.replace(relevance=jnp.asarray([gains], jnp.float32))
+        slates = list(itertools.permutations(range(POOL), SIZE))
+        lists = [(*slate, *ranking) for slate in slates for ranking in itertools.permutations(slate)]
+        self.actions = np.asarray(lists, np.int32)
+        self.slate, self.ranking = self.actions[:, :SIZE], self.actions[:, SIZE:]
+        self.phase = np.tile([SLATE, SLATE, RANK, 0], (len(lists), 1)).astype(np.int32)  # the last item is forced
+
+    def turns(self, query, rollout):
+        return generator.turns(RANKER, query, rollout)
+
+    def choices(self, params, query, rollout):
+        return generator.choices(RANKER, generator.encode(RANKER, params, query), rollout)
+
+
+class Llm:
+    """Every transcript of 1 or 2 items and a ranking of 1 or 2, names of two tokens; some share the first."""
+
+    names = ((10, 12), (10, 13), (11, 12), (14, -1))
+    grammar = Grammar((3, 4), (3, 5), (3, 6), eos=1, slate_min=1, slate_max=SIZE, rank_min=1, rank_max=SIZE)
+
+    def __init__(self, gains, params):
+        self.params, prompt = params, jnp.asarray([[7, 8, 9]], jnp.int32)
+        names, gains, count = jnp.asarray([self.names]), jnp.asarray([gains], jnp.float32), jnp.asarray([POOL])
+        self.query = Query(prompt, jnp.asarray([3]), names, gains, count)
+        slates = [slate for n in (1, 2) for slate in itertools.permutations(range(POOL), n)]
+        lists = [(s, r) for s in slates for n in range(1, len(s) + 1) for r in itertools.permutations(s, n)]
+        of_size = [np.asarray([[*x, -1][:SIZE] for x in one], np.int32) for one in zip(*lists, strict=True)]
+        self.slate, self.ranking = of_size
+        self.actions = np.asarray(render(self.grammar, self.query, *(jnp.asarray(x)[None] for x in of_size))[0][0])
+        options = masks.choices(self.grammar, self.query)
+        parsed = quick_jit(masks.parse, static_argnums=0)(self.grammar, self.query, options, self.actions[None])
+        self.phase = np.asarray(jnp.where(parsed[2].allowed.sum(-1) > 1, parsed[1], 0)[0])
+        np.testing.assert_array_equal(parsed[0].outcome, 0)
+
+    def turns(self, query, rollout):
+        return masks.turns(self.grammar, query, rollout)
+
+    def choices(self, params, query, rollout):
+        return sampling.choices(sampling.Sampler(LLM, self.grammar, True), params, query, rollout)
+
+
+LLM_PARAMS = decoder.init(LLM, jax.random.key(0))
+WORLDS = {("ranker", gains): (Ranker, GAINS[gains]) for gains in GAINS}
+WORLDS[("llm", "graded")] = functools.partial(Llm, params=LLM_PARAMS), GAINS["graded"]
+
+
+@functools.cache
+def world(name):
+    kind, gains = WORLDS[name]
+    made = kind(gains)
+    every = rollout_of(made, np.arange(len(made.actions))[None])
+
+    def choices(params):
+        return made.choices(params, made.query, every)
+
+    made.logp, made.share = (np.asarray(x[0]) for x in quick_jit(choices)(made.params))
+    made.pull = quick_jit(lambda slopes: jax.vjp(choices, made.params)[1](slopes))
+    made.probability = np.exp(np.asarray(made.logp, np.float64).sum(-1))
+    np.testing.assert_allclose(made.probability.sum(), 1, rtol=1e-5)
+    return made
+
+
+def rollout_of(made, index_BG):
+    phase = jnp.asarray(made.phase)[index_BG]
+    return Rollout(jnp.asarray(made.actions)[index_BG], phase, jnp.zeros(phase.shape))
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def groups_of(made, credit, index_BG):
+    """The batch of these groups of transcripts, weights 1."""
+    query = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(index_BG), *x.shape[1:])), made.query)
+    rollout = rollout_of(made, index_BG)
+    outcome = jnp.zeros(index_BG.shape, jnp.int32)
+    lists = Lists(jnp.asarray(made.slate)[index_BG], jnp.asarray(made.ranking)[index_BG], outcome)
+    reward = rewards.term_rewards(credit, lists, query, {}, SIZE, BROKEN)
+    batch = make_batch(query, rollout, reward, credit, "constant")
+    batch = batch.replace(weight=(rollout.phase > 0).astype(jnp.float32))
+    turns = made.turns(query, rollout)
+    return SCHEMES[credit.scheme].assign(credit, SIZE, BROKEN, batch, lists, turns)
+
+
+@functools.partial(quick_jit, static_argnums=2)
+def slopes(batch, scores, exact):
+    """Gradient of what the update maximises by (logp_BGT, probability_BGTC)."""
+    plain = clipped_pg()
+    objective = with_values(plain) if exact else lambda scores, batch: plain(scores[0], batch)
+    return jax.grad(lambda scores: -objective(scores, batch)[0])(scores)
+
+
+def expected_slopes(made, credit):
+    """Of every transcript, over all pairs, each by its probability; summed in float64."""
+    pairs = np.stack(np.meshgrid(*[np.arange(len(made.actions))] * 2, indexing="ij"), -1).reshape(-1, 2)
+    batch, scores = groups_of(made, credit, pairs), (made.logp[pairs], made.share[pairs])
+    weight = made.probability[pairs].prod(-1) / 2  # of a rollout: half of its group
+    found = []
+    for slope in slopes(batch, scores, SCHEMES[credit.scheme].exact):
+        total = np.zeros((len(made.actions), *slope.shape[2:]))
+        by_rollout = weight.reshape(-1, *[1] * (slope.ndim - 1)) * np.asarray(slope, np.float64)
+        np.add.at(total, pairs, by_rollout)
+        found.append(total)
+    return found
+
+
+def enumerated_slopes(made, terms):
+    """Of sum over transcripts of p * (reward of each phase * log-probability of its actions)."""
+    batch = groups_of(made, Credit(terms), np.arange(len(made.actions))[:, None])
+    reward = np.asarray(batch.reward[:, 0], np.float64)
+    by_phase = {"slate": made.phase == SLATE, "rank": made.phase == RANK}
+    returned = sum(w * reward[:, r, None] * by_phase[p] for r, (p, _, w) in enumerate(terms))
+    return [made.probability[:, None] * returned, np.zeros((*made.actions.shape, POOL))]
+
+
+def gradient(made, slopes):
+    """Of the parameters; linear in the slopes."""
+    return made.pull(tuple(jnp.asarray(x, jnp.float32)[None] for x in slopes))[0]
+
+
+def difference(made, a, b):
+    return size(gradient(made, [x - y for x, y in zip(a, b, strict=True)]))
+
+
+def size(tree):
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("scheme", UNBIASED)
+@pytest.mark.parametrize("name", WORLDS, ids=" ".join)
+def test_the_expected_gradient_is_that_of_the_enumerated_expectation(name, scheme):
+    made = world(name)
+    wanted = enumerated_slopes(made, TERMS)
+    found = expected_slopes(made, Credit(TERMS, scheme=scheme, shrinkage=0.5))
+    assert size(gradient(made, wanted)) > 0.1 or name[1] == "none"
+    assert difference(made, found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("terms", [TERMS, JOINT], ids=["F-GRPO", "GRPO"])
+def test_the_group_mean_scales_the_gradient_of_its_own_terms(terms):
+    """By (G - 1) / G; and GRPO's is of another expectation, in which slates have the ranking's reward too."""
+    made = world(("ranker", "graded"))
+    found = [2 * x for x in expected_slopes(made, Credit(terms))]
+    wanted, other = (enumerated_slopes(made, t) for t in (terms, JOINT if terms is TERMS else TERMS))
+    assert difference(made, found, wanted) < 1e-6 and difference(made, other, wanted) > 0.01
+
+
+# --------------------------------------------------------------------- what a baseline may see
+
+
+def returns(made, credit, actions):
+    """What each action of the ranker's transcripts is credited with, before any baseline: [transcript, T]."""
+    gains = np.asarray(made.query.relevance[0], np.float64)
+    slate, ranking = gains[actions[:, :SIZE]] > 0, gains[actions[:, SIZE:]]
+    brought = np.concatenate([slate / (gains > 0).sum(), 0.7 * ranking / np.log2([2, 3]) / ideal(gains)], -1)
+    by_phase = brought.reshape(-1, 2, SIZE)
+    if not SCHEMES[credit.scheme].by_item:
+        return np.repeat(by_phase.sum(-1), SIZE, -1)
+    return np.cumsum(by_phase[..., ::-1], -1)[..., ::-1].reshape(brought.shape)
+
+
+def ideal(gains):
+    best = np.sort(gains)[::-1][:SIZE]
+    return (best / np.log2([2, 3])).sum()
+
+
+def seen_by_baselines(made, credit):
+    """[own, sibling, T]: what is subtracted; for exact, the value of every choice beside it."""
+    size = len(made.actions)
+    pairs = np.stack(np.meshgrid(*[np.arange(size)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    batch = groups_of(made, credit, pairs)
+    if batch.value is not None:
+        return np.asarray(batch.value[:, 0]).reshape(size, size, -1, POOL)
+    own = np.asarray(batch.advantage[:, 0], np.float64).reshape(size, size, -1)
+    return (returns(made, credit, made.actions)[:, None] - own)[..., None]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("gains", ["one", "graded"])
+def test_a_baseline_does_not_depend_on_the_action_it_judges(gains, scheme):
+    """Of transcripts that are the same before an action, with the same sibling; `group` includes the rollout."""
+    made = world(("ranker", gains))
+    seen = seen_by_baselines(made, Credit(TERMS, scheme=scheme))
+    spread = 0.0
+    for t in np.flatnonzero(made.phase[0]):
+        prefixes = np.unique(made.actions[:, :t], axis=0, return_inverse=True)[1].reshape(-1)
+        for prefix in range(prefixes.max() + 1):
+            alike = seen[prefixes == prefix, :, t]
+            spread = max(spread, float((alike.max(0) - alike.min(0)).max()))
+    assert (spread > 0.1) if scheme == "group" else (spread < 1e-6)
+    assert np.ptp(seen[..., 0, 0], axis=1).max() > 0.1  # it does depend on the sibling
+
+
+def test_the_advantage_of_exact_is_the_return_less_the_value_of_the_action():
+    made = world(("ranker", "graded"))
+    pairs = np.asarray([[i, (7 * i + 3) % 24] for i in range(24)])
+    batch = groups_of(made, Credit(TERMS, scheme="exact"), pairs)
+    of_action = np.take_along_axis(np.asarray(batch.value[:, 0]), made.actions[..., None], -1)[..., 0]
+    wanted = np.where(made.phase > 0, returns(made, Credit(TERMS, scheme="exact"), made.actions) - of_action, 0)
+    np.testing.assert_allclose(batch.advantage[:, 0], wanted, atol=1e-6)
+
+
+def test_exact_with_one_relevant_candidate_is_the_formula():
+    """Values: the gain of d and b where d is missing, nothing after it; b is the mean of siblings that miss it too."""
+    made = world(("ranker", "one"))  # candidate 1
+    slates = [(0, 1), (0, 2), (2, 1), (1, 3)]  # by all four, in one group
+    index = np.asarray([[int(np.flatnonzero((made.slate == slate).all(-1))[0]) for slate in slates]])
+    batch = groups_of(made, Credit(TERMS, scheme="exact", shrinkage=1e-6), index)
+    value, advantage = np.asarray(batch.value[0]), np.asarray(batch.advantage[0])
+    # First place, of (0, 1): of the siblings that miss 1 there, (0, 2) has 0 to come and (2, 1) has 1.
+    np.testing.assert_allclose(value[0, 0], [0.5, 1, 0.5, 0.5], atol=1e-5)
+    np.testing.assert_allclose(advantage[0, 0], 1 - 0.5, atol=1e-5)
+    # Of (0, 2): both siblings that miss it have 1 to come.
+    np.testing.assert_allclose(value[1, 0], [1, 1, 1, 1], atol=1e-5)
+    np.testing.assert_allclose(advantage[1, 0], 0 - 1, atol=1e-5)
+    # Second place: nothing can come after; once 1 is placed, nothing is worth anything.
+    np.testing.assert_allclose(value[:3, 1], [[0, 1, 0, 0]] * 3, atol=1e-5)
+    np.testing.assert_allclose(value[3, 1][[0, 2, 3]], 0, atol=1e-5)
+    np.testing.assert_allclose(advantage[:, 1], 0, atol=1e-5)
+
+
+# --------------------------------------------------------------------- rewards, item by item
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 7), name=st.sampled_from(sorted(rewards.SUMS)))
+def test_sums_over_items_are_the_rewards(seed, k, name):
+    rng = np.random.default_rng(seed)
+    batch, group, size, pool = 3, 4, 5, 8
+    relevance = rng.integers(0, 3, (batch, pool)).astype(np.float32) * 0.5
+    relevance[0] = 0
+    length = rng.integers(1, size + 1, (batch, group, 1))
+    items = rng.permuted(np.tile(np.arange(pool), (batch, group, 1)), axis=-1)[..., :size]
+    items = np.where(np.arange(size) < length, items, -1)
+    query = make_query(batch=batch, pool=pool, full=True).replace(relevance=jnp.asarray(relevance))
+    lists = Lists(jnp.asarray(items), jnp.asarray(items), jnp.zeros((batch, group), jnp.int32))
+    gains = np.asarray(rewards.SUMS[name].gains(query.relevance, k, size))
+    summed = np.zeros((batch, group))
+    for b, g, x in np.ndindex(items.shape):
+        summed[b, g] += gains[b, x, items[b, g, x]] if items[b, g, x] >= 0 else 0
+    np.testing.assert_allclose(rewards.REWARDS[name](k)(lists, query, {}), summed, atol=1e-6)
+
+
+# --------------------------------------------------------------------- broken transcripts
+
+
+BREAKS = (OK, Outcome("slate_empty", "slate"), Outcome("rank_empty", "rank"))
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "group"])
+def test_a_broken_rollout_is_credited_with_its_penalty(scheme):
+    """Of four rollouts that found nothing else one broke in its slate and one in its ranking, after a hit."""
+    made = world(("ranker", "one"))
+    index = np.asarray([[int(np.flatnonzero((made.slate == s).all(-1))[0]) for s in [(0, 2), (2, 3), (0, 3), (0, 1)]]])
+    credit, broken = Credit(TERMS, scheme=scheme), rewards.broken_values(-0.5, (), BREAKS)
+    outcome = jnp.asarray([[0, 1, 0, 2]])
+    lists = Lists(jnp.asarray(made.slate[index]), jnp.asarray(made.ranking[index]), outcome)
+    reward = rewards.term_rewards(credit, lists, made.query, {}, SIZE, broken)
+    np.testing.assert_allclose(reward[0], [[0, 0], [-0.5, -0.5], [0, 0], [1, -0.5]])
+    batch = make_batch(made.query, rollout_of(made, index), reward, credit, "constant")
+    batch = SCHEMES[scheme].assign(credit, SIZE, broken, batch, lists, made.turns(made.query, batch.rollout))
+    slate, rank = np.asarray(batch.advantage[0, :, 1]), np.asarray(batch.advantage[0, :, 2])
+    assert slate[1] < min(slate[0], slate[2]) and slate[1] < -0.3 and rank[3] < -0.2
+    assert np.isfinite(batch.advantage).all()
+
+
+def test_a_penalty_does_not_make_a_group_alive():
+    """Judged by outcome: nothing found is nothing found, whatever the penalty."""
+    credit, broken = Credit(TERMS), rewards.broken_values(-0.5, (), BREAKS)
+    outcome = jnp.asarray([[0, 1, 0], [0, 1, 0], [2, 2, 2]])
+    broke, missed, hit = [-0.5, -0.5], [0.0, 0.0], [1.0, 0.0]
+    reward = jnp.asarray([[missed, broke, missed], [hit, broke, hit], [[1.0, -0.5], [0.0, -0.5], [1.0, -0.5]]])
+    lists = Lists(jnp.zeros((3, 3, 1), jnp.int32), jnp.zeros((3, 3, 1), jnp.int32), outcome)
+    judged = rewards.outcome_rewards(reward, credit, lists, broken)
+    np.testing.assert_array_equal(dead_groups(judged, credit), [[True, True], [False, True], [False, True]])
+    assert not dead_groups(reward, credit)[0].any()  # by spread: and it is trained to write what it should
