@@ -207,6 +207,31 @@ def test_values_of_the_wrong_type():
         (dict(rl__credit__terms=()), "rl.credit.terms is empty: nothing would be trained"),
         (dict(rl__credit__terms=(("slate", "coverage", 1.0),)), "rl.credit.terms: 'coverage' is not one of f1, hit,"),
         (dict(rl__credit__terms=(("slate", "f1", float("nan")),)), "rl.credit.terms: weight nan is not finite"),
+        (dict(rl__credit__scheme="best"), "rl.credit.scheme='best' must be of type Literal"),
+        (
+            dict(rl__credit__shrinkage=2.0),
+            "rl.credit.shrinkage=2.0: 'group' has no such term or option: leave it at 1.0",
+        ),
+        (dict(rl__credit__scheme="exact", rl__credit__shrinkage=0.0), "rl.credit.shrinkage=0.0 must be positive"),
+        (dict(rl__credit__scheme="to_go", rl__credit__normalise="sum"), "rl.credit.normalise='sum': 'to_go' has no"),
+        (
+            dict(rl__credit__scheme="to_go", rl__credit__terms=(("slate", "ndcg", 1.0), ("rank", "mrr", 1.0))),
+            r"'to_go': \(slate, ndcg\) is not one .*: \(slate, recall\), \(rank, ndcg\)\n.*: \(rank, mrr\) is not",
+        ),
+        (
+            dict(rl__credit__scheme="exact", rl__objective__epochs=2),
+            "'exact' is on policy: rl.objective.epochs must be 1",
+        ),
+        (
+            dict(rl__credit__scheme="exact", transcript__constrained=False),
+            "rl.credit.scheme='exact' needs the choices of the grammar: set transcript.constrained=True",
+        ),
+        (
+            dict(rl__credit__scheme="outcome", rl__objective__name="group_softmax"),
+            "rl.credit.scheme='outcome' needs rl.objective.name='clipped_pg', not 'group_softmax'",
+        ),
+        (dict(rl__credit__scheme="outcome", rl__source="mixed"), "are those of own samples; use rl.source='sampled'"),
+        (dict(sft__credit__scheme="exact"), "sft.credit.scheme='exact': its baselines are those of own samples"),
         (dict(rl__optim__learning_rate=0.0), "rl.optim.learning_rate=0.0 must be positive"),
         (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
         (dict(rl__optim__weight_decay=float("nan")), "weight_decay must be finite and not negative"),

@@ -298,6 +298,7 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems += _check_credit(name, s, known)
     if s.source != "logged" and s.metric:
         problems.append(f"{name}.metric={s.metric!r} is of logged rollouts, {name}.source={s.source!r}: leave it empty")
+    problems += _check_scheme(name, s, known)
     if not 0 <= s.subset[0] < s.subset[1] <= 1:
         problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
     if s.objective.epochs < 1:
@@ -358,7 +359,7 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems += _unknown(f"{name}.credit.terms", [reward], known.rewards)
         if not math.isfinite(weight):
             problems.append(f"{name}.credit.terms: weight {weight} is not finite")
-    return problems + _check_scheme(name, s, known)
+    return problems
 
 
 def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
