@@ -10,7 +10,6 @@ from one_step import build, two_steps
 from tiny import changed, quick_programs
 from tiny_lists import tiny_ranker, write_lists
 
-from fgrpo_jax.algorithm.credit import SCHEMES
 from fgrpo_jax.data import datasets
 from fgrpo_jax.run.experiment import KNOWN, assemble, initial_params
 from fgrpo_jax.run.validation import validate
@@ -22,11 +21,7 @@ ONE = (("rank", "ndcg", 1.0),)
 SAMPLED = {
     "clipped_pg, F-GRPO": {"objective.name": "clipped_pg", "credit.terms": F_GRPO},
     "clipped_pg, GRPO": {"objective.name": "clipped_pg", "credit.terms": GRPO},
-    **{
-        f"credit: {scheme}": {"credit.scheme": scheme, "credit.terms": F_GRPO}
-        for scheme in SCHEMES
-        if scheme != "group"
-    },
+    "credit: exact": {"credit.scheme": "exact", "credit.terms": F_GRPO},
     "group_softmax": {"objective.name": "group_softmax", "objective.weighting": "phase", "credit.terms": ONE},
 }
 # System -> the stages that imitate, and that sample.
