@@ -3,15 +3,16 @@
     python tests/nothing_lost.py --kills 100                  # one process
     python tests/nothing_lost.py --kills 20 --processes 2     # two, of four simulated devices each
     python tests/nothing_lost.py --kills 10 --slow 50         # every fsync, rename, mkdir and unlink takes 50 ms
+    python tests/nothing_lost.py --kills 10 --system ranker   # an item ranker in place of a language model
 
-A tiny run of both stages is made once without interruption. Further runs of the same configuration
+A tiny run of several stages is made once without interruption. Further runs of the same configuration
 are killed (SIGKILL) and started again until they reach their end, run after run, until there were as
 many kills as asked for. Of two processes both are killed, or one, and then the other must end
 by itself within a minute and say what to do. Each run is compared with the first one:
 
     checkpoints     every array of those that the first run kept, and what was saved beside, to the bit
     metrics.jsonl   every row, but for queries_per_s, which is the clock's
-    sft/, rl/       done.json, to the byte
+    sft/, rl/, ...  of every stage: done.json, to the byte
     eval/           every file, to the byte, but for the git revision in manifest.json
 
 Prints figures, and ends with 1 where something differs or a start does not go well. The first kills
@@ -39,6 +40,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from helpers import environments
 from tiny import ROOT, changed, config_file, contents, rows, tiny_config, write_world
+from tiny_lists import tiny_ranker, write_lists
+
+from fgrpo_jax.stages import stages
 
 LATEST = 60  # seconds within which a process ends that lost another one
 HINTS = ("run the same command on all hosts", "Terminating process because the JAX distributed service")
@@ -51,8 +55,8 @@ SLOW = "fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,
 class Life:
     """One start of a run, in one or several processes; what they say goes to files in its folder."""
 
-    def __init__(self, run_dir, cache, processes, slow):
-        self.run_dir, self.began = run_dir, time.monotonic()
+    def __init__(self, run_dir, cache, processes, slow, last):
+        self.run_dir, self.began, self._last = run_dir, time.monotonic(), last
         self._rows = _size(run_dir / "metrics.jsonl")
         self._logs = [run_dir.with_name(f"{run_dir.name}.{i}.txt") for i in range(processes)]
         command = [sys.executable, str(ROOT / "train.py"), f"{run_dir}.py"]
@@ -108,7 +112,7 @@ class Life:
         return any(self.run_dir.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
 
     def trained(self):
-        return (self.run_dir / "rl" / "done.json").is_file()
+        return (self.run_dir / self._last / "done.json").is_file()
 
 
 def _size(path):
@@ -176,11 +180,11 @@ def kill(life, rng, found):
 # --------------------------------------------------------------------- what two runs differ in
 
 
-def differences(ours, theirs):
+def differences(ours, theirs, trained):
     found = []
     if rows(ours) != rows(theirs):
         found.append("metrics.jsonl")
-    for stage in ("sft", "rl"):
+    for stage in trained:
         if (ours / stage / "done.json").read_bytes() != (theirs / stage / "done.json").read_bytes():
             found.append(f"{stage}/done.json")
         for step in sorted(path.name for path in (theirs / stage / "checkpoints").iterdir() if path.name.isdigit()):
@@ -222,20 +226,49 @@ def _evaluation(folder):
 # --------------------------------------------------------------------- all of it
 
 
+def language_model(folder, processes):
+    sft, rl = (20, 40) if processes == 1 else (8, 12)
+    data = write_world(folder / "data", train=120)
+    return often(tiny_config(data, folder / "prepared", "", sft_steps=sft, rl_steps=rl), processes)
+
+
+def ranker(folder, processes):
+    """Reward model (whose checkpoint likelihood chooses), point-wise network, imitation and GoalRank."""
+    data = write_lists(folder / "data", train=120)
+    config = tiny_ranker(data, folder / "prepared", "", steps=12 if processes == 1 else 6)
+    left_out = {f"{name}.steps": 0 for name in stages(config) if name not in RANKER}
+    shown = {"eval.rewards": ("reward_model",), "eval.versus": "g_e", "goalrank.starts_from": "imitation"}
+    return often(changed(config, left_out | shown), processes)
+
+
+RANKER = ("evaluator", "pointwise", "imitation", "goalrank")
+CONFIGS = {"llm": language_model, "ranker": ranker}
+
+
+def often(config, processes):
+    """It logs, evaluates and saves often, and not at the same steps."""
+    fields = {f"{name}.eval_every": 5 for name in trained(config)}
+    return changed(config, fields | {"checkpoint.every": 3, "log_every": 4, "mesh.fsdp": processes})
+
+
+def trained(config):
+    return [name for name, stage in stages(config).items() if stage.steps]
+
+
 def first_run(config, folder, arguments):
     """(its directory, seconds it took warm, seconds of them from the last step on); made twice, first to compile."""
     for name in ("compiling", "first"):
         run_dir = prepare(config, folder, name)
-        life = Life(run_dir, "xla of the first", arguments.processes, arguments.slow)
+        life = Life(run_dir, "xla of the first", arguments.processes, arguments.slow, trained(config)[-1])
         try:
-            trained = live(life, Life.trained, 0) and life.age()
+            ended = live(life, Life.trained, 0) and life.age()
             live(life, lambda life: False, 0)
             took = life.age()
             if any(child.returncode for child in life.children):
                 raise SystemExit(f"a run that nobody interrupts fails:\n{life.said(0)[-3000:]}")
         finally:
             life.close()
-    return run_dir, took, took - trained
+    return run_dir, took, took - ended
 
 
 def prepare(config, folder, name):
@@ -243,12 +276,12 @@ def prepare(config, folder, name):
     return folder / name
 
 
-def interrupted(run_dir, arguments, rng, kinds, found):
+def interrupted(run_dir, arguments, rng, kinds, found, last):
     """Start a run until it reaches its end or there were kills enough, killing it on the way."""
     while True:
         kind = rng.choice(list(kinds)) if len(found["kill"]) < arguments.kills else None
         wait_for, *seconds = kinds[kind] if kind else (lambda life: False, 0, 0)
-        life = Life(run_dir, "xla of the others", arguments.processes, arguments.slow)
+        life = Life(run_dir, "xla of the others", arguments.processes, arguments.slow, last)
         try:
             if live(life, wait_for, rng.uniform(*seconds)):
                 found["kill"].append(kind)
@@ -267,27 +300,16 @@ def main(arguments):
     rng, found, began = random.Random(arguments.seed), collections.defaultdict(list), time.monotonic()
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="nothing_lost"))
     (folder / "data").mkdir(parents=True)
-    write_world(folder / "data", train=120)
-    sft, rl = (20, 40) if arguments.processes == 1 else (8, 12)
-    config = changed(
-        tiny_config(folder / "data", folder / "prepared", "", sft_steps=sft, rl_steps=rl),
-        {
-            "sft.eval_every": 5,
-            "rl.eval_every": 5,
-            "checkpoint.every": 3,
-            "log_every": 4,
-            "mesh.fsdp": arguments.processes,
-        },
-    )
+    config = CONFIGS[arguments.system](folder, arguments.processes)
     first, whole, evaluating = first_run(config, folder, arguments)
     print(f"uninterrupted: {whole:.1f} s, {evaluating:.1f} s of them after the last step", flush=True)
     kinds = moments(whole, evaluating)
     while len(found["kill"]) < arguments.kills:
         before = len(found["kill"])
         run_dir = prepare(config, folder, f"run{len(found['run'])}")
-        interrupted(run_dir, arguments, rng, kinds, found)
+        interrupted(run_dir, arguments, rng, kinds, found, trained(config)[-1])
         found["run"].append(run_dir.name)
-        if different := differences(run_dir, first):
+        if different := differences(run_dir, first, trained(config)):
             raise SystemExit(f"{run_dir} differs from {first} in {', '.join(different)}")
         print(f"{run_dir.name}: killed {len(found['kill']) - before} times, and equal", flush=True)
         shutil.rmtree(run_dir)
@@ -313,6 +335,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--system", choices=tuple(CONFIGS), default="llm")
     parser.add_argument("--slow", type=int, default=0, metavar="MS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to work, kept; default: a temporary one, removed")
