@@ -46,7 +46,7 @@ from fgrpo_jax.types import RankingExample
 def _judged(config: RunConfig, data: Judged, settings: EvalConfig, mesh: MeshConfig) -> RunConfig:
     """A run's configuration with all that belongs to the evaluation; what its policy sees stays."""
     buckets = data.prompt_buckets or config.data.prompt_buckets
-    source = {"name": data.name, "manual_dir": data.manual_dir, "prepared_dir": data.prepared_dir}
+    source = {"name": data.name, "manual_dir": data.manual_dir, "prepared_dir": data.prepared_dir, "pool": data.pool}
     source = dataclasses.replace(config.data, **source, prompt_buckets=buckets)
     return dataclasses.replace(config, data=source, eval=settings, mesh=mesh)
 
@@ -79,7 +79,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     if settings.versus not in methods:
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
     dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
-    same_data = (data.name, data.manual_dir) == (config.data.name, config.data.manual_dir)
+    same_data = all(getattr(data, name) == getattr(config.data, name) for name in ("name", "manual_dir", "pool"))
     if same_data:
         is_main = jax.process_index() == 0
         directory.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)

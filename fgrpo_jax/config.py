@@ -302,7 +302,13 @@ _SFT = StageConfig(
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every run has. A system (SYSTEMS) adds its policies' settings, and its stages in their order."""
+    """What every run has. A system (SYSTEMS) adds its policies' settings, and its stages in their order.
+
+    SHOWN_LISTS: whether it learns from shown lists too, and not from relevance alone.
+    """
+
+    SYSTEM: ClassVar[str]
+    SHOWN_LISTS: ClassVar[bool] = False
 
     seed: int = 0
     run_dir: str = "runs/synthetic"

@@ -85,6 +85,28 @@ def test_steps_are_not_more_where_the_schedule_ends_with_them():
     assert line.endswith("(the learning rate of every step depends on it, as sft.optim.decay='cosine')")
 
 
+def test_only_what_was_trained_with_a_result_holds_it():
+    """A ranker's stages: those that start from another or keep it frozen, and not those that only come later."""
+    steps = {f"{name}.steps": 300 for name in stages(RankerConfig())}
+    old = changed(RankerConfig(), steps | {"grpo.starts_from": "imitation"})
+    ended = dict.fromkeys(("evaluator", "pointwise", "imitation", "goalrank"), Reached(300, 300))
+
+    def lines(fields, **reached):
+        known = dict.fromkeys(stages(old), NEW) | ended | reached
+        return changes.refused(old, changed(old, fields), known)
+
+    assert lines({"imitation.steps": 400}) == []  # goalrank began elsewhere
+    reason = "(grpo was trained with its result: choose another run_dir, or remove grpo/ there)"
+    assert lines({"imitation.steps": 400}, grpo=BEGUN) == [f"imitation.steps: 300 -> 400 {reason}"]
+    (line,) = lines({"evaluator.steps": 400})
+    assert "(goalrank was trained with its result: " in line
+    assert lines({"imitation.group_size": 2}, imitation=NEW) == []
+    assert lines({"pointwise.steps": 200}, pointwise=NEW) == ["pointwise.steps: 300 -> 200"]
+    # Of the new configuration too: it would have started from what it did not.
+    fields = {"imitation.steps": 400, "goalrank.starts_from": "imitation"}
+    assert [line.split(":")[0] for line in lines(fields)] == ["imitation.steps", "goalrank.starts_from"]
+
+
 # --------------------------------------------------------------------- whole runs
 
 

@@ -1,5 +1,6 @@
 """Batches as functions of (seed, stage, step), and training pools that give nothing away."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from fgrpo_jax.config import Config, DataConfig, StageConfig
 from fgrpo_jax.data import batches as data
 from fgrpo_jax.data import lastfm, synthetic
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
-from fgrpo_jax.types import RankingExample
+from fgrpo_jax.policies.ranker.config import RankerConfig
+from fgrpo_jax.types import LoggedList, RankingExample
 
 ITEMS = tuple((str(i), f"item {i}") for i in range(40))
 
@@ -193,6 +195,17 @@ def test_queries_without_a_relevant_candidate_are_skipped_and_counted():
     with pytest.raises(DataError, match="no training split"):
         made = dataset(rows)
         batches(made._replace(splits={}))
+
+
+def test_shown_lists_teach_those_who_read_them():
+    """A ranker; a language model is trained on what is relevant, so that a query without is nothing to it."""
+    logged = (LoggedList((0,), (0.0,)),)
+    rows = [dataclasses.replace(example(n, relevance=(float(n % 3 > 0),)), logged=logged) for n in range(12)]
+    made = dataset(rows)
+    assert batches(made).skipped == 4
+    data_config = DataConfig(pool_size=10, history_max=5)
+    ranker = data.make_batches(made, RankerConfig(data=data_config), "evaluator", StageConfig(batch_queries=8))
+    assert ranker.skipped == 0 and len(ranker.rows) == 12
 
 
 def test_history_dropout_keeps_the_newest_and_is_for_training_only():

@@ -1,16 +1,22 @@
 """goalrank_ml1m and goalrank_book: splits by order, what the first stage knows, pools and shown lists."""
 
+import json
 import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import quick_runs
 from raw_files import RAW, lengths, real
+from tiny import changed, run_training
+from tiny_lists import tiny_ranker
 
+import eval as evaluation
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import datasets, goalrank, published, retriever
 from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.stages import stages
 
 USERS, MOVIES = 30, 60
 
@@ -69,6 +75,30 @@ def test_targets_are_windows_of_six_with_all_before_them_as_history(small, kind)
             seen.add((int(user), int(offset)))
         offsets = {"test": {0}, "validation": {1}, "train": {2, 3, 4, 5}}[split]
         assert {offset for _, offset in seen} == offsets and len(seen) == len(rows)
+
+
+def per_query(run_dir):
+    lines = (run_dir / "eval" / "validation" / "per_query.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_is_evaluated_on_either_pools(small, tmp_path, capsys):
+    """Trained on open ones; on closed ones nothing is missed, and baselines count in what it was trained on."""
+    like = tiny_ranker(small[2] / "raw", small[2] / "prepared", tmp_path / "run", steps=2)
+    fields = {"data.name": "goalrank_ml1m", "data.kcore": 5, "data.retrieved": 12, "network.list_length": 6}
+    fields |= {f"{name}.steps": 0 for name in stages(like) if name != "pointwise"}
+    fields |= {"eval.baselines": ("popularity",), "network.labels": "relevance"}
+    config = changed(like, fields)
+    with quick_runs():
+        assert run_training(config) == 0
+        found = {"open": per_query(tmp_path / "run")}
+        assert evaluation.main([str(tmp_path / "run"), "--data.pool", "closed"]) == 0
+        found["closed"] = per_query(tmp_path / "run")
+    assert any("missed" in row for row in found["open"]) and not any("missed" in row for row in found["closed"])
+    assert [row["candidates"] for row in found["open"]] != [row["candidates"] for row in found["closed"]]
+    capsys.readouterr()
+    assert evaluation.main([str(tmp_path / "run"), "--data.pool", "closed", "--data.name", "jsonl"]) == 2
+    assert "data.pool='closed': jsonl comes with its pools; leave it at 'open'" in capsys.readouterr().err
 
 
 def test_open_pools_are_what_was_retrieved_and_closed_ones_hold_every_target(small):

@@ -31,7 +31,7 @@ def test_jsonl_kinds_splits_and_queries_without_a_relevant_candidate(tmp_path):
     lines(tmp_path / "validation.jsonl.gz", [ranking("a", query=" two\n words ")])
     dataset = load("jsonl", tmp_path, tmp_path / "prepared")
     assert dataset.kind == "qa" and set(dataset.splits) == {"train", "validation"}
-    assert dataset.splits["train"].trainable == (False, True)
+    assert dataset.splits["train"].trainable == dataset.splits["train"].relevant == (False, True)
     assert dataset.splits["validation"][0].query == "two words"
     lines(tmp_path / "validation.jsonl.gz", [ranking("a", query="", history=[item(5)])])
     assert load("jsonl", tmp_path, tmp_path / "prepared").kind == "recommendation"

@@ -67,7 +67,7 @@ def test_shapes_depend_on_the_examples_alone(encode):
         ({"candidates": (item(3), item(4), item(31))}, "query 'q1': item 'i31' of its candidates is not in"),
         ({"history": (item(77),)}, "query 'q1': item 'i77' of its history is not in"),
         ({"candidates": (item(3), item(4)), "relevance": (1.0, 0.0)}, "2 candidates, fewer than the 3 items of a list"),
-        ({"history": ()}, "history of 0 items; the ranker needs 1"),
+        ({"history": ()}, "query 'q1' has no history, and the ranker knows"),
         ({"logged": (LoggedList((0, 1, 2, 3), (1.0,) * 4),)}, "logged list of 4 items; lists have 3"),
     ],
 )  # fmt: skip
@@ -76,10 +76,11 @@ def test_what_is_refused(encode, changes, message):
         encode([LONG, dataclasses.replace(SHORT, **changes)])
 
 
-def test_queries_without_a_history():
-    encode = encoder(CATALOGUE, POPULARITY, history_max=5, list_length=3, history_min=0)
-    query = encode([dataclasses.replace(SHORT, history=())])
-    assert query.history.shape == (1, 1) and query.history_len.tolist() == [0]
+def test_popularity_is_the_items_alone(encode):
+    """In whichever query, relevant or not: or it would say, in training only, which of them are."""
+    other = dataclasses.replace(SHORT, query_id="q2", relevance=(0.0, 1.0, 2.0), history=(item(3), item(4)))
+    query = encode([SHORT, other])
+    np.testing.assert_array_equal(query.popularity[0], query.popularity[1])
 
 
 def test_popularity_of_another_catalogue():

@@ -138,6 +138,7 @@ def test_the_configuration_is_read_back(whole):
         ({"network.sees_retrieval": False}, "dlcm reads the pool in the first stage's order, which"),
         ({"bias.kind": "noise"}, "bias: kind='noise' with weight=0.0; give both, or neither"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
+        ({"imitation.target.fill": "first"}, "imitation.target: a ranker imitates network.labels, and reads no target"),
         ({"evaluator.policy": "pointwise"}, "evaluator.policy='pointwise': this stage is read as the evaluator"),
         ({"fgrpo.policy": "judge"}, "fgrpo.policy='judge' is not one of generator"),
         ({"selection.lists": 0}, "selection.generators and selection.lists must be at least 1"),

@@ -165,7 +165,7 @@ def test_another_configuration_or_other_data_are_refused(whole, capsys):
     err = capsys.readouterr().err
     assert "belongs to another configuration" in err
     assert err.endswith(
-        "  - sft.steps: 6 -> 7 (rl started from its result: choose another run_dir, or remove what rl/ holds there)\n"
+        "  - sft.steps: 6 -> 7 (rl was trained with its result: choose another run_dir, or remove rl/ there)\n"
         "  - rl.credit.normalise: 'none' -> 'sum'\n"
     )
     data = Path(whole.config.data.manual_dir)

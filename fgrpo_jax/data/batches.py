@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fgrpo_jax.config import Config, StageConfig
+from fgrpo_jax.config import RunConfig, StageConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, in_memory
 from fgrpo_jax.types import RankingExample
 
@@ -76,11 +76,11 @@ def negatives(
 class Batches:
     """The batches of one stage.
 
-    rows: the indices of the training rows it reads; skipped: how many rows of its subset
-    have no relevant candidate and are left out.
+    rows: the indices of the training rows it reads; skipped: how many rows of its subset have no relevant candidate
+    (nor, for a system that learns from them, shown lists) and are left out.
     """
 
-    def __init__(self, dataset: Dataset, cfg: Config, stage_name: str, stage: StageConfig):
+    def __init__(self, dataset: Dataset, cfg: RunConfig, stage_name: str, stage: StageConfig):
         import grain
 
         if "train" not in dataset.splits:
@@ -91,7 +91,8 @@ class Batches:
         self._seed, self._stage = cfg.seed, stage_name
         self._share = np.array(dataset.weights) / sum(dataset.weights) if dataset.weights else None
         mine = [i for i, q in enumerate(self._split.query_ids) if in_subset(q, stage.subset)]
-        self.rows = np.array([i for i in mine if self._split.trainable[i]], np.int64)
+        teaches = self._split.trainable if cfg.SHOWN_LISTS else self._split.relevant
+        self.rows = np.array([i for i in mine if teaches[i]], np.int64)
         self.skipped = len(mine) - len(self.rows)
         if not len(self.rows):
             raise DataError(
@@ -149,12 +150,12 @@ class Batches:
         return tuple(item for item, keep in zip(history, kept, strict=True) if keep)
 
 
-def make_batches(dataset: Dataset, cfg: Config, stage_name: str, stage: StageConfig) -> Batches:
+def make_batches(dataset: Dataset, cfg: RunConfig, stage_name: str, stage: StageConfig) -> Batches:
     """Raises DataError when the stage has nothing to train on."""
     return Batches(dataset, cfg, stage_name, stage)
 
 
-def evaluation_examples(dataset: Dataset, cfg: Config, split: str) -> list[RankingExample]:
+def evaluation_examples(dataset: Dataset, cfg: RunConfig, split: str) -> list[RankingExample]:
     """A whole split: frozen pools, shown in an order drawn from (seed, query id).
 
     Queries without a relevant candidate are kept. Raises DataError for a split that is absent.

@@ -209,10 +209,10 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     reader = tfds.builder_from_directory(str(data_path))
     # What data prepared by an earlier version lack has its default.
     keep = sampled = meta.get("sampled", builder.sampled_negatives)  # rows of recommendation sets are small
-    splits = {}
+    splits, has_lists = {}, "logged_len" in reader.info.features
     for split, record in meta["splits"].items():
         source = reader.as_data_source(split=split)
-        splits[split] = Split(_reader(source, home), record["query_ids"], record["trainable"], keep)
+        splits[split] = Split(_reader(source, home), record["query_ids"], record["trainable"], keep, has_lists)
     return Dataset(
         name=name,
         kind=meta["kind"],

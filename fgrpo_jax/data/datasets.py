@@ -12,6 +12,7 @@ To add one: a module here with a subclass of `builder.RankingBuilder`, and a lin
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,6 +61,7 @@ class Split(Sequence):
     trainable: for all rows, whether there is anything to learn from (`is_trainable`).
     read: row indices -> examples; several at once are much faster than one by one.
     keep: hold decoded rows in memory (small rows only).
+    has_lists: whether rows may hold shown lists.
     """
 
     BLOCK = 1024  # rows decoded at once while iterating
@@ -70,10 +72,16 @@ class Split(Sequence):
         query_ids: Sequence[str],
         trainable: Sequence[bool],
         keep: bool,
+        has_lists: bool = True,
     ):
         self.query_ids, self.trainable = tuple(query_ids), tuple(trainable)
-        self._read, self._keep = read, keep
+        self._read, self._keep, self._has_lists = read, keep, has_lists
         self._rows: dict[int, RankingExample] = {}
+
+    @functools.cached_property
+    def relevant(self) -> tuple[bool, ...]:
+        """For all rows, whether a candidate is relevant. Where rows may hold shown lists, all are read for it."""
+        return tuple(map(has_relevant, self)) if self._has_lists else self.trainable
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -95,9 +103,13 @@ class Split(Sequence):
         return [new[i] if i in new else self._rows[i] for i in indices]
 
 
+def has_relevant(example: RankingExample) -> bool:
+    return any(gain > 0 for gain in example.relevance)
+
+
 def is_trainable(example: RankingExample) -> bool:
     """Whether a candidate is relevant, or a list was shown: feedback that is all negative teaches too."""
-    return any(gain > 0 for gain in example.relevance) or bool(example.logged)
+    return has_relevant(example) or bool(example.logged)
 
 
 def in_memory(examples: Iterable[RankingExample]) -> Split:

@@ -22,7 +22,8 @@ and, optional too, what rankers learn from (one of them in one line, and all lin
                 candidates in the order shown, and what each position got, from 0 to 1
 
 Nothing else is allowed in a line. A query without a relevant candidate is kept for
-evaluation, where it scores 0, and skipped (and counted) in training, unless lists of it were shown. White space
+evaluation, where it scores 0, and skipped (and counted) in training, unless a ranker learns
+from lists that were shown of it. White space
 within a text, newlines too, is read as single spaces. Every malformed line of every file is
 reported, with file, line number and reasons, in one DataError, and nothing is prepared.
 With a history anywhere the prompts are those of recommendation, otherwise of qa.

@@ -3,7 +3,7 @@
     where things lie, what is logged, shown and kept, how it is computed    at any time (ALWAYS)
     steps of a stage     more than are done, where the learning rate does not depend on them
     patience of a stage  more of it: up to where it ended nothing would have been otherwise
-    all of a stage       that has not begun, nor has a later one
+    all of a stage       that has not begun, nor has one that starts from it or reads it beside itself
 
 A stage that ended and has more steps (or patience) now is reopened: it goes on from its last
 checkpoint, and becomes the run that had them from the start, to the bit.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from fgrpo_jax.config import RunConfig, StageConfig
 from fgrpo_jax.config_files import differences
+from fgrpo_jax.stages import stages, start_of
 
 ALWAYS = {
     "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
@@ -57,9 +58,8 @@ def _reason(name: str, old: RunConfig, new: RunConfig, reached: Mapping[str, Rea
         return ""
     if field in OF_A_STAGE:
         return None
-    known = list(reached)
-    later = [other for other in known[known.index(stage) + 1 :] if reached[other].latest is not None]
-    if reached[stage].latest is None and not later:
+    readers = [other for other in reached if reached[other].latest is not None and _reads(other, stage, (old, new))]
+    if reached[stage].latest is None and not readers:
         return None
     before, after, here = getattr(old, stage), getattr(new, stage), reached[stage]
     if field not in ("steps", "patience") or here.latest is None:
@@ -74,9 +74,14 @@ def _reason(name: str, old: RunConfig, new: RunConfig, reached: Mapping[str, Rea
         return None
     if here.ended is not None and here.latest != here.ended:
         return f"its last checkpoint, of step {here.ended}, is gone"
-    if later:
-        return f"{later[0]} started from its result: choose another run_dir, or remove what {later[0]}/ holds there"
+    if readers:
+        return f"{readers[0]} was trained with its result: choose another run_dir, or remove {readers[0]}/ there"
     return None
+
+
+def _reads(name: str, stage: str, configs: tuple[RunConfig, ...]) -> bool:
+    """Whether a stage takes parameters from `stage`, to start or to keep beside it, in one of these configurations."""
+    return any(stage == start_of(config, name) or stage in stages(config)[name].frozen_from for config in configs)
 
 
 def _more_patient(before: StageConfig, after: StageConfig) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -42,6 +42,8 @@ class Judged:
     """Folder with the raw files of the data set (not used by synthetic)."""
     prepared_dir: str
     """Where prepared data sets are kept."""
+    pool: Literal["open", "closed"]
+    """Targets that the first stage missed, as the configuration's data.pool (goalrank_ml1m, goalrank_book)."""
     prompt_buckets: tuple[int, ...] = ()
     """Padded prompt lengths, ascending; empty: those each policy was trained with."""
 
@@ -74,7 +76,7 @@ def parse_evaluation(argv: list[str], description: str) -> tuple[Path, Arguments
 
 
 def source_of_data(config: RunConfig) -> Judged:
-    return Judged(config.data.name, config.data.manual_dir, config.data.prepared_dir)
+    return Judged(config.data.name, config.data.manual_dir, config.data.prepared_dir, config.data.pool)
 
 
 def parse_or_exit(parse: Callable, argv: list[str], description: str) -> Any:

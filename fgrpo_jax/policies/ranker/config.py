@@ -109,6 +109,7 @@ class RankerConfig(RunConfig):
     """Rankers of catalogue items: a reward model of lists, and generators of lists that learn from it."""
 
     SYSTEM: ClassVar[str] = "ranker"
+    SHOWN_LISTS: ClassVar[bool] = True
 
     run_dir: str = "runs/goalrank"
     network: NetworkConfig = NetworkConfig()

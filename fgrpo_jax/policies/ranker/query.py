@@ -51,31 +51,31 @@ def blank(list_length: int) -> RankerQuery:
 
 
 def encoder(
-    catalogue: Mapping[str, int], popularity: np.ndarray, history_max: int, list_length: int, history_min: int = 1
+    catalogue: Mapping[str, int], popularity: np.ndarray, history_max: int, list_length: int
 ) -> Callable[[Sequence[RankingExample]], RankerQuery]:
     """`encode`: examples -> RankerQuery of numpy arrays, whose shapes depend on these examples alone.
 
     catalogue: item id -> its number, from 1.
     popularity: log(1 + count) in the training data, by item number; [items + 1].
-    history_max: items of the history that are kept, the last ones. history_min: items it must have.
+    history_max: items of the history that are kept, the last ones.
     list_length: items of a list.
 
     `encode` raises DataError naming the query: on an item that the catalogue lacks, a pool smaller than a
-    list, a history shorter than history_min, a logged list longer than a list.
+    list, an empty history, a logged list longer than a list.
     Raises ValueError when popularity is of another size.
     """
     size = max(catalogue.values(), default=0) + 1
     if popularity.shape != (size,):
         raise ValueError(f"popularity has shape {popularity.shape}; the catalogue's numbers need ({size},)")
-    return functools.partial(_encode, catalogue, popularity, history_max, list_length, history_min)
+    return functools.partial(_encode, catalogue, popularity, history_max, list_length)
 
 
 def _encode(
-    catalogue: Mapping[str, int], popularity: np.ndarray, history_max: int, list_length: int, history_min: int,
+    catalogue: Mapping[str, int], popularity: np.ndarray, history_max: int, list_length: int,
     examples: Sequence[RankingExample],
 ) -> RankerQuery:  # fmt: skip
     for example in examples:
-        _check(example, list_length, history_min)
+        _check(example, list_length)
     histories = [_numbers(catalogue, e, e.history[-history_max:], "history") for e in examples]
     pools = [_numbers(catalogue, e, e.candidates, "candidates") for e in examples]
     shown = [[x.items for x in e.logged] for e in examples]
@@ -116,15 +116,15 @@ def _encode(
     )
 
 
-def _check(example: RankingExample, list_length: int, history_min: int) -> None:
+def _check(example: RankingExample, list_length: int) -> None:
     where = f"query {example.query_id!r}"
     if len(example.candidates) < list_length:
         raise DataError(
             f"{where} has {len(example.candidates)} candidates, fewer than the {list_length} items of a list: "
             "give larger pools or shorten the list"
         )
-    if len(example.history) < history_min:
-        raise DataError(f"{where} has a history of {len(example.history)} items; the ranker needs {history_min}")
+    if not example.history:
+        raise DataError(f"{where} has no history, and the ranker knows its user by nothing else: leave it out")
     longest = max((len(shown.items) for shown in example.logged), default=0)
     if longest > list_length:
         raise DataError(

@@ -164,6 +164,11 @@ def _catalogue(dataset: Dataset | None) -> Catalogue:
     """The items of a data set, in its order, and how often each was consumed in training queries.
 
     As a positive candidate or in a history; queries of one user repeat their histories, and count again.
+
+    A training query's own positives are among them, and are to be: so the feature is one number for each item in
+    every query, and beside the item's embedding, learnt from the same labels, it tells nothing of a query. Without
+    the query's own, the number would be smaller just where an item is positive, and an embedding, which can hold the
+    count, would read the label from the difference, in training only.
     """
     if dataset is None:
         raise ConfigError("the run directory describes no ranker (items.json): give its training command again")

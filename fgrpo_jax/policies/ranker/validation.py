@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fgrpo_jax.config import StageConfig
+from fgrpo_jax.config import StageConfig, TargetConfig
 from fgrpo_jax.policies.ranker.config import NetworkConfig, RankerConfig
 from fgrpo_jax.policies.ranker.proposals import PROPOSALS, READS
 from fgrpo_jax.policies.ranker.scorers import REWARDS
@@ -80,6 +80,8 @@ def _bias(config: RankerConfig) -> list[str]:
 def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
     """Whether what it proposes and what rewards it is frozen beside it."""
     found, needs = [], {}
+    if stage.target != TargetConfig():
+        found.append(f"{name}.target: a ranker imitates network.labels, and reads no target: leave it as it is")
     if stage.source == "mixed":
         proposed = sum(count for _, count in config.proposals.mix)
         if stage.group_size <= proposed:
