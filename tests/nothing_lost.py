@@ -233,7 +233,7 @@ def language_model(folder, processes):
 
 
 def ranker(folder, processes):
-    """Reward model (whose checkpoint likelihood chooses), point-wise network, imitation and GoalRank."""
+    """Reward model (whose checkpoint likelihood chooses), point-wise network, generators by imitation, GoalRank."""
     data = write_lists(folder / "data", train=120)
     config = tiny_ranker(data, folder / "prepared", "", steps=12 if processes == 1 else 6)
     left_out = {f"{name}.steps": 0 for name in stages(config) if name not in RANKER}
@@ -241,7 +241,7 @@ def ranker(folder, processes):
     return often(changed(config, left_out | shown), processes)
 
 
-RANKER = ("evaluator", "pointwise", "imitation", "goalrank")
+RANKER = ("evaluator", "pointwise", "imitation", "generators", "goalrank")
 CONFIGS = {"llm": language_model, "ranker": ranker}
 
 

@@ -98,7 +98,7 @@ def test_a_run_is_evaluated_on_either_pools(small, tmp_path, capsys):
     assert [row["candidates"] for row in found["open"]] != [row["candidates"] for row in found["closed"]]
     capsys.readouterr()
     assert evaluation.main([str(tmp_path / "run"), "--data.pool", "closed", "--data.name", "jsonl"]) == 2
-    assert "data.pool='closed': jsonl comes with its pools; leave it at 'open'" in capsys.readouterr().err
+    assert "data.pool='closed': data.name='jsonl' does not read it; leave it at 'open'" in capsys.readouterr().err
 
 
 def test_open_pools_are_what_was_retrieved_and_closed_ones_hold_every_target(small):

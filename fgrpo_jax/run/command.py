@@ -43,7 +43,7 @@ class Judged:
     prepared_dir: str
     """Where prepared data sets are kept."""
     pool: Literal["open", "closed"]
-    """Targets that the first stage missed, as the configuration's data.pool (goalrank_ml1m, goalrank_book)."""
+    """Targets that the first stage missed, as the configuration's data.pool: lost, or put into the pool."""
     prompt_buckets: tuple[int, ...] = ()
     """Padded prompt lengths, ascending; empty: those each policy was trained with."""
 

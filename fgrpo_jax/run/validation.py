@@ -97,8 +97,8 @@ def check_types(config: RunConfig) -> None:
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
     d, problems = config.data, _check_data(config, known)
-    if d.pool != "open" and d.name not in ("goalrank_ml1m", "goalrank_book"):
-        problems.append(f"data.pool={d.pool!r}: {d.name} comes with its pools; leave it at 'open'")
+    if d.pool != "open" and d.name not in ("goalrank_ml1m", "goalrank_book", "interactions"):
+        problems.append(f"data.pool={d.pool!r}: data.name={d.name!r} does not read it; leave it at 'open'")
     _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config)])
 
 
