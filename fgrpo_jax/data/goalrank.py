@@ -25,9 +25,10 @@ inserted have the lowest scores of the pool. *Reversed* retrieval order has NDCG
 retrieval order 5.2, so whatever learns to score as the first stage does can do the opposite: numbers on closed
 pools say little about ranking. It is there because published ones may have been made so.
 
-**Shown lists** (`logged`), to fit models of feedback to: the targets of the pool, in the order taken, with
-feedback 1, and SHOWN lists of six, the first by retrieval order and the others by that order with Gumbel noise,
-with feedback 1 for targets. Nobody was really shown these: they stand for exposure that the data do not record.
+**Shown lists** (`logged`), to fit models of feedback to: the pool in retrieval order with Gumbel noise, in pages
+of six, with feedback 1 for targets. Nobody was really shown these: they stand for exposure that the data do not
+record, and what is taken from a page does not depend on what else is on it. (Pages of targets alone would let a
+model of feedback read the answer off the page: its probabilities were high, and lists built by them random.)
 
 Every interaction counts as relevant with gain 1, whatever its rating.
 """
@@ -50,7 +51,7 @@ from fgrpo_jax.data.retriever import FoldedRetriever, core, pool_of
 from fgrpo_jax.types import LoggedList, Missed, RankingExample
 
 LENGTH, WINDOWS, HISTORY = 6, 4, 50
-SHOWN, SHOWN_NOISE = 3, 10.0  # lists; Gumbel noise in ranks
+SHOWN_NOISE = 10.0  # Gumbel noise, in ranks
 SEED = 46
 SHORTEST = 3 * LENGTH + 1
 _OFFSETS = {"train": range(2, 2 + WINDOWS), "validation": range(1, 2), "test": range(1)}
@@ -161,7 +162,7 @@ class _Retrieved(RankingBuilder, skip_registration=True):
                 history=tuple(items[i] for i in task.history[-HISTORY:]),
                 retrieval=tuple(score_I[pool].tolist()),
                 topics=tuple(topics[i] for i in pool) if topics else (),
-                logged=shown_lists(pool, task.targets, score_I[pool], rng),
+                logged=shown_lists(relevant, score_I[pool], rng),
                 missed=tuple(Missed(items[i][0], 1.0, topics[i] if topics else -1) for i in missed),
             )
 
@@ -169,19 +170,12 @@ class _Retrieved(RankingBuilder, skip_registration=True):
         return {"seed": SEED, "negatives": f"retrieved by ALS from the history, {self.options}"}
 
 
-def shown_lists(
-    pool_C: np.ndarray, targets: np.ndarray, retrieval_C: np.ndarray, rng: np.random.Generator
-) -> tuple[LoggedList, ...]:
-    """The targets of the pool in the order taken, if any, and SHOWN lists by retrieval order, noisy but the first."""
-    place = {int(item): c for c, item in enumerate(pool_C)}
-    taken = tuple(place[int(item)] for item in targets if int(item) in place)
-    lists = [LoggedList(taken, (1.0,) * len(taken))] if taken else []
+def shown_lists(relevant_C: np.ndarray, retrieval_C: np.ndarray, rng: np.random.Generator) -> tuple[LoggedList, ...]:
+    """The whole pool in noisy retrieval order, in pages of LENGTH: indices into the pool."""
     rank_C = np.argsort(np.argsort(-retrieval_C, kind="stable"))
-    for number in range(SHOWN):
-        noise_C = SHOWN_NOISE * rng.gumbel(size=len(pool_C)) * (number > 0)
-        items = np.argsort(rank_C - noise_C, kind="stable")[:LENGTH].tolist()
-        lists.append(LoggedList(tuple(items), tuple(float(c in taken) for c in items)))
-    return tuple(lists)
+    order = np.argsort(rank_C - SHOWN_NOISE * rng.gumbel(size=len(rank_C)), kind="stable")
+    pages = (order[start : start + LENGTH] for start in range(0, len(order), LENGTH))
+    return tuple(LoggedList(tuple(page.tolist()), tuple(relevant_C[page].astype(float).tolist())) for page in pages)
 
 
 class GoalrankMl1m(_Retrieved, skip_registration=True):
