@@ -36,7 +36,7 @@ from fgrpo_jax.evaluation.evaluate import Prediction
 from fgrpo_jax.files import check_writable, path_of, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
-from fgrpo_jax.run.judge import Opened, fits_of, predict, rewards_of
+from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
 from fgrpo_jax.run.validation import check_evaluation
 from fgrpo_jax.stages import from_start, stages
@@ -93,9 +93,12 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
     runs = _opened(finished, dataset)
+    parameters = {}
     for prefix, one in runs.items():
-        for name, predicted in predict(one, [name for where, name in rows.values() if where == prefix]).items():
+        selected = [name for where, name in rows.values() if where == prefix]
+        for name, predicted in predict(one, selected).items():
             predictions[prefix + name] = list(map(_reindexed, examples, one.shown, predicted))
+        parameters |= {prefix + name: count for name, count in parameters_of(one, selected).items()}
     rewards = rewards_of(runs[""], predictions)
     fits = {prefix + name: found for prefix, one in runs.items() for name, found in fits_of(one).items()}
     if jax.process_index():
@@ -104,6 +107,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed, settings.metrics,
         rewards, config.reward.k,
     )  # fmt: skip
+    evaluation.summary["parameters"] = parameters
     about = report.manifest(
         as_dict(dataclasses.replace(used, run_dir="")),
         {"run": config.seed, "bootstrap": config.seed},

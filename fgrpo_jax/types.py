@@ -20,6 +20,7 @@ names them in order and TRAINED holds their labels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,11 @@ class Param(NamedTuple):
 def map_params(function: Callable, table: PyTree, *trees: PyTree) -> PyTree:
     """`function(param, *leaves)` for every Param of a table and the leaves in its place."""
     return jax.tree.map(function, table, *trees, is_leaf=lambda x: isinstance(x, Param))
+
+
+def num_params(table: PyTree) -> int:
+    """The numbers in a table of Param."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Param)))
 
 
 class LoggedList(NamedTuple):
@@ -203,10 +209,12 @@ class Selection(NamedTuple):
     """A way to make lists with what several finished stages learnt, as a generator-evaluator does.
 
     stages: whose parameters it reads. greedy: ({stage: params}, {}, query) -> (Rollout or None, Lists), G = 1.
+    parameters: how many it reads.
     """
 
     stages: tuple[str, ...]
     greedy: Callable
+    parameters: int
 
 
 class PolicyFiles(NamedTuple):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_ranker import SPEC, make_params, make_query, padded
 
 from fgrpo_jax.policies.ranker import generator, network
-from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Rollout, map_params
+from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Rollout, map_params, num_params
 
 G = 24  # as many as a pool of four has lists
 TWO_PHASE = SPEC._replace(two_phase=True)
@@ -178,7 +178,7 @@ def test_a_wide_beam_finds_the_best_lists(params):
 def test_networks_of_one_spec_are_as_large():
     spec = network.RankerSpec(num_items=3000, history_max=50, list_length=6)
     tables = network.generator_table, network.pointwise_table, network.evaluator_table
-    sizes = [network.num_params(table(spec)) for table in tables]
+    sizes = [num_params(table(spec)) for table in tables]
     assert max(sizes) / min(sizes) < 1.02 and 5e5 < min(sizes) < 1e6
     with pytest.raises(ValueError, match="hidden_size=16 is not divided by num_heads=3"):
         network.generator_table(SPEC._replace(num_heads=3))

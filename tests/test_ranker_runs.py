@@ -53,6 +53,16 @@ def test_every_stage_has_a_row_and_so_have_the_selections(whole):
         assert outcomes == {"ok": 12}, method
 
 
+def test_it_is_said_how_many_parameters_made_a_list(whole):
+    """A generator-evaluator reads its generators and the evaluator; a baseline that counts, none."""
+    found = scores(whole[0].run_dir)["parameters"]
+    assert set(found) == {*TRAINED, *SELECTED}
+    assert found["g_e"] == found["imitation"] + found["evaluator"] and found["generators"] == 3 * found["imitation"]
+    assert found["mg_e_3"] == found["generators"] + found["evaluator"] and found["goalrank"] == found["grpo"]
+    shapes = jax.tree.map(lambda x: x.size, whole[1]["imitation", 4].params)
+    assert found["imitation"] == sum(jax.tree.leaves(shapes))
+
+
 def test_what_a_group_was_like_is_logged(whole):
     config, _ = whole
     logged = rows(config.run_dir, "goalrank")[1]

@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
     predictions: Mapping[str, Sequence[Prediction]]
     scores: Mapping[str, Mapping[str, np.ndarray]]  # method -> metric -> [Q] float64
     errors: Mapping[str, Sequence[str]]  # method -> a name of ERRORS per query
-    summary: Mapping[str, object]  # JSON-ready: see `summarise`
+    summary: dict[str, object]  # JSON-ready: see `summarise`
 
 
 def from_scores(scores: np.ndarray, slate_max: int, rank_max: int) -> Prediction:

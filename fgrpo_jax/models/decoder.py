@@ -32,6 +32,7 @@ from fgrpo_jax import shards
 from fgrpo_jax.models import attention, head
 from fgrpo_jax.models.layers import RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
 from fgrpo_jax.types import Array, Param, PyTree, map_params
+from fgrpo_jax.types import num_params as table_size
 
 KEPT = "result of a projection"
 
@@ -107,7 +108,7 @@ def shapes(spec: DecoderSpec) -> PyTree:
 
 
 def num_params(spec: DecoderSpec) -> int:
-    return sum(x.size for x in jax.tree.leaves(shapes(spec)))
+    return table_size(param_table(spec))
 
 
 def init(spec: DecoderSpec, key: Array) -> PyTree:

@@ -18,7 +18,7 @@ from fgrpo_jax.run.experiment import Experiment, Predictor, batches_of, encode
 from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.processes import note
 from fgrpo_jax.stages import credited, stages
-from fgrpo_jax.types import Array, Lists, PyTree, RankingExample
+from fgrpo_jax.types import Array, Lists, PyTree, RankingExample, num_params
 
 
 class Opened(NamedTuple):
@@ -48,6 +48,14 @@ def predict(run: Opened, rows: Sequence[str]) -> dict[str, list[Prediction]]:
         program = Predictor(experiment, policy, selection.greedy, table)
         predicted[name] = program({other: run.params(other) for other in selection.stages}, run.shown)
     return predicted
+
+
+def parameters_of(run: Opened, rows: Sequence[str]) -> dict[str, int]:
+    """How many parameters a list of each finished stage is made with, and of these of the run's selections."""
+    experiment = run.experiment
+    selections = policies.selections(experiment.config, experiment.policies) if rows else {}
+    own = {name: num_params(experiment.policy(name).table) for name in run.places}
+    return own | {name: selections[name].parameters for name in rows}
 
 
 def rewards_of(run: Opened, predictions: dict[str, list[Prediction]]) -> dict[str, dict[str, np.ndarray]]:

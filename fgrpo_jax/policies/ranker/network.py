@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from fgrpo_jax import shards
 from fgrpo_jax.models.layers import linear, rms_norm
 from fgrpo_jax.policies.ranker.query import RankerQuery
-from fgrpo_jax.types import Array, Param, PyTree, map_params
+from fgrpo_jax.types import Array, Param, PyTree
 
 # Added to the scores of what is not seen. Finite: where a query sees nothing (a history of no items) its
 # result is of no use, but not nan.
@@ -131,11 +131,6 @@ def pointwise_table(spec: RankerSpec) -> PyTree:
 def evaluator_table(spec: RankerSpec) -> PyTree:
     """Of the list-wise reward model."""
     return pointwise_table(spec) | {"position": _positions(spec, spec.list_length)}
-
-
-def num_params(table: PyTree) -> int:
-    leaves = jax.tree.leaves(map_params(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), table))
-    return sum(x.size for x in leaves)
 
 
 def init(spec: RankerSpec, table: PyTree, key: Array) -> PyTree:

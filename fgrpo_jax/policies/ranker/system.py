@@ -22,7 +22,7 @@ from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 from fgrpo_jax.policies.ranker.rerankers import SCORERS
 from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import Policy, PyTree, Selection
+from fgrpo_jax.types import Policy, PyTree, Selection, num_params
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
@@ -80,8 +80,12 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
         each = max(config.selection.lists // count, 1)
         return None, ensemble.best_of(spec, setting, count, each, params["generators"], params["evaluator"], query)
 
-    counts = {_row(count): count for count in config.selection.sizes}
-    return {name: Selection(read, functools.partial(select, counts[name])) for name, read in selected(config).items()}
+    generator, evaluator = (num_params(policies[name].table) for name in ("generator", "evaluator"))
+    counts, reads = {_row(count): count for count in config.selection.sizes}, selected(config)
+    return {
+        name: Selection(reads[name], functools.partial(select, count), count * generator + evaluator)
+        for name, count in counts.items()
+    }
 
 
 def selected(config: RankerConfig) -> dict[str, tuple[str, ...]]:
@@ -150,7 +154,7 @@ def _policy(
         choices=parts.choices,
         rewards=parts.rewards,
         summary=(
-            f"{network.num_params(parts.table):,} parameters: width {spec.hidden_size}, {spec.num_items:,} items, "
+            f"{num_params(parts.table):,} parameters: width {spec.hidden_size}, {spec.num_items:,} items, "
             f"lists of {spec.list_length}"
         ),
         sizes=sizes,
