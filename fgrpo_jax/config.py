@@ -60,9 +60,21 @@ class InteractionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IrConfig:
+    """Of the data set `ir`: a retrieval test collection in the files of BEIR or TREC (data/ir.py)."""
+
+    first_stage: Literal["bm25", "run"] = "bm25"
+    """What retrieves the pools of data.pool_size documents: BM25, made here, or a TREC run."""
+    run_file: str = "run.trec"
+    """In data.manual_dir, of the queries of all splits."""
+    document_words: int = 0
+    """Words of a document that are shown, the first ones; 0: all. How many documents that cuts is said."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "synthetic"
-    """Data set: interactions and jsonl (your own), synthetic, lastfm, musique, goalrank_world, goalrank_ml1m or
+    """Data set: interactions, ir and jsonl (your own), synthetic, lastfm, musique, goalrank_world, goalrank_ml1m or
     goalrank_book."""
     manual_dir: str = ""
     """Folder with the raw files of the data set (not used by synthetic and goalrank_world)."""
@@ -70,14 +82,14 @@ class DataConfig:
     """Where prepared data sets are kept, one folder per data set and content fingerprint."""
     pool_size: int = 20
     """Candidates per training query where negatives are sampled (synthetic, lastfm), and of every query
-    (interactions)."""
+    (interactions, ir)."""
     kcore: int = 20
     """Interactions that every user and every item must have (goalrank_ml1m, goalrank_book)."""
     retrieved: int = 50
     """Candidates that the first stage proposes (goalrank_ml1m, goalrank_book)."""
     pool: Literal["open", "closed"] = "open"
     """Targets that the first stage missed: lost, or put into the pool, where it shows that they were
-    (goalrank_ml1m, goalrank_book, interactions)."""
+    (goalrank_ml1m, goalrank_book, interactions, ir)."""
     history_max: int = 10
     """History items shown in the prompt: the most recent ones."""
     history_dropout: float = 0.0
@@ -85,6 +97,7 @@ class DataConfig:
     prompt_buckets: tuple[int, ...] = (40, 256, 1024, 2048, 4096, 8192)
     """Padded prompt lengths, ascending; one program is compiled per bucket that occurs."""
     interactions: InteractionsConfig = InteractionsConfig()
+    ir: IrConfig = IrConfig()
 
 
 @dataclasses.dataclass(frozen=True)

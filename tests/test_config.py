@@ -288,11 +288,29 @@ def test_impossible_values_of_interactions(fields, message):
     assert any(re.search(message, line) for line in found) and len(found) == 1, found
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(run_file="bm25.trec"), "data.ir.run_file='bm25.trec' is read with first_stage='run' only"),
+        (dict(first_stage="run", run_file=""), "data.ir.run_file must name a file"),
+        (dict(document_words=-1), "data.ir.document_words=-1 must not be negative"),
+        (dict(first_stage="tfidf"), "data.ir.first_stage='tfidf' must be of type Literal"),
+        (dict(data__pool_size=5), "data.pool_size=5 is smaller than the lists, of up to 10 items"),
+        (dict(data__interactions__targets=2), "data.interactions.targets: 1 -> 2: data.name='ir' does not read it"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_impossible_values_of_ir(fields, message):
+    named = {name if "__" in name else f"data__ir__{name}": value for name, value in fields.items()}
+    (found,) = problems(data__name="ir", data__manual_dir="collection", **named)
+    assert found.startswith(message)
+
+
 def test_all_problems_are_told_at_once(capsys):
     assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
-        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, interactions, jsonl, "
+        "  - data.name: 'nope' is not one of goalrank_book, goalrank_ml1m, goalrank_world, interactions, ir, jsonl, "
         "lastfm, musique, synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )

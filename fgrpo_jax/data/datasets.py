@@ -32,6 +32,7 @@ DATASETS = {
     "musique": "fgrpo_jax.data.musique:Musique",
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
     "interactions": "fgrpo_jax.data.interactions:Interactions",
+    "ir": "fgrpo_jax.data.ir:Ir",
     "goalrank_world": "fgrpo_jax.data.goalrank_world:GoalrankWorld",
     "goalrank_ml1m": "fgrpo_jax.data.goalrank:GoalrankMl1m",
     "goalrank_book": "fgrpo_jax.data.goalrank:GoalrankBook",

@@ -18,6 +18,7 @@ from fgrpo_jax.config import (
     DataConfig,
     EvalConfig,
     InteractionsConfig,
+    IrConfig,
     ObjectiveConfig,
     OptimConfig,
     RewardConfig,
@@ -200,7 +201,7 @@ def _check_data(config: RunConfig, known: Registries) -> list[str]:
 def _check_own_data(config: RunConfig) -> list[str]:
     """Options of data sets that have options of their own: set for another one, or impossible."""
     d, problems = config.data, []
-    for name, check in {"interactions": _check_interactions}.items():
+    for name, check in {"interactions": _check_interactions, "ir": _check_ir}.items():
         if d.name == name:
             problems += check(d)
             if d.pool_size < max(config.limits()):
@@ -244,6 +245,17 @@ def _check_interactions(d: DataConfig) -> list[str]:
         problems.append(f"data.pool={d.pool!r}: pools that are drawn ({where}.candidates) always hold their targets")
     if c.candidates in ("uniform", "popularity") and c.targets >= d.pool_size:
         problems.append(f"{where}.targets={c.targets} leave no room for others in data.pool_size={d.pool_size}")
+    return problems
+
+
+def _check_ir(d: DataConfig) -> list[str]:
+    c, problems = d.ir, []
+    if c.first_stage != "run" and c.run_file != IrConfig().run_file:
+        problems.append(f"data.ir.run_file={c.run_file!r} is read with first_stage='run' only: set that")
+    if not c.run_file:
+        problems.append("data.ir.run_file must name a file")
+    if c.document_words < 0:
+        problems.append(f"data.ir.document_words={c.document_words} must not be negative; 0: whole documents")
     return problems
 
 
