@@ -18,6 +18,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         run_dir="runs/interactions",
-        data=DataConfig(name="interactions", manual_dir="my_logs", prompt_buckets=(40, 80, 160)),
+        data=DataConfig(name="interactions", manual_dir="my_logs", prompt_buckets="auto"),
         eval=EvalConfig(split="validation", train_queries=1000),
     )

@@ -94,8 +94,9 @@ class DataConfig:
     """History items shown in the prompt: the most recent ones."""
     history_dropout: float = 0.0
     """Chance that a history item is left out of a training prompt (never the newest one)."""
-    prompt_buckets: tuple[int, ...] = (40, 256, 1024, 2048, 4096, 8192)
-    """Padded prompt lengths, ascending; one program is compiled per bucket that occurs."""
+    prompt_buckets: tuple[int, ...] | Literal["auto"] = (40, 256, 1024, 2048, 4096, 8192)
+    """Padded prompt lengths, ascending, or auto: chosen from the data at the start and kept with the run. One program
+    is compiled per bucket that occurs."""
     interactions: InteractionsConfig = InteractionsConfig()
     ir: IrConfig = IrConfig()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -64,6 +65,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, one) for one in inner)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
@@ -181,7 +184,7 @@ def _check_starts(config: RunConfig) -> list[str]:
 
 def _check_data(config: RunConfig, known: Registries) -> list[str]:
     d, problems = config.data, _unknown("data.name", [config.data.name], known.datasets)
-    if not d.prompt_buckets or list(d.prompt_buckets) != sorted({*d.prompt_buckets}) or d.prompt_buckets[0] < 1:
+    if d.prompt_buckets != "auto" and not _ascending(d.prompt_buckets):
         problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
     if d.pool_size < 2:
         problems.append(f"data.pool_size={d.pool_size} must be at least 2")
@@ -196,6 +199,10 @@ def _check_data(config: RunConfig, known: Registries) -> list[str]:
     if d.name in known.datasets - {"synthetic", "goalrank_world"} and not d.manual_dir:
         problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
     return problems
+
+
+def _ascending(sizes: tuple[int, ...]) -> bool:
+    return bool(sizes) and list(sizes) == sorted({*sizes}) and sizes[0] >= 1
 
 
 def _check_own_data(config: RunConfig) -> list[str]:

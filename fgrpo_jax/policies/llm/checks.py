@@ -52,11 +52,7 @@ def _check_longest(encode: Callable, dataset: Dataset, how_many: int = 16) -> No
     for name, split in dataset.splits.items():
         if dataset.sampled_negatives and name == "train":
             continue
-        encode(heapq.nlargest(how_many, split, key=_characters))
-
-
-def _characters(example: RankingExample) -> int:
-    return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+        encode(heapq.nlargest(how_many, split, key=prompts.characters))
 
 
 def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:

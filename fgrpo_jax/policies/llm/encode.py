@@ -47,8 +47,7 @@ def encode(
     cannot tell two candidates apart.
     """
     t = config.transcript
-    texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in examples]
-    tokens = prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
+    tokens = prompt_tokens(config, tokenizer, kind, instruction, examples)
     size = max(bucket(len(ids), config.data.prompt_buckets, e.query_id) for ids, e in zip(tokens, examples))
     names = [_identifiers(grammar, tokenizer, t.identifier, known, e) for e in examples]
     n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
@@ -65,6 +64,15 @@ def encode(
             identifiers[i, j, : len(name)] = name
     lengths = np.array([len(ids) for ids in tokens], np.int32)
     return Query(prompt, lengths, identifiers, relevance, n_candidates)
+
+
+def prompt_tokens(
+    config: Config, tokenizer, kind: str, instruction: str, examples: Sequence[RankingExample]
+) -> list[list[int]]:
+    """Token ids of the examples' prompts. Raises DataError naming the query, see `prompts.encode_prompts`."""
+    t = config.transcript
+    texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in examples]
+    return prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
 
 
 def _identifiers(

@@ -47,6 +47,11 @@ def render(example: RankingExample, kind: str, instruction: str, identifier: str
     return "\n".join([*lines, slate_open])
 
 
+def characters(example: RankingExample) -> int:
+    """Of all texts: which prompts are long, without encoding them."""
+    return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+
+
 def encode_prompts(tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered prompts, encoded in one call; no special tokens are added.
 

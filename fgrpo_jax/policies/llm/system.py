@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fgrpo_jax.config import Config, StageConfig
 from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.policies.llm import buckets
+from fgrpo_jax.policies.llm.encode import prompt_tokens
 from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec
 from fgrpo_jax.policies.llm.policy import make
 from fgrpo_jax.policies.llm.validation import problems
-from fgrpo_jax.types import Policy, Selection
+from fgrpo_jax.types import Policy, RankingExample, Selection
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
@@ -26,7 +29,23 @@ def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str
     tokenizer = load_tokenizer(config, dataset, run_dir)
     spec = make_spec(config.model, len(tokenizer), run_dir)
     kind, instruction = (dataset.kind, dataset.instruction) if dataset else ("", "")
-    return {StageConfig().policy: make(config, spec, tokenizer, kind, instruction, run_dir)}
+    used = buckets.resolve(config, prompt_lengths(config, tokenizer, kind, instruction), dataset, run_dir)
+    policy = make(used, spec, tokenizer, kind, instruction, run_dir)
+    if used != config:
+        policy = policy._replace(files=buckets.recorded(policy.files, used.data.prompt_buckets))
+    return {StageConfig().policy: policy}
+
+
+def prompt_lengths(config: Config, tokenizer, kind: str, instruction: str) -> buckets.Lengths:
+    """In tokens, of examples in the order in which they show their candidates."""
+
+    def lengths(examples: Sequence[RankingExample]) -> list[int]:
+        return [
+            len(ids)
+            for ids in prompt_tokens(config, tokenizer, kind, config.prompt.instruction or instruction, examples)
+        ]
+
+    return lengths
 
 
 def selections(config: Config, policies: dict[str, Policy]) -> dict[str, Selection]:
