@@ -18,7 +18,7 @@ LAYERS = (
     ("algorithm", "models", "data"),
     ("policies", "evaluation"),
     ("run", "bench"),
-    ("train", "eval", "export"),
+    ("train", "eval", "export", "data.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # These take numbers, never a config.
@@ -62,11 +62,12 @@ def imported(nodes):
 
 
 def level(module):
-    return LEVEL[module.split(".")[0]]
+    """Of its name, or of the package that it is in."""
+    return LEVEL[module if module in LEVEL else module.split(".")[0]]
 
 
 def test_every_module_has_a_layer():
-    assert {name.split(".")[0] for name in SOURCES} == set(LEVEL)
+    assert {name.split(".")[0] for name in SOURCES} == set(LEVEL) - {"data.__main__"}
 
 
 @pytest.mark.parametrize("module", SOURCES)

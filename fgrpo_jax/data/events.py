@@ -205,7 +205,7 @@ def _time_notes(rows: _Rows) -> list[Note]:
     if backwards.any():
         count = len(np.unique(rows.user[in_file][1:][backwards]))
         notes.append(
-            Note("time", f"rows of {count:,} of {len(rows.users):,} users are not in order of time: they were sorted")
+            Note("data", f"rows of {count:,} of {len(rows.users):,} users are not in order of time: they were sorted")
         )
     return notes
 

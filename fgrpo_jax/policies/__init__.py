@@ -14,7 +14,10 @@ from fgrpo_jax.config import RunConfig
 
 if TYPE_CHECKING:
     from fgrpo_jax.data.datasets import Dataset
+    from fgrpo_jax.policies.llm.preview import Preview
     from fgrpo_jax.types import Policy, Selection
+
+_PREVIEWS = {"llm": "fgrpo_jax.policies.llm.preview"}  # of the systems that read text
 
 
 def _of(config: RunConfig) -> Any:
@@ -34,6 +37,13 @@ def make(config: RunConfig, dataset: Dataset | None, run_dir: Path) -> dict[str,
 def problems(config: RunConfig) -> list[str]:
     """What is impossible in the settings of the system's own, each with what to change."""
     return _of(config).problems(config)
+
+
+def preview(config: RunConfig, dataset: Dataset, count: int) -> Preview | None:
+    """What its policies would be shown of `count` training queries, as text; None where they read no text."""
+    if config.SYSTEM not in _PREVIEWS:
+        return None
+    return importlib.import_module(_PREVIEWS[config.SYSTEM]).preview(config, dataset, count)
 
 
 def learned_rewards(config: RunConfig) -> frozenset[str]:

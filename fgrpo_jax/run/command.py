@@ -19,7 +19,7 @@ from fgrpo_jax.run.validation import check_types
 DEFAULT = Path(__file__).parents[2] / "configs" / "synthetic.py"
 
 
-def parse_training(argv: list[str], description: str) -> RunConfig:
+def parse_training(argv: list[str], description: str, prog: str = "train.py") -> RunConfig:
     """The configuration: a file's `get_config()` (first argument; else DEFAULT), overridden by flags.
 
     Raises ConfigError for a file that cannot be read; exits as tyro does for flags.
@@ -29,7 +29,7 @@ def parse_training(argv: list[str], description: str) -> RunConfig:
         path = Path(rest.pop(0))
     default = load_file(path)
     check_types(default)
-    return tyro.cli(type(default), default=default, args=rest, prog="train.py", description=description)
+    return tyro.cli(type(default), default=default, args=rest, prog=prog, description=description)
 
 
 @dataclasses.dataclass(frozen=True)

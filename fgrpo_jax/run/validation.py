@@ -98,6 +98,12 @@ def check_types(config: RunConfig) -> None:
     _refuse(wrong_types(config))
 
 
+def check_data(config: RunConfig, known: Registries) -> None:
+    """As `validate`, of what reading and judging data need, `data` and `eval`, and of the types of all fields."""
+    check_types(config)
+    _refuse(_check_data(config, known) + _check_own_data(config) + _check_eval(config.eval, known))
+
+
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
     d, problems = config.data, _check_data(config, known)

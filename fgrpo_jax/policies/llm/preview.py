@@ -1,0 +1,61 @@
+"""What a language model would be shown and would imitate, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fgrpo_jax.config import Config, StageConfig
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.policies.llm import buckets, prompts, targets, tokenizers
+from fgrpo_jax.policies.llm.encode import encode
+from fgrpo_jax.policies.llm.policy import make_grammar
+from fgrpo_jax.policies.llm.system import prompt_lengths
+from fgrpo_jax.types import RankingExample
+
+
+class Preview(NamedTuple):
+    """lengths: of sampled training prompts, in tokens. longest: that may occur. buckets: that "auto" chooses.
+    shown: prompts and their target transcripts, as text."""
+
+    lengths: list[int]
+    longest: int
+    buckets: tuple[int, ...]
+    shown: list[tuple[str, str]]
+
+
+def preview(config: Config, dataset: Dataset, count: int) -> Preview:
+    """Raises ConfigError and DataError as the start of a training does: for a tokenizer, a text, a pool."""
+    tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+    instruction = config.prompt.instruction or dataset.instruction
+    lengths, longest = buckets.measure(
+        config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
+    )
+    chosen = buckets.choose(lengths, longest)
+    examples = make_batches(dataset, config, "preview", StageConfig(batch_queries=count)).batch_at(0)
+    used = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=chosen))
+    grammar = make_grammar(config, tokenizer)
+    query = encode(used, grammar, tokenizer, dataset.kind, instruction, {}, examples)
+    slate, ranking = targets.target_lists(grammar, query, jax.random.key(config.seed), config.sft.target.fill)
+    shown = [
+        (
+            prompts.render(e, dataset.kind, instruction, config.transcript.identifier, config.transcript.slate_open),
+            _transcript(config, e, np.asarray(slate[i, 0]), np.asarray(ranking[i, 0])),
+        )
+        for i, e in enumerate(examples)
+    ]
+    return Preview(lengths, longest, chosen, shown)
+
+
+def _transcript(config: Config, example: RankingExample, slate_N: np.ndarray, ranking_K: np.ndarray) -> str:
+    """What follows the prompt."""
+    t = config.transcript
+    names = prompts.identifier_texts(example, t.identifier)
+    # Names of the catalogue are tokens, and stand beside each other with nothing between them.
+    between = t.separator or " | "
+    slate, ranking = (between.join(names[i] for i in items if i >= 0) for items in (slate_N, ranking_K))
+    return f"{slate}{t.slate_close}{ranking}{t.rank_close}"

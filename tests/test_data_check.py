@@ -1,0 +1,118 @@
+"""`python -m fgrpo_jax.data check`: what it prints of each kind of data set, and what it refuses."""
+
+import re
+
+import pytest
+from test_interactions import logs
+from test_ir import collection
+from tiny import changed, config_file, tiny_config, write_world
+
+from fgrpo_jax import policies
+from fgrpo_jax.config import Config
+from fgrpo_jax.config_files import load_file
+from fgrpo_jax.data import datasets
+from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.policies.llm import prompts
+from fgrpo_jax.policies.ranker.config import RankerConfig
+from fgrpo_jax.run import data_check
+
+
+def check(capsys, *flags):
+    code = data_check.main(["check", *map(str, flags)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def flags(folder, name, *more):
+    here = ("--data.manual-dir", folder, "--data.prepared-dir", folder / "prepared", "--data.name", name)
+    return (*here, "--data.prompt-buckets", "auto", *more)
+
+
+def test_interactions(tmp_path, capsys):
+    logs(tmp_path, users=24, time=lambda u, n: n // 2)
+    code, out, err = check(capsys, *flags(tmp_path, "interactions", "--data.interactions.text", "text", "genre"))
+    assert code == 0 and not err
+    assert "note: 96 of 168 neighbours of a user (57.1%) have equal times" in out
+    table = [line.split() for line in out.splitlines() if line.startswith(("train", "validation", "test"))]
+    assert [row[:4] for row in table] == [
+        ["train", "120", "1", "1"],
+        ["validation", "24", "20", "1"],
+        ["test", "24", "20", "1"],
+    ]
+    assert [row[-1] for row in table] == ["1-3-5", "6", "7"]
+    assert re.search(r"^covisitation +\d+\.\d +\d+\.\d +\d+\.\d$", out, re.M)
+    assert "retrieval: no first stage has scored these pools" in out
+    assert "suspicions\ntime: 96 of 168 neighbours" in out
+    assert (
+        "half up to 27, nine tenths up to 29, the longest that may occur 34" in out
+        and "--data.prompt-buckets 32 40" in out
+    )
+
+
+def test_ir(tmp_path, capsys):
+    collection(tmp_path)
+    small = (
+        "--transcript.slate-min",
+        1,
+        "--transcript.rank-min",
+        1,
+        "--transcript.slate-max",
+        4,
+        "--transcript.rank-max",
+        4,
+    )
+    code, out, err = check(capsys, *flags(tmp_path, "ir", "--data.pool-size", 4, *small))
+    assert code == 2 and "the tokenizer has no token for 'Question: " in err  # questions are no catalogue
+    assert "note: train: 0 of 4 pools hold nothing relevant; of 20 relevant documents 4 are missed" in out
+    assert "covisitation: needs items shared between queries" in out and "2 queries of validation, percent" in out
+    assert re.search(r"^train +4 +4 +4 +0\.0% +20\.0% +0$", out, re.M)
+
+
+@pytest.mark.parametrize("system", [Config, RankerConfig])
+def test_prompts_are_those_of_the_policy(tmp_path, capsys, system):
+    write_world(tmp_path)
+    config = tiny_config(tmp_path, tmp_path / "prepared", tmp_path / "run", sft_steps=2)
+    if system is RankerConfig:
+        config = RankerConfig(data=config.data)
+    code, out, err = check(capsys, config_file(config, tmp_path / "config.py"))
+    assert code == 0 and not err
+    if system is RankerConfig:
+        assert out.splitlines()[-3] == "a ranker reads items, not text: there are none"
+        return
+    dataset = datasets.load(config.data)
+    seen = policies.preview(config, dataset, 3)
+    for example, (prompt, transcript) in zip(
+        make_batches(dataset, config, "preview", config.sft).batch_at(0), seen.shown
+    ):
+        assert prompt == prompts.render(example, "recommendation", dataset.instruction, "text", "<SLATE>")
+        assert f"{prompt}\n--- its target, with fill: {transcript}" in out
+        slate, ranking = transcript.removesuffix("</RANK>").split("</SLATE><RANK>")
+        gains = dict(zip([text for _, text in example.candidates], example.relevance))
+        ranked = [gains[text] for text in ranking.split(" | ")]
+        assert set(ranking.split(" | ")) <= set(slate.split(" | ")) <= set(gains) and len(slate.split(" | ")) == 3
+        assert ranked == sorted(gains.values(), reverse=True)[:2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "error: give the command: python -m fgrpo_jax.data check"),
+        (["look"], "error: give the command: python -m fgrpo_jax.data check"),
+        (["check", "nowhere.py"], "error: no config file at nowhere.py"),
+        (["check", "--data.name", "ir"], "data.name='ir' reads files: set data.manual_dir"),
+        (["check", "--data.name", "ir", "--data.manual-dir", "/nowhere"], "data.manual_dir=/nowhere is not a folder"),
+        (["check", "--data.interactions.targets", "2"], "data.name='synthetic' does not read it"),
+    ],
+)
+def test_what_is_refused(arguments, message, capsys):
+    assert data_check.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_rest_of_a_configuration_does_not_matter(tmp_path, capsys):
+    """Steps, batches and the like are for training to refuse."""
+    write_world(tmp_path)
+    config = tiny_config(tmp_path, tmp_path / "prepared", tmp_path / "run")
+    path = config_file(changed(config, {"rl.group_size": 1, "sft.steps": 0, "rl.steps": 0}), tmp_path / "config.py")
+    assert load_file(path).rl.steps == 0
+    assert check(capsys, path)[0] == 0
