@@ -18,7 +18,7 @@ LAYERS = (
     ("algorithm", "models", "data"),
     ("policies", "evaluation"),
     ("run", "bench"),
-    ("train", "eval", "export", "data.__main__"),
+    ("train", "eval", "export", "rank", "data.__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # These take numbers, never a config.
@@ -107,10 +107,10 @@ def test_the_config_does_not_import_jax():
     assert not modules_after("import fgrpo_jax.config") & {"jax", "flax", "numpy", "transformers"}
 
 
-@pytest.mark.parametrize("program", ["train", "eval"])
-def test_help_does_not_import_jax(program):
+@pytest.mark.parametrize("run", ["run_path('train.py'", "run_path('eval.py'", "run_module('fgrpo_jax.rank'"])
+def test_help_does_not_import_jax(run):
     """Nor anything else that takes long: it answers before the program's own imports."""
-    run = f"runpy.run_path('{program}.py', run_name='__main__')"
+    run = f"runpy.{run}, run_name='__main__')"
     code = f"import runpy\nsys.argv[1:] = ['--help']\ntry: {run}\nexcept SystemExit: pass"
     assert not modules_after(code) & {"jax", "flax", "transformers", "tensorflow_datasets"}
 

@@ -165,11 +165,13 @@ def evaluation_examples(dataset: Dataset, cfg: RunConfig, split: str) -> list[Ra
             f"data set {dataset.name!r} has no split {split!r}, only {', '.join(dataset.splits)}: "
             "put its raw file into data.manual_dir, or choose another split"
         )
-    examples = []
-    for example in dataset.splits[split]:
-        order = generator(cfg.seed, "evaluation", example.query_id).permutation(len(example.candidates))
-        examples.append(_arranged(example, order, example.history[-cfg.data.history_max :]))
-    return examples
+    return [shown(example, cfg)[0] for example in dataset.splits[split]]
+
+
+def shown(example: RankingExample, cfg: Config) -> tuple[RankingExample, np.ndarray]:
+    """A query as an evaluation shows it to a policy, and which candidate each place shows, [C]."""
+    order = generator(cfg.seed, "evaluation", example.query_id).permutation(len(example.candidates))
+    return _arranged(example, order, example.history[-cfg.data.history_max :]), order
 
 
 def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, ...]) -> RankingExample:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,7 @@ def read(path: Path) -> tuple[list[RankingExample], list[str]]:
     rows, problems, lines = [], [], {}
     with open_raw(path) as file:
         for number, line in enumerate(file, 1):
-            reasons: list[str] = []
-            value = _parse(line, reasons)
-            row = None if reasons else _example(value, reasons)
+            row, reasons = read_line(line)
             if row is not None and lines.setdefault(row.query_id, number) != number:
                 reasons.append(f"query_id {row.query_id!r} was already used in line {lines[row.query_id]}")
             if reasons:
@@ -105,6 +104,25 @@ def read(path: Path) -> tuple[list[RankingExample], list[str]]:
     if not rows and not problems:
         problems.append(f"  {path}, line 1: the file is empty")
     return rows, problems
+
+
+def read_line(line: bytes, judged: bool = True) -> tuple[RankingExample | None, list[str]]:
+    """The row that a line holds, or None and every reason why it is malformed.
+
+    judged: whether `relevance` must be there; without it no candidate is relevant.
+    """
+    reasons: list[str] = []
+    value = _parse(line, reasons)
+    return None if reasons else _example(value, reasons, judged), reasons
+
+
+def example_of(value: dict[str, Any]) -> RankingExample:
+    """The query that an object says, perhaps unjudged. Raises DataError with every reason why it is malformed."""
+    reasons: list[str] = []
+    row = _example(value, reasons, judged=False)
+    if row is None:
+        raise DataError("; ".join(reasons))
+    return row
 
 
 def _parse(line: bytes, reasons: list[str]) -> Any:
@@ -122,9 +140,9 @@ def _parse(line: bytes, reasons: list[str]) -> Any:
     return value
 
 
-def _example(value: dict[str, Any], reasons: list[str]) -> RankingExample | None:
+def _example(value: dict[str, Any], reasons: list[str], judged: bool) -> RankingExample | None:
     """The row, or None after adding every reason why it is malformed."""
-    if missing := [name for name in REQUIRED if name not in value]:
+    if missing := [name for name in REQUIRED if name not in value and (judged or name != "relevance")]:
         reasons.append(f"missing field(s) {', '.join(missing)}")
     if unknown := [name for name in value if name not in REQUIRED + OPTIONAL]:
         reasons.append(f"unknown field(s) {', '.join(unknown)}")
@@ -142,7 +160,8 @@ def _example(value: dict[str, Any], reasons: list[str]) -> RankingExample | None
     if candidates is not None:
         _check_pool(candidates, reasons)
     size = len(value["candidates"]) if isinstance(value["candidates"], list) else None
-    relevance = _numbers("relevance", value["relevance"], size, "candidates", reasons)
+    unjudged = [0.0] * (size or 0)
+    relevance = _numbers("relevance", value.get("relevance", unjudged), size, "candidates", reasons)
     if reasons:
         return None
     more = _for_rankers(value, [item for item, _ in candidates], reasons)
@@ -197,8 +216,8 @@ def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:
     if not candidates:
         reasons.append("candidates is empty")
     for part, name in enumerate(("id", "text")):
-        values = [item[part] for item in candidates]
-        if twice := next((v for n, v in enumerate(values) if v in values[:n]), None):
+        counts = Counter(item[part] for item in candidates)
+        if twice := next((value for value, count in counts.items() if count > 1), None):
             reasons.append(f"two candidates have the {name} {twice!r}")
 
 

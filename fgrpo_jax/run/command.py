@@ -1,4 +1,4 @@
-"""The command lines of train.py and eval.py. Nothing here imports JAX, so that `--help` is quick."""
+"""The command lines of train.py, eval.py and fgrpo_jax.rank. Nothing here imports JAX, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fgrpo_jax.errors import UserError
 from fgrpo_jax.files import path_of
 from fgrpo_jax.run.validation import check_types
 
+MAX_CANDIDATES = 256  # of a query that is ranked: attention over a pool grows with its square
 DEFAULT = Path(__file__).parents[2] / "configs" / "synthetic.py"
 
 
@@ -73,6 +74,38 @@ def parse_evaluation(argv: list[str], description: str) -> tuple[Path, Arguments
     default = Arguments(split="", compare=(), data=source_of_data(config), eval=config.eval, mesh=config.mesh)
     prog = "eval.py RUN_DIR"
     return run_dir, tyro.cli(Arguments, default=default, args=argv, prog=prog, description=description)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankArguments:
+    stage: str
+    """A finished stage, or a selection that the evaluation has a row of; empty: the last finished stage."""
+    samples: int
+    """Lists that are drawn for every query, beside the greedy one."""
+    seed: int
+    """Of what is drawn, with the place of a line and batch_queries."""
+    batch_queries: int
+    """Lines computed at once: output comes when so many were read, or the input ended."""
+    max_candidates: int
+    """A line with more is in error."""
+    mesh: MeshConfig
+
+
+def parse_ranking(argv: list[str], description: str) -> tuple[str, str, RankArguments]:
+    """The run directory, the file of queries, and the arguments over the run's own configuration."""
+    paths, config = ("RUN_DIR", "QUERIES"), Config()
+    if len(argv) > 1 and not any(text.startswith("-") and text != "-" for text in argv[:2]):
+        from fgrpo_jax.run.directory import read_config  # slow to import, and help needs none of it
+
+        paths, argv = (argv[0], argv[1]), argv[2:]
+        config = read_config(path_of(paths[0]))
+    elif not {"-h", "--help"} & set(argv):
+        raise ConfigError(
+            "give the run directory and the queries first: python -m fgrpo_jax.rank RUN_DIR queries.jsonl"
+        )
+    default = RankArguments("", 0, 0, config.eval.batch_queries, MAX_CANDIDATES, config.mesh)
+    prog = "python -m fgrpo_jax.rank RUN_DIR QUERIES"
+    return *paths, tyro.cli(RankArguments, default=default, args=argv, prog=prog, description=description)
 
 
 def source_of_data(config: RunConfig) -> Judged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgrpo_jax.config import ConfigError, RunConfig
+from fgrpo_jax.data.datasets import Dataset, builder_class
 from fgrpo_jax.run import directory
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment
@@ -24,6 +25,15 @@ def source_of(config: RunConfig, run_dir: Path, name: str) -> tuple[Path, str] |
     start = start_of(config, name)
     place = place_of(config, run_dir, start) if start else None
     return (place, start) if place else None
+
+
+def prompts_of(config: RunConfig, run_dir: Path) -> Dataset:
+    """What a finished run's policies must know of its data to be shown new queries: how prompts are made; no split.
+
+    Raises ConfigError where nothing was trained in the run directory.
+    """
+    name = config.data.name
+    return Dataset(name, directory.read_kind(run_dir), builder_class(name).instruction, (), {}, False, {})
 
 
 def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:

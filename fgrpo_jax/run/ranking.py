@@ -1,0 +1,292 @@
+"""Rank new queries with a finished run: what its evaluation would write of them, and how sure the policy is.
+
+    ranker = Ranker.open("runs/synthetic")
+    ranked = ranker.rank("who wrote the song?", candidates=[("p1", "First passage."), ("p2", "Second.")])
+    ranked.ranking, ranked.logp["rank"]
+
+Queries are shown as an evaluation shows them: the candidates in an order drawn from (the run's seed, query id),
+the newest items of the history. So a query with its id of the evaluation gets the lists that eval.py wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fgrpo_jax import policies, shards
+from fgrpo_jax.config import ConfigError, MeshConfig, RunConfig
+from fgrpo_jax.data import jsonl
+from fgrpo_jax.data.batches import shown
+from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.evaluation.evaluate import DIGITS
+from fgrpo_jax.files import path_of
+from fgrpo_jax.run import directory, sharding
+from fgrpo_jax.run import experiment as experiments
+from fgrpo_jax.run.command import MAX_CANDIDATES
+from fgrpo_jax.run.experiment import Experiment, random_key
+from fgrpo_jax.run.finished import best_params, place_of, prompts_of
+from fgrpo_jax.stages import stages
+from fgrpo_jax.types import PHASES, TRAINED, Lists, Policy, PyTree, RankingExample, Rollout
+
+Item = tuple[str, str] | str  # (id, text), or what is both
+
+
+class Ranked(NamedTuple):
+    """What a policy wrote for a query. A phase that broke a rule (`outcome`) does not count.
+
+    slate, ranking: ids of candidates; slate_index, ranking_index: their places in the query's own order.
+    logp: natural log-probabilities of the choices in "slate" and "rank", and their "total"; None of a method
+        that is no distribution over lists. Where there was one choice only nothing is added.
+    samples: further lists, drawn from the policy.
+    """
+
+    query_id: str
+    slate: tuple[str, ...]
+    ranking: tuple[str, ...]
+    slate_index: tuple[int, ...]
+    ranking_index: tuple[int, ...]
+    outcome: str
+    logp: dict[str, float] | None
+    samples: tuple[Ranked, ...] = ()
+
+
+class Method(NamedTuple):
+    """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
+
+    policy: that encodes the queries. params: what the functions take; table: their Params.
+    sampled: (lists of a query) -> (params, {}, query, key) -> (Rollout, Lists).
+    """
+
+    name: str
+    policy: Policy
+    params: PyTree
+    table: PyTree
+    greedy: Callable
+    sampled: Callable[[int], Callable] | None
+
+
+class Ranker:
+    """A finished stage that ranks queries; compiled once for each shape of a batch.
+
+    batch_queries: queries that are computed at once; fewer are filled up with one of them.
+    max_candidates: of a query; more are refused.
+    """
+
+    def __init__(self, experiment: Experiment, method: Method, batch_queries: int, max_candidates: int):
+        parts = sharding.query_shards(experiment.mesh)
+        self.batch_queries = -(-batch_queries // parts) * parts
+        self.name = method.name
+        self._single = parts  # the least that the mesh computes
+        self._experiment, self._method, self._max_candidates = experiment, method, max_candidates
+        self._greedy = _program(experiment, method.table, method.greedy)
+        self._sampled = functools.cache(lambda count: _program(experiment, method.table, method.sampled(count)))
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | Path,
+        stage: str = "",
+        batch_queries: int = 0,
+        max_candidates: int = MAX_CANDIDATES,
+        mesh: MeshConfig | None = None,
+    ) -> Ranker:
+        """The ranker of a run directory.
+
+        stage: a finished stage, or a selection of the evaluation (`mg_e`); "": the last finished one of the run.
+        batch_queries: 0: the run's eval.batch_queries. mesh: None: the run's own.
+        Raises ConfigError for what is no run, or has no such stage that is finished.
+        """
+        run_dir = path_of(run_dir)
+        config = directory.read_config(run_dir)
+        config = dataclasses.replace(config, mesh=mesh or config.mesh)
+        if batch_queries < 0 or max_candidates < 1:
+            raise ConfigError(f"batch_queries={batch_queries} and max_candidates={max_candidates} must be positive")
+        finished = _finished(config, run_dir)
+        stage = stage or _last(config, run_dir, finished)
+        experiment = experiments.assemble(config, prompts_of(config, run_dir), run_dir)
+        method = _method(experiment, finished, stage)
+        return cls(experiment, method, batch_queries or config.eval.batch_queries, max_candidates)
+
+    def rank(
+        self,
+        query: str = "",
+        candidates: Sequence[Item] = (),
+        history: Sequence[Item] = (),
+        query_id: str = "query",
+        samples: int = 0,
+        seed: int = 0,
+    ) -> Ranked:
+        """One query, in a program for one query (for one on every shard of the mesh).
+
+        candidates, history: (id, text) pairs, or strings that are both; the history oldest first.
+        Raises DataError for a query that is malformed, or that the run cannot read.
+        """
+        said = {"query_id": query_id, "query": query, "candidates": _items(candidates), "history": _items(history)}
+        (found,) = self._batch([jsonl.example_of(said)], self._single, samples, seed, 0)
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def rank_batch(
+        self, queries: Sequence[Mapping[str, Any]], samples: int = 0, seed: int = 0
+    ) -> list[Ranked | DataError]:
+        """Queries as in the lines of a JSONL, without relevance; a DataError in the place of each that is unusable."""
+        rows: list[RankingExample | DataError] = []
+        for query in queries:
+            try:
+                rows.append(jsonl.example_of(query))
+            except DataError as error:
+                rows.append(error)
+        size = self.batch_queries
+        parts = range(0, len(rows), size)
+        return [one for at in parts for one in self.rank_rows(rows[at : at + size], samples, seed, at // size)]
+
+    def rank_rows(
+        self, rows: Sequence[RankingExample | DataError], samples: int = 0, seed: int = 0, number: int = 0
+    ) -> list[Ranked | DataError]:
+        """As `rank_batch`, of at most batch_queries rows, the `number`th of a stream; errors stay where they are.
+
+        What is drawn is a function of (seed, number, place in the batch, batch_queries).
+        """
+        if len(rows) > self.batch_queries:
+            raise ValueError(f"{len(rows)} rows; a batch has {self.batch_queries}")
+        return self._batch(rows, self.batch_queries, samples, seed, number)
+
+    # ----------------------------------------------------------------- a batch
+
+    def _batch(self, rows: Sequence, size: int, samples: int, seed: int, number: int) -> list[Ranked | DataError]:
+        if samples < 0 or (samples and not self._method.sampled):
+            raise ConfigError(f"samples={samples}: {self.name} makes one list of a query; only generators draw several")
+        found = [row if isinstance(row, DataError) else self._shown(row) for row in rows]
+        query = self._encoded(found, size)
+        if query is None:
+            return found
+        params = self._method.params
+        made = [jax.device_get(self._greedy(params, query))]
+        if samples:
+            key = random_key(seed, self.name, "rank", number)
+            made.append(jax.device_get(self._sampled(samples)(params, query, key)))
+        return [one if isinstance(one, DataError) else self._read(one, made, i) for i, one in enumerate(found)]
+
+    def _shown(self, row: RankingExample) -> tuple[RankingExample, np.ndarray] | DataError:
+        if len(row.candidates) > self._max_candidates:
+            return DataError(
+                f"query {row.query_id!r} has {len(row.candidates)} candidates, more than max_candidates="
+                f"{self._max_candidates}: raise it, or give fewer"
+            )
+        return shown(dataclasses.replace(row, logged=()), self._experiment.config)
+
+    def _encoded(self, found: list, size: int) -> PyTree | None:
+        """The batch on the devices; what cannot be encoded becomes its error in `found`. None: nothing is left."""
+        for _ in range(2):
+            sound = [one[0] for one in found if not isinstance(one, DataError)]
+            if not sound:
+                return None
+            rows = [sound[0] if isinstance(one, DataError) else one[0] for one in found]
+            try:
+                return experiments.encode(self._experiment, self._method.policy, rows + [rows[-1]] * (size - len(rows)))
+            except DataError:
+                found[:] = [one if isinstance(one, DataError) else self._tried(one) for one in found]
+        raise AssertionError("queries that can be encoded one by one cannot be encoded together")
+
+    def _tried(self, one: tuple[RankingExample, np.ndarray]) -> tuple[RankingExample, np.ndarray] | DataError:
+        try:
+            self._method.policy.encode([one[0]])
+        except DataError as error:
+            return error
+        return one
+
+    def _read(self, one: tuple[RankingExample, np.ndarray], made: list, i: int) -> Ranked | DataError:
+        """Row i of the batch: the greedy list and the drawn ones."""
+        listed = [self._listed(*one, lists, logp, i, g) for lists, logp in made for g in range(lists.slate.shape[1])]
+        if not all(math.isfinite(x) for ranked in listed if ranked.logp for x in ranked.logp.values()):
+            return DataError(f"query {one[0].query_id!r}: a log-probability is not finite; its lists mean nothing")
+        return listed[0]._replace(samples=tuple(listed[1:]))
+
+    def _listed(
+        self, example: RankingExample, order: np.ndarray, lists: Lists, logp_BGP: np.ndarray, i: int, g: int
+    ) -> Ranked:
+        slate, ranking = (tuple(int(c) for c in of_all[i, g] if c >= 0) for of_all in (lists.slate, lists.ranking))
+        ids = [item for item, _ in example.candidates]
+        logp = None
+        if self._method.sampled:
+            of_phases = logp_BGP[i, g].astype(np.float64)
+            logp = dict(zip((*PHASES, "total"), (*of_phases, of_phases.sum())))
+            logp = {name: round(float(value), DIGITS) + 0.0 for name, value in logp.items()}
+        return Ranked(
+            example.query_id,
+            *(tuple(ids[c] for c in items) for items in (slate, ranking)),
+            *(tuple(int(order[c]) for c in items) for items in (slate, ranking)),
+            self._method.policy.outcomes[int(lists.outcome[i, g])].name,
+            logp,
+        )
+
+
+# --------------------------------------------------------------------- programs
+
+
+def _program(experiment: Experiment, table: PyTree, decode: Callable) -> Callable:
+    """(params, query, key if it draws) -> (Lists, log-probabilities of both phases [B,G,P])."""
+    of_shard = shards.by_query(experiment.mesh, table, decode)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(experiment.mesh))
+    def program(params: PyTree, query: PyTree, *key: jax.Array) -> tuple[Lists, jax.Array]:
+        rollout, lists = of_shard(params, {}, query, *key)
+        return lists, jnp.zeros((*lists.outcome.shape, len(PHASES))) if rollout is None else _by_phase(rollout)
+
+    return program
+
+
+def _by_phase(rollout: Rollout) -> jax.Array:
+    of_phases = [jnp.where(rollout.phase == label, rollout.logp, 0.0).sum(-1) for label in TRAINED]
+    return jnp.stack(of_phases, -1)
+
+
+# --------------------------------------------------------------------- what a run has to rank with
+
+
+def _finished(config: RunConfig, run_dir: Path) -> dict[str, Path]:
+    """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
+    places = {name: place_of(config, run_dir, name) for name in stages(config)}
+    return {name: place for name, place in places.items() if place and directory.is_done(place, name)}
+
+
+def _last(config: RunConfig, run_dir: Path, finished: dict[str, Path]) -> str:
+    own = [name for name in finished if stages(config)[name].steps]
+    if not own:
+        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
+    return own[-1]
+
+
+def _method(experiment: Experiment, finished: dict[str, Path], name: str) -> Method:
+    """Raises ConfigError for a name that is no finished stage, and no selection among such ones."""
+    config = experiment.config
+    selections = policies.selections(config, experiment.policies)
+    allowed = {other: one for other, one in selections.items() if set(one.stages) <= set(finished)}
+    if name in finished:
+        policy, stage = experiment.policy(name), stages(config)[name]
+        source = policy.sources.get("sampled")
+        sampled = source and (lambda count: source(dataclasses.replace(stage, group_size=count)))
+        params = best_params(experiment, finished[name], name)
+        return Method(name, policy, params, policy.table, policy.greedy, sampled)
+    if name not in allowed:
+        raise ConfigError(f"stage={name!r} is not finished here; choose one of {', '.join([*finished, *allowed])}")
+    of = allowed[name].stages
+    params = {other: best_params(experiment, finished[other], other) for other in of}
+    table = {other: experiment.policy(other).table for other in of}
+    return Method(name, experiment.policy(of[0]), params, table, allowed[name].greedy, None)
+
+
+def _items(items: Sequence[Item]) -> list[dict[str, str]]:
+    pairs = [(item, item) if isinstance(item, str) else tuple(item) for item in items]
+    if odd := next((pair for pair in pairs if len(pair) != 2), None):
+        raise DataError(f"an item is a pair of id and text, or a text that is both, not {odd!r}")
+    return [{"id": item, "text": text} for item, text in pairs]
