@@ -168,7 +168,7 @@ def evaluation_examples(dataset: Dataset, cfg: RunConfig, split: str) -> list[Ra
     return [shown(example, cfg)[0] for example in dataset.splits[split]]
 
 
-def shown(example: RankingExample, cfg: Config) -> tuple[RankingExample, np.ndarray]:
+def shown(example: RankingExample, cfg: RunConfig) -> tuple[RankingExample, np.ndarray]:
     """A query as an evaluation shows it to a policy, and which candidate each place shows, [C]."""
     order = generator(cfg.seed, "evaluation", example.query_id).permutation(len(example.candidates))
     return _arranged(example, order, example.history[-cfg.data.history_max :]), order
