@@ -19,8 +19,9 @@ from fgrpo_jax.run import directory
 from fgrpo_jax.run.experiment import assemble, initial_params
 from fgrpo_jax.run.likelihood import Likelihood
 from fgrpo_jax.run.stage import Stage
+from fgrpo_jax.stages import stages
 
-JUDGES = {f"{name}.steps": 0 for name in ("imitation", "imitation_2", "imitation_3", "goalrank", "grpo", "fgrpo")}
+JUDGES = {f"{name}.steps": 0 for name in stages(RankerConfig()) if name not in ("evaluator", "pointwise")}
 
 
 @pytest.fixture(scope="module", autouse=True)
