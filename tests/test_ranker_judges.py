@@ -92,9 +92,12 @@ def test_list_score():
 def test_likelihood_of_fractions():
     logit = jnp.asarray([-30.0, -1.0, 0.0, 2.0, 20.0])
     p = 1 / (1 + np.exp(-np.float64(logit)))
+    known = jnp.asarray([True, True, False, True, True])
+    among = np.float64(logit) - np.log(np.exp(np.float64(logit))[known].sum())
     for y in (0.0, 0.25, 1.0):
-        expected = y * np.log(p) + (1 - y) * np.log1p(-p)
-        np.testing.assert_allclose(scorers.log_likelihood(logit, y), expected, rtol=1e-4, atol=1e-6)
+        expected = np.where(known, y * np.log(p) + (1 - y) * np.log1p(-p) + y * among, 0)
+        found = scorers.log_likelihood(logit[None, None], jnp.full((1, 1, 5), y), known[None, None])
+        np.testing.assert_allclose(found[0, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_reward_model_expects_a_sum(evaluator):

@@ -149,8 +149,9 @@ def test_likelihood_of_logged_feedback(frozen):
         else:
             logit = pointwise_logits(SMALL, frozen[name], query)
             logit = jnp.take_along_axis(logit[:, None], rollout.actions, -1)
-        p = jax.nn.sigmoid(logit)
+        p, weight = jax.nn.sigmoid(logit), jnp.where(trained, jnp.exp(logit), 0)
         expected = label * jnp.log(p) + (1 - label) * jnp.log(1 - p)
+        expected += label * jnp.log(jnp.exp(logit) / weight.sum((1, 2), keepdims=True))
         np.testing.assert_allclose(logp, jnp.where(trained, expected, 0), rtol=1e-4, atol=1e-5)
 
 

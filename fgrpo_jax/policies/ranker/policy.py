@@ -206,7 +206,7 @@ def make_evaluator(spec: RankerSpec, bias: tuple[str, float] = scorers.UNBIASED)
         trained = rollout.phase != UNTRAINED
         list_BJT = jnp.where(trained, rollout.actions, -1)
         logit = scorers.evaluator_logits(spec, params, query, list_BJT)
-        return jnp.where(trained, scorers.log_likelihood(logit, query.logged_feedback), 0.0)
+        return scorers.log_likelihood(logit, query.logged_feedback, trained)
 
     def greedy(params, frozen, query):
         return as_given(scorers.evaluator_greedy(spec, params, query, spec.list_length, bias), UNTRAINED)
@@ -244,7 +244,7 @@ def make_scorer(spec: RankerSpec, name: str, labels: str = "relevance") -> Parts
     def logprobs(params, frozen, query, rollout):
         logit_BGT = logits_of(params, query, rollout.actions)
         label = query.logged_feedback if labels == "feedback" else (query.relevance > 0)[:, None].astype(jnp.float32)
-        return jnp.where(rollout.phase != UNTRAINED, scorers.log_likelihood(logit_BGT, label), 0.0)
+        return scorers.log_likelihood(logit_BGT, label, rollout.phase != UNTRAINED)
 
     def greedy(params, frozen, query):
         score_B1C = logits(spec, params, query)[:, None]
