@@ -3,11 +3,12 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 
 from fgrpo_jax.data.datasets import Dataset, Note, in_memory
 from fgrpo_jax.evaluation import suspicions
-from fgrpo_jax.evaluation.suspicions import auc, find
+from fgrpo_jax.evaluation.suspicions import auc, find, first
 from fgrpo_jax.types import Missed, RankingExample
 
 N, POOL = 60, 8
@@ -203,9 +204,53 @@ def test_queries_that_two_splits_share():
         ([1, 2, 3], [1, 0, 0], 0.0),
         ([1, 1, 1], [1, 0, 0], 0.5),
         ([3, 1, 2, 0], [0, 2, 1, 0], 0.5),
-        ([1, 2], [0, 0], None),
-        ([1, 2], [1, 1], None),
     ],
 )
 def test_auc(scores, relevance, value):
-    assert auc(scores, relevance) == value
+    assert auc(scores, np.array(relevance) > 0) == value
+
+
+@pytest.mark.parametrize("scores, value", [([3, 2, 1], 1.0), ([1, 2, 0], 0.0), ([2, 2, 1], 0.5), ([1, 1, 1], 1 / 3)])
+def test_the_first_of_a_cue_with_ties_shared_out(scores, value):
+    assert first(scores, np.array([True, False, False])) == value
+
+
+def test_queries_without_both_kinds_of_candidates_are_left_out():
+    def one_kind(rng, e):
+        gain = float(rng.random() < 0.5)
+        return e if rng.random() < 0.3 else dataclasses.replace(e, relevance=(gain,) * POOL)
+
+    assert names(dataset(test=split(1, "test", one_kind))) == []
+
+
+def walks(order):
+    """100 users, a user's five windows one after the other; eight of twenty items each, in some order."""
+    rng, rows = random.Random(0), []
+    for user in range(100):
+        items = [(f"i{n}", f"Item {n}") for n in order(rng, rng.sample(range(20), 8))]
+        for n in range(3, 8):
+            rows.append(RankingExample(f"train-{user:03d}-{n}", "", (items[n],), (1.0,), tuple(items[:n])))
+    return rows
+
+
+@pytest.mark.parametrize("by, named", [(None, False), (lambda n: 7 * n % 20, True), (lambda n: -n, True)])
+def test_a_hidden_order_of_items_is_named(by, named):
+    """Windows of one user count once, or every order would be confirmed by the windows that repeat it."""
+
+    def order(rng, items):
+        return items if by is None else sorted(items, key=by)
+
+    made = dataset(walks(order), sampled_negatives=True)
+    assert names(made) == ["fixed_order"] * named
+
+
+def test_half_of_the_answers_inserted_below_what_was_retrieved_are_seen_at_the_end():
+    """As on closed pools whose other targets were retrieved well: the AUC of the reversed order is a half."""
+
+    def half(rng, e):
+        best, *_ = (place for place, gain in enumerate(e.relevance) if gain)
+        scores = [score + 5 * (gain > 0) for score, gain in zip(e.retrieval, e.relevance)]
+        scores[best] = -10.0
+        return dataclasses.replace(e, retrieval=tuple(scores))
+
+    assert names(dataset(test=split(1, "test", half))) == ["reversed_retrieval"]

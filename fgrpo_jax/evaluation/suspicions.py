@@ -3,8 +3,8 @@
     find(dataset, examples, scores) -> one Suspicion for each rule that applies
 
 `examples` are queries of an evaluation split with their frozen pools, in the frozen order. A cue scores candidates;
-how well it finds the answers is its AUC: the chance that a relevant candidate of a pool scores above another one, ties
-half, mean over queries; 0.5 knows nothing. All of it is deterministic.
+how well it finds the answers is its AUC, the chance that a relevant candidate of a pool scores above another one, and
+its precision at 1, both with ties shared out, mean over queries. All of it is deterministic.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.evaluation.baselines.covisitation import sequences
 from fgrpo_jax.types import RankingExample
 
 FEWEST = 20  # queries, and pairs of items, below which nothing is said
-AUC = 0.85  # from which a cue gives the answers away
+AUC = 0.85  # from which a cue gives the answers away (0.5 by chance)
+FIRST = 0.75  # the same of precision at 1, where 0 is chance and 1 always
+MET, SAME_ORDER, NEAR = 3, 0.95, 3  # times that two items met within NEAR places; share in one order
 ORDERED = 0.8  # share of neighbours in order from which a sequence follows its ids
 SAME_PLACE = 0.5  # share of queries whose answers lie in one place of the pool
 AHEAD = 0.1  # of random, from which popularity is said to win
@@ -39,6 +42,7 @@ def find(
     found = [
         *(Suspicion("time", note.text) for note in dataset.notes if note.about == "time"),
         *order_by_id(examples),
+        *fixed_order(dataset),
         *duplicates(dataset),
         *same_place(examples),
         *popularity(scores, metric),
@@ -70,6 +74,24 @@ def order_by_id(examples: Sequence[RankingExample]) -> list[Suspicion]:
     order = "ascend" if share > 0.5 else "descend"
     text = f"in {max(share, 1 - share):.1%} of {pairs:,} pairs of items taken one after the other the ids {order}"
     return [Suspicion("order_by_id", f"{text}: the order may be that of the ids, not of time")]
+
+
+def fixed_order(dataset: Dataset) -> list[Suspicion]:
+    """Whether items that meet in several training sequences meet in one order: a hidden one, of ids or of names."""
+    if dataset.kind != "recommendation":
+        return []
+    met: Counter[tuple[str, str]] = Counter()
+    for walk in sequences(dataset.splits.get("train", ())):
+        pairs = (walk[i : i + 1] + (later,) for i in range(len(walk)) for later in walk[i + 1 : i + 1 + NEAR])
+        met.update({pair for pair in pairs if pair[0] != pair[1]})
+    often = {(a, b): met[a, b] + met[b, a] for a, b in met if a < b or (b, a) not in met}
+    often = {pair: count for pair, count in often.items() if count >= MET}
+    agreed = sum(max(met[a, b], met[b, a]) for a, b in often)
+    if len(often) < FEWEST or agreed < SAME_ORDER * sum(often.values()):
+        return []
+    text = f"{len(often):,} pairs of items that met {MET} times or more did so in one order, but for"
+    share = f"{text} {1 - agreed / sum(often.values()):.1%} of times"
+    return [Suspicion("fixed_order", f"{share}: sequences may be sorted by something that is not time")]
 
 
 def duplicates(dataset: Dataset) -> list[Suspicion]:
@@ -136,20 +158,31 @@ def popularity(scores: Mapping[str, float], metric: str) -> list[Suspicion]:
 
 
 def gives_away(name: str, cue: Cue, text: str, examples: Sequence[RankingExample]) -> list[Suspicion]:
-    values = [auc(score, example.relevance) for example in examples if (score := cue(example)) is not None]
-    known = [value for value in values if value is not None]
-    if len(known) < FEWEST or (mean := float(np.mean(known))) < AUC:
+    known = []
+    for example in examples:
+        score, relevant = cue(example), np.asarray(example.relevance) > 0
+        if score is not None and relevant.any() and not relevant.all():
+            known.append((auc(score, relevant), first(score, relevant), relevant.mean()))
+    if len(known) < FEWEST:
         return []
-    return [Suspicion(name, f"{text} finds the answers: AUC {mean:.2f} in {len(known):,} queries (0.5 by chance)")]
+    above, precise, chance = np.mean(known, 0).tolist()
+    if above < AUC and precise - chance < FIRST * (1 - chance):
+        return []
+    text = f"{text} finds the answers: AUC {above:.2f} (0.5 by chance), precision at 1 {precise:.2f} ({chance:.2f})"
+    return [Suspicion(name, f"{text}, in {len(known):,} queries")]
 
 
-def auc(scores: Sequence[float], relevance: Sequence[float]) -> float | None:
-    """None for a pool without both kinds of candidates."""
-    score, relevant = np.asarray(scores, np.float64), np.asarray(relevance) > 0
-    if relevant.all() or not relevant.any():
-        return None
+def auc(scores: Sequence[float], relevant: np.ndarray) -> float:
+    """Of a pool with both kinds of candidates."""
+    score = np.asarray(scores, np.float64)
     difference = score[relevant][:, None] - score[~relevant][None]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def first(scores: Sequence[float], relevant: np.ndarray) -> float:
+    """The share of relevant candidates among those with the best score."""
+    score = np.asarray(scores, np.float64)
+    return float(relevant[score == score.max()].mean())
 
 
 def _ids(example: RankingExample) -> list[int] | None:
