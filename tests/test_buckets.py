@@ -13,9 +13,10 @@ from fgrpo_jax import policies
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples, make_batches
-from fgrpo_jax.data.datasets import Dataset, in_memory
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.policies.llm import buckets
 from fgrpo_jax.run import directory
+from fgrpo_jax.run.sharding import make_mesh
 from fgrpo_jax.types import RankingExample
 
 
@@ -107,3 +108,17 @@ def test_a_run_keeps_its_buckets(run, tmp_path):
         ConfigError, match="prompt_buckets.json holds no prompt buckets: restore it, or set data.prompt"
     ):
         policies.make(config, dataset, tmp_path)
+
+
+def test_queries_are_checked_with_the_history_that_is_shown(tmp_path):
+    """Data may hold more of it than prompts do."""
+    rows = [RankingExample(f"q{n}", "", ITEM[:6], (1.0,) + (0.0,) * 5, ITEM[6:20]) for n in range(3)]
+    splits = {"train": in_memory(rows), "test": in_memory(rows)}
+    dataset = Dataset("x", "recommendation", "Choose.", ITEM, splits, False, {})
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    config = changed(config, {"data.history_max": 3, "data.prompt_buckets": "auto"})
+    policy = policies.make(config, dataset, tmp_path)["llm"]
+    policy.check(make_mesh(1, 1, 1), dataset, "test")
+    assert policy.encode(make_batches(dataset, config, "sft", config.sft).batch_at(0)).prompt.shape[1] == 16
+    with pytest.raises(DataError, match="has a prompt of 24 tokens"):
+        policy.encode(rows)

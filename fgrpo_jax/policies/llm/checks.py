@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
             f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
         )
     _check_bfloat16(config.model, mesh)
-    _check_longest(encode, dataset)
+    _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
 
 
@@ -44,15 +45,17 @@ def _check_bfloat16(model: ModelConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_longest(encode: Callable, dataset: Dataset, how_many: int = 16) -> None:
+def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_many: int = 16) -> None:
     """Encode the longest given pools of every split: one that fits no bucket is refused now.
 
-    The longest by characters; sampled pools are drawn anew every epoch and cannot be listed.
+    The longest by characters, with the history that is shown; sampled pools are drawn anew every epoch and cannot be
+    listed.
     """
     for name, split in dataset.splits.items():
         if dataset.sampled_negatives and name == "train":
             continue
-        encode(heapq.nlargest(how_many, split, key=prompts.characters))
+        shown = (dataclasses.replace(e, history=e.history[-history_max:]) for e in split)
+        encode(heapq.nlargest(how_many, shown, key=prompts.characters))
 
 
 def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:
