@@ -6,6 +6,7 @@
                               [--no-keep-memory] [--profile DIR]
     python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (plan.py)
     python -m fgrpo_jax.bench ranker ...                      (ranker.py)
+    python -m fgrpo_jax.bench credit RUN_DIR ...              (credit.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
 prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax.bench import flops, measure, plan, ranker
+from fgrpo_jax.bench import credit, flops, measure, plan, ranker
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
@@ -240,6 +241,8 @@ def main(argv: list[str]) -> int:
         return plan.main(argv[1:])
     if argv[:1] == ["ranker"]:
         return ranker.main(argv[1:])
+    if argv[:1] == ["credit"]:
+        return credit.main(argv[1:])
     args, spec, shape = parse(argv)
     if args.keep_memory:
         keep_memory()
