@@ -68,18 +68,15 @@ def make_step(experiment, policy, stage):
     earned = functools.partial(rewards.term_rewards, credit, k=config.reward.k, broken=broken, learned=policy.rewards)
     reward_of = shards.by_query(mesh, table, lambda _, frozen, lists, query: earned(lists, query, frozen), beside)
 
-    def credited(_, frozen, batch, lists):
-        turns = policy.turns(batch.query, batch.rollout) if scheme.by_item else None
-        return scheme.assign(credit, config.reward.k, broken, batch, lists, turns)
-
-    assign = shards.by_query(mesh, table, credited, beside)
+    turns_of = shards.by_query(mesh, table, lambda _, frozen, query, rollout: policy.turns(query, rollout), beside)
 
     @jax.jit
     def collect(params, frozen, query, key):
         rollout, lists = sample(params, frozen, query, key)
         reward_BGR = reward_of(params, frozen, lists, query)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
-        batch = assign(params, frozen, batch, lists)
+        turns = turns_of(params, frozen, query, rollout) if scheme.by_item else None
+        batch = scheme.assign(credit, config.reward.k, broken, batch, lists, turns)
         if loss.epochs > 1:  # the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:

@@ -112,16 +112,21 @@ def rollout_of(made, index_BG):
 
 @functools.partial(quick_jit, static_argnums=(0, 1))
 def groups_of(made, credit, index_BG):
-    """The batch of these groups of transcripts, weights 1."""
-    query = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(index_BG), *x.shape[1:])), made.query)
-    rollout = rollout_of(made, index_BG)
-    outcome = jnp.zeros(index_BG.shape, jnp.int32)
-    lists = Lists(jnp.asarray(made.slate)[index_BG], jnp.asarray(made.ranking)[index_BG], outcome)
-    reward = rewards.term_rewards(credit, lists, query, {}, SIZE, BROKEN)
-    batch = make_batch(query, rollout, reward, credit, "constant")
-    batch = batch.replace(weight=(rollout.phase > 0).astype(jnp.float32))
-    turns = made.turns(query, rollout)
-    return SCHEMES[credit.scheme].assign(credit, SIZE, BROKEN, batch, lists, turns)
+    """The batch of these groups of transcripts, weights 1; each was credited beside another query's group."""
+
+    def one(index_G):
+        index_2G = jnp.stack([index_G, (5 + 7 * jnp.arange(len(index_G))) % len(made.actions)])
+        query = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape[1:])), made.query)
+        rollout, outcome = rollout_of(made, index_2G), jnp.zeros(index_2G.shape, jnp.int32)
+        lists = Lists(jnp.asarray(made.slate)[index_2G], jnp.asarray(made.ranking)[index_2G], outcome)
+        reward = rewards.term_rewards(credit, lists, query, {}, SIZE, BROKEN)
+        batch = make_batch(query, rollout, reward, credit, "constant")
+        turns = made.turns(query, rollout)
+        credited = SCHEMES[credit.scheme].assign(credit, SIZE, BROKEN, batch, lists, turns)
+        return jax.tree.map(lambda x: x[0], credited)
+
+    batch = jax.vmap(one)(jnp.asarray(index_BG))
+    return batch.replace(weight=(batch.rollout.phase > 0).astype(jnp.float32))
 
 
 @functools.partial(quick_jit, static_argnums=2)

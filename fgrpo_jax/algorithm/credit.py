@@ -4,16 +4,18 @@
     outcome      the same, but siblings are left out of their own mean, and a ranking is compared with those of slates
                  that found the same (blockwise advantages with an outcome-conditioned baseline, arXiv 2602.10231)
     to_go        reward to go: what its item and later ones bring, less what the siblings' from this place on bring
-    to_go_state  the same, less that of siblings in the same state: as many relevant items still to be placed
+    to_go_state  the same, less what others had to go in the same state: as many relevant items still to be placed
     exact        the gain of every choice by its probability; what is sampled is only what comes after (see `exact`)
 
 The last three need rewards that are sums over items (rewards.SUMS: recall of the slate, ndcg of the ranking).
-All but `group` leave a rollout out of its own baseline, so the baseline does not depend on the action that it
-judges and the gradient is unbiased: that of E[reward of the slate] by the slate's actions plus that of
-E[reward of the ranking] by the ranking's. `group` includes it, which scales that gradient by (G - 1) / G; its terms
-may also give a phase the other's reward, and normalise="each" or "sum" is no gradient of an expectation.
+All but `group` leave a rollout out of its own baseline (siblings are the group's others, a state also has those of
+other queries), so the baseline does not depend on the action that it judges and the gradient is unbiased: that of
+E[reward of the slate] by the slate's actions plus that of E[reward of the ranking] by the ranking's. `group` includes
+it, which scales that gradient by (G - 1) / G; its terms may also give a phase the other's reward, and
+normalise="each" or "sum" is no gradient of an expectation.
 
-A mean over few siblings alike is shrunk towards that over all: `shrinkage` counts as that many siblings more.
+A mean over few siblings alike is shrunk towards that over more, which counts as `shrinkage` siblings: over all of them
+for rankings of slates alike (outcome), over other queries' rollouts in the same state (to_go_state, exact).
 """
 
 from __future__ import annotations
@@ -34,17 +36,6 @@ from fgrpo_jax.types import TRAINED, Array, Batch, Credit, Lists, Turns
 def _others(group: int) -> Array:
     """[G,G,1] bool: another rollout of the group."""
     return ~jnp.eye(group, dtype=bool)[..., None]
-
-
-def _mean(value_BHX: Array, where_BGHX: Array, shrinkage: float) -> Array:
-    """Mean over siblings where the mask holds, [B,G,X], shrunk towards that over all siblings.
-
-    Sums have no term of the rollout itself: what does not depend on it does not to the last bit.
-    """
-    all_BGX = jnp.where(_others(value_BHX.shape[1]), value_BHX[:, None], 0.0).sum(2) / (value_BHX.shape[1] - 1)
-    where_BGHX = where_BGHX & _others(value_BHX.shape[1])
-    sum_BGX = jnp.where(where_BGHX, value_BHX[:, None], 0.0).sum(2)
-    return (sum_BGX + shrinkage * all_BGX) / (where_BGHX.sum(2) + shrinkage)
 
 
 def _less_siblings(value_BGX: Array) -> Array:
@@ -144,34 +135,53 @@ def _to_go(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, t
     return batch.replace(advantage=_by_phase(batch, advantages))
 
 
-def _to_go_state(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
-    """Where nothing relevant is missing nothing is to come: that needs no siblings."""
+def _values(p: _Phase, place: slice, missing_BGX: Array, shrinkage: float) -> Array:
+    """[B,G,X]: reward to go from these places on with so many relevant items missing, as others had it; 0 for none.
 
+    The mean over siblings in that state, shrunk towards that over the rollouts of the other queries in it, which
+    where there are none is that over all siblings at the place.
+    """
+    to_go_BHX, state_BHX = p.to_go[..., place], p.missing[..., place]
+    other_GH1 = _others(to_go_BHX.shape[1])
+
+    def mean(sum_BGX: Array, count_BGX: Array, towards_BGX: Array, weight: float) -> Array:
+        return (sum_BGX + weight * towards_BGX) / (count_BGX + weight)
+
+    def of_other_queries(of_states_BHXM: Array) -> Array:
+        own_BXM = of_states_BHXM.sum(1)
+        others_B1XM = (own_BXM.sum(0) - own_BXM)[:, None]
+        return jnp.take_along_axis(others_B1XM, jnp.maximum(missing_BGX, 0)[..., None], -1)[..., 0]
+
+    states_BHXM = (state_BHX[..., None] == jnp.arange(p.gain.shape[-1] + 1)).astype(jnp.float32)
+    siblings_BGX = jnp.where(other_GH1, to_go_BHX[:, None], 0.0).sum(2) / (to_go_BHX.shape[1] - 1)
+    sum_BGX, count_BGX = map(of_other_queries, (states_BHXM * to_go_BHX[..., None], states_BHXM))
+    prior_BGX = mean(sum_BGX, count_BGX, siblings_BGX, 1.0)
+    alike_BGHX = (missing_BGX[:, :, None] == state_BHX[:, None]) & other_GH1
+    alike_sum_BGX = jnp.where(alike_BGHX, to_go_BHX[:, None], 0.0).sum(2)
+    value_BGX = mean(alike_sum_BGX, alike_BGHX.sum(2), prior_BGX, shrinkage)
+    return jnp.where(missing_BGX > 0, value_BGX, 0.0)
+
+
+def _to_go_state(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
     def advantage(p: _Phase) -> Array:
-        less_BGY = _less_alike(p.to_go, p.missing, credit.shrinkage)
-        return _at(jnp.where(p.missing == 0, p.to_go, less_BGY), turns.place)
+        return _at(p.to_go - _values(p, slice(None), p.missing, credit.shrinkage), turns.place)
 
     return batch.replace(advantage=_by_phase(batch, tuple(map(advantage, _phases(credit, k, broken, batch, lists)))))
-
-
-def _values(p: _Phase, place: slice, missing_BGX: Array, shrinkage: float) -> Array:
-    """[B,G,X]: what siblings with so many relevant items missing had to go at these places; 0 where none is."""
-    alike_BGHX = missing_BGX[:, :, None] == p.missing[:, None, :, place]
-    return jnp.where(missing_BGX > 0, _mean(p.to_go[..., place], alike_BGHX, shrinkage), 0.0)
 
 
 def exact(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
     """Every choice's gain by its own probability; the score function only for what comes after.
 
-    Naming candidate a at place x has the value Q(a) = its gain there + V, V the siblings' reward to go from place
-    x + 1 on with as many relevant items missing as there would be. With G the realised reward to go, the gradient is
+    Naming candidate a at place x has the value Q(a) = its gain there + V, V the reward to go that others had from
+    place x + 1 on with as many relevant items missing as there would be. With G the realised reward to go, the
+    gradient is
 
         sum_t [ sum_a Q(a) grad pi(a) + (G_t - Q(a_t)) grad log pi(a_t) ],
 
     whose expectation does not depend on V, as V does not on a_t: unbiased. With one relevant candidate d it is
     (w_t - b_t) grad pi(d) + 1{a_t is not d} (G_{t+1} - b_t) grad log pi(a_t) up to the place of d and 0 after it: w_t
     the gain of d, b_t = V where d is still missing. It has an expectation over actions as expected policy gradients
-    have (arXiv 1706.05374), with Q half known and half from siblings in place of a learned critic.
+    have (arXiv 1706.05374), with Q half known and half from others' rollouts in place of a learned critic.
 
     A token that leaves several candidates possible has the mean of their values, a literal 0; where only literals
     can follow, V at this place is a baseline. Batch.value holds Q, and objectives.with_values adds the sum over a.
@@ -198,7 +208,7 @@ def exact(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, tu
 
 
 class Scheme(NamedTuple):
-    """assign: (credit, k, broken, batch, lists, turns) -> batch with its advantage (and value).
+    """assign: (credit, k, broken, batch, lists, turns) -> batch with its advantage (and value), of the global batch.
 
     options: fields of Credit that only some schemes read, this one among them. by_item: reads turns, and rewards
     that are sums. exact: gives values, so the objective needs the probability of every choice.

@@ -5,7 +5,8 @@
 
 Of the same queries, rollouts are drawn again and again, and every scheme gives the gradient of the same rollouts:
 
-    snr      |mean|^2 / variance, both summed over all parameters: of `draws` gradients of queries x group rollouts
+    snr      |mean|^2 / variance, both summed over all parameters: of `draws` gradients of queries x group rollouts;
+             0 where nothing varies
     unbiased the same less the variance that is left in the mean, variance / draws
     cosine   of one gradient with an estimate from `reference` other draws (0: not shown); schemes that estimate the
              same expectation share the estimate of `exact`, GRPO and GDPO each have their own
@@ -128,6 +129,12 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
     return gradients
 
 
+def direction(x: jax.Array) -> jax.Array:
+    """Of length 1, or 0 where all is 0."""
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / jnp.where(length > 0, length, 1.0)
+
+
 def signal(
     gradients: Callable, params: PyTree, frozen: PyTree, query: PyTree, draws: int, reference: int,
     key: Callable[[str, int], jax.Array], own: list[int], shared: int,
@@ -143,17 +150,18 @@ def signal(
         for i in range(reference):
             total = total + of_draw(key("reference", i))[0]
         which = jnp.asarray([row if row in own else shared for row in range(total.shape[0])])
-        target = total[which] / jnp.linalg.norm(total[which], axis=-1, keepdims=True)
+        target = direction(total[which])
     total, squares, cosine, like = 0.0, 0.0, 0.0, []
     for i in range(draws):
         found, seen = of_draw(key("draw", i))
         total, squares = total + found, squares + (found**2).sum(-1)
         if target is not None:
-            cosine = cosine + (found * target).sum(-1) / jnp.linalg.norm(found, axis=-1)
+            cosine = cosine + (direction(found) * target).sum(-1)
         like.append(jax.tree.map(np.asarray, seen))
     squared_mean = np.asarray(((total / draws) ** 2).sum(-1), np.float64)
     variance = (np.asarray(squares, np.float64) - draws * squared_mean) / (draws - 1)
-    found = {"snr": squared_mean / variance, "unbiased": squared_mean / variance - 1 / draws}
+    snr = np.divide(squared_mean, variance, out=np.zeros_like(variance), where=variance > 0)
+    found = {"snr": snr, "unbiased": snr - 1 / draws}
     if target is not None:
         found["cosine"] = np.asarray(cosine) / draws
     return found, jax.tree.map(lambda *x: np.mean(x, 0), *like)
