@@ -80,7 +80,6 @@ class _Phase(NamedTuple):
     gain: Array  # [B,X,C]: what a candidate brings at a place
     to_go: Array  # [B,G,Y]: what the items from a place on brought
     missing: Array  # [B,G,Y]: relevant items still to be placed; -1 where a list was never begun
-    rewarded: Array  # [B,G] bool: whether its items count; else the penalty does, at the end
 
 
 def _phases(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists) -> tuple[_Phase, _Phase]:
@@ -113,7 +112,7 @@ def _phase(
     relevant_BGX = there_BGX & (metrics.take_gains(pool_BC[:, None], list_BGX) > 0)
     placed_BGY = jnp.pad(jnp.cumsum(relevant_BGX, -1), [(0, 0), (0, 0), (1, 0)])
     missing_BGY = jnp.where(most_BG[..., None] < 0, -1, most_BG[..., None] - placed_BGY)
-    return _Phase(gain_BXC, to_go_BGY, missing_BGY, rewarded_BG)
+    return _Phase(gain_BXC, to_go_BGY, missing_BGY)
 
 
 def _at(value_BGY: Array, place_BGT: Array) -> Array:
