@@ -63,6 +63,15 @@ def test_the_longest_prompt_is_that_of_all_splits_or_of_any_pool_that_may_be_dra
     assert buckets.measure(config, sizes(only), only) == ([15], 15)
 
 
+def test_the_longest_prompt_need_not_have_the_longest_text(tmp_path):
+    """As rare words have more tokens: every query is measured, not those with the most characters."""
+    rows = [RankingExample(f"q{n}", "x" * (1000 - n), ITEM[:3], (1.0, 0.0, 0.0)) for n in range(900)]
+    dataset = Dataset("x", "qa", "", ITEM, {"train": in_memory(rows[:1]), "test": in_memory(rows)}, False, {})
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    _, most = buckets.measure(config, lambda examples: [int(e.query_id[1:]) + 1 for e in examples], dataset)
+    assert most == 900
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The same run with "auto", and with the buckets that it chose."""

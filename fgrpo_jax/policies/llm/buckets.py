@@ -1,14 +1,14 @@
 """`data.prompt_buckets="auto"`: padded prompt lengths chosen from the data, once for a run, which keeps them.
 
 Shorter buckets are those that hold half and nine tenths of the prompts of SAMPLE training queries, so most padding is
-saved with few programs; the largest holds the longest prompt there can be: of every split, and of any pool that may
-be drawn. It is a function of (data, seed, prompt settings).
+saved with few programs; the largest holds the longest prompt of every split, and that of the longest texts that may
+be drawn together (by characters: rare words can have more tokens). A function of data, seed and prompt settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +19,9 @@ from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.data.batches import evaluation_examples, make_batches
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import read_json, write_atomically
-from fgrpo_jax.policies.llm import prompts
 from fgrpo_jax.types import PolicyFiles, RankingExample
 
-SAMPLE, LONGEST = 2048, 64  # training queries looked at; of every split, the longest by characters
+SAMPLE, AT_ONCE = 2048, 512  # training queries looked at for the shorter buckets; prompts encoded in one call
 QUANTILES = (0.5, 0.9)
 CLOSE = 1.15  # a bucket that the next one exceeds by less is left out
 _FILE = "prompt_buckets.json"
@@ -70,16 +69,19 @@ def measure(config: Config, lengths: Lengths, dataset: Dataset) -> tuple[list[in
     else:
         sample = evaluation_examples(dataset, whole, next(iter(dataset.splits)))[:SAMPLE]
     found = lengths(sample)
-    return found, max([*found, *lengths(list(_longest(config, dataset, lengths)))])
+    rows = _every(config, dataset)
+    longest = max(found)
+    while part := list(itertools.islice(rows, AT_ONCE)):
+        longest = max(longest, *lengths(part))
+    return found, longest
 
 
-def _longest(config: Config, dataset: Dataset, lengths: Lengths) -> Iterator[RankingExample]:
-    """Queries among which the longest prompt is, or is very nearly."""
+def _every(config: Config, dataset: Dataset) -> Iterator[RankingExample]:
+    """All queries with given pools, and the longest that may be drawn: a long text may have few tokens."""
     newest = config.data.history_max
     for name, split in dataset.splits.items():
         if not (dataset.sampled_negatives and name == "train"):
-            shown = (dataclasses.replace(example, history=example.history[-newest:]) for example in split)
-            yield from heapq.nlargest(LONGEST, shown, key=prompts.characters)
+            yield from (dataclasses.replace(example, history=example.history[-newest:]) for example in split)
     if dataset.sampled_negatives:  # any items may meet
         items = sorted(dataset.catalogue, key=lambda item: len(item[1]), reverse=True)
         pool = tuple(items[: config.data.pool_size])
