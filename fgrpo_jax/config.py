@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 
 from fgrpo_jax.errors import UserError
 
+MADE_OF_DATA = ("catalogue", "words")  # tokenizers that need no file
+
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot run; the message says which field to change, and how."""
@@ -272,7 +274,8 @@ class EvalConfig:
     """Chooses the best checkpoint, and decides patience, of stages without a `metric` of their own."""
     cutoffs: tuple[int, ...] = (1, 3, 5)
     metrics: tuple[str, ...] = ("recall", "precision", "hit", "ndcg")
-    """What is measured, beside mrr and slate_recall. At every cut-off: recall, precision, hit, ndcg, map, f1 and,
+    """What is measured, beside mrr and slate_recall. At every cut-off: recall, precision, hit, ndcg, slate_ndcg (of the
+    slate in its best order), map, f1 and,
     where candidates have topics, alpha_ndcg and diversity; of whole lists: list_auc, pool_auc."""
     rewards: tuple[str, ...] = ()
     """Learned rewards (reward_model) of every method's ranking, cut at reward.k: what a stage that is credited with
@@ -358,7 +361,8 @@ class Config(RunConfig):
     SYSTEM: ClassVar[str] = "llm"
 
     tokenizer: str = "catalogue"
-    """`catalogue` (each candidate text is one token) or a Hugging Face tokenizer directory."""
+    """`catalogue` (each candidate's text is one token), `words` (each of its words is), or a Hugging Face
+    tokenizer directory."""
     prompt: PromptConfig = PromptConfig()
     transcript: TranscriptConfig = TranscriptConfig()
     model: ModelConfig = ModelConfig()

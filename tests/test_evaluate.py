@@ -1,5 +1,6 @@
 """Scores, errors, intervals, and the files an evaluation leaves."""
 
+import itertools
 import json
 import os
 
@@ -58,6 +59,18 @@ def test_score_by_hand():
     np.testing.assert_allclose(scores["ndcg@2"], [half / (1 + half), half, 0])
     np.testing.assert_allclose(scores["mrr"], [0.5, 0.5, 0])
     np.testing.assert_allclose(scores["slate_recall"], [1, 1, 0])
+
+
+def test_the_best_that_ranking_a_slate_could_give():
+    """slate_ndcg is the NDCG of the best of all its orders; a broken slate has none."""
+    examples, methods = fabricated(20)
+    found = evaluate.score(examples, methods["good"], (2, 3), ("slate_ndcg",))
+    for q, (one, predicted) in enumerate(zip(examples, methods["good"])):
+        slate, _ = evaluate.counted(predicted)
+        for k in (2, 3):
+            orders = [Prediction(slate, order) for order in itertools.permutations(slate)]
+            scores = [evaluate.score([one], [order], (k,), ("ndcg",))[f"ndcg@{k}"][0] for order in orders]
+            np.testing.assert_allclose(found[f"slate_ndcg@{k}"][q], max(scores))
 
 
 def test_a_broken_phase_scores_nothing_and_a_broken_ranking_leaves_the_slate():

@@ -50,7 +50,7 @@ def test_more_names_add_metrics_and_change_none():
     examples, predictions = pools()
     plain = evaluate.score(examples, predictions, (1, 3))
     every = evaluate.score(examples, predictions, (1, 3), EVERY)
-    assert set(plain) < set(every) and len(every) == 2 * 8 + 4
+    assert set(plain) < set(every) and len(every) == 2 * 9 + 4
     for name, values in plain.items():
         np.testing.assert_array_equal(values, every[name])
     alone = [evaluate.score([e], [p], (1, 3), EVERY) for e, p in zip(examples, predictions)]

@@ -93,6 +93,24 @@ def test_items_that_look_like_the_template_are_refused():
             catalogue(dataset((("0", text), ("1", "fine"))))
 
 
+def test_words_are_shared_by_items(tmp_path):
+    """Two items of the same words have the same tokens, also an item that was never listed."""
+    made = dataset((("0", "red lamp"), ("1", "blue  chair")))
+    tokenizer = tokenizers.load("words", made, TranscriptConfig(separator=" > "), PromptConfig())
+    pool = (("0", "red lamp"), ("x", "blue lamp"))
+    ids = encode(tokenizer, render(RankingExample("q", "", pool, (1.0, 0.0), (("1", "blue  chair"),))), False)
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "Rank", "these.", "History:", "blue", "chair", "Candidates:", "red", "lamp", "blue", "lamp", "<SLATE>"
+    ]  # fmt: skip
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(" > ", add_special_tokens=False)) == [">"]
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig()).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(DataError, match="query 'q9': the tokenizer has no token for 'green'"):
+        encode(tokenizer, render(RankingExample("q9", "", (("x", "green lamp"),), (1.0,))), False, "q9")
+    with pytest.raises(DataError, match="the word '</RANK>' of an item is also a special token or a literal"):
+        tokenizers.load("words", dataset((("0", "a </RANK> b"),)), TranscriptConfig(), PromptConfig())
+
+
 def test_the_catalogue_survives_saving(tmp_path):
     tokenizer = catalogue()
     tokenizer.save_pretrained(tmp_path)
@@ -104,7 +122,7 @@ def test_the_catalogue_survives_saving(tmp_path):
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is not a directory; tokenizer must be 'catalogue' or"):
+    with pytest.raises(ConfigError, match="is not a directory; tokenizer must be 'catalogue', 'words' or"):
         tokenizers.load("Qwen/Nothing", None, TranscriptConfig(), PromptConfig())
     with pytest.raises(ConfigError, match="could not be loaded"):
         tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())

@@ -21,7 +21,7 @@ from fgrpo_jax.types import OK, Outcome, RankingExample
 
 AT_CUTOFF = ("recall", "precision", "hit", "ndcg")  # of the ranking, at every cut-off: what is reported by default
 WHOLE = ("mrr", "slate_recall")  # of the whole ranking, of the slate: always reported
-MORE_AT_CUTOFF = ("map", "f1", *metrics.TOPIC_METRICS)  # on request; the last need topics
+MORE_AT_CUTOFF = ("slate_ndcg", "map", "f1", *metrics.TOPIC_METRICS)  # on request; the last need topics
 MORE_WHOLE = ("list_auc", "pool_auc")
 ERRORS = ("ok", "slate_miss", "rank_drop", "malformed", "no_relevant")
 DIGITS = 6  # decimals kept in everything written, so that files are the same bytes everywhere
@@ -98,7 +98,8 @@ def score(
 ) -> dict[str, np.ndarray]:
     """Metric name -> [Q] float64, in query order; queries without a relevant item score 0.
 
-    names: of AT_CUTOFF, MORE_AT_CUTOFF and MORE_WHOLE. What could have been found includes what the pool
+    names: of AT_CUTOFF, MORE_AT_CUTOFF and MORE_WHOLE; slate_ndcg is the NDCG of the slate in its best order, the
+    most that ranking it can give. What could have been found includes what the pool
     missed. Raises ValueError when the two differ in length, when a list that counts repeats an item or leaves
     its pool, or a ranking its slate; DataError for metrics of topics where candidates have none.
     """
@@ -116,6 +117,8 @@ def score(
         for k in sorted(set(cutoffs)):
             if name in metrics.TOPIC_METRICS:
                 scores[f"{name}@{k}"] = metrics.TOPIC_METRICS[name](ranking_QK, pool_QC, k, *topics)
+            elif name == "slate_ndcg":
+                scores[f"{name}@{k}"] = metrics.ndcg(-np.sort(-slate_QN, axis=1), pool_QC, k)
             else:
                 scores[f"{name}@{k}"] = metrics.METRICS[name](ranking_QK, pool_QC, k)
     scores["mrr"] = metrics.mrr(ranking_QK, pool_QC)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from fgrpo_jax.config import Config, ConfigError, ModelConfig
+from fgrpo_jax.config import MADE_OF_DATA, Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.policies.llm import prompts
 from fgrpo_jax.policies.llm.files import attention_of
@@ -62,11 +62,11 @@ def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:
     """Warn where the tokenizer, given a whole transcript, merges across a piece boundary.
 
     Transcripts are built piece by piece; a model that was never fine-tuned on them prefers
-    the merged form, so its unconstrained zero-shot output will break the grammar there. The
-    catalogue, in which every piece is a word, only ever reads pieces.
+    the merged form, so its unconstrained zero-shot output will break the grammar there. Tokenizers made of
+    the data, in which every piece is a word or several, only ever read pieces.
     """
     t = config.transcript
-    if config.tokenizer == "catalogue":
+    if config.tokenizer in MADE_OF_DATA:
         return
     names = prompts.identifier_texts(example, t.identifier)[: t.slate_min]
     ranked = names[: t.rank_min]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fgrpo_jax.config import Config, ModelConfig
+from fgrpo_jax.config import MADE_OF_DATA, Config, ModelConfig
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
 from fgrpo_jax.stages import stages
 
@@ -47,13 +47,13 @@ def _transcript(config: Config) -> list[str]:
     for name in ("slate_open", "slate_close", "rank_close"):
         if not getattr(t, name):
             problems.append(f"transcript.{name} must not be empty")
-    if t.identifier == "index" and config.tokenizer == "catalogue":
+    if t.identifier == "index" and config.tokenizer in MADE_OF_DATA:
         problems.append(
-            "tokenizer='catalogue' makes each candidate one token and has no numbers: "
+            f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers: "
             "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
         )
-    if config.prompt.chat and config.tokenizer == "catalogue":
-        problems.append("prompt.chat needs a tokenizer with a chat template; the catalogue has none")
+    if config.prompt.chat and config.tokenizer in MADE_OF_DATA:
+        problems.append(f"prompt.chat needs a tokenizer with a chat template; {config.tokenizer!r} has none")
     return problems
 
 
