@@ -9,25 +9,22 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
 from fgrpo_jax.config import (
     ConfigError,
     CreditConfig,
-    DataConfig,
     EvalConfig,
-    InteractionsConfig,
-    IrConfig,
     ObjectiveConfig,
     OptimConfig,
     RewardConfig,
     RunConfig,
     StageConfig,
 )
-from fgrpo_jax.config_files import differences
 from fgrpo_jax.files import is_address
+from fgrpo_jax.run.validation_of_data import data_problems, own_data_problems, unknown
 from fgrpo_jax.stages import credited, from_start, stages
 
 
@@ -101,12 +98,12 @@ def check_types(config: RunConfig) -> None:
 def check_data(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what reading and judging data need, `data` and `eval`, and of the types of all fields."""
     check_types(config)
-    _refuse(_check_data(config, known) + _check_own_data(config) + _check_eval(config.eval, known))
+    _refuse(data_problems(config, known.datasets) + own_data_problems(config) + _check_eval(config.eval, known))
 
 
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
-    d, problems = config.data, _check_data(config, known)
+    d, problems = config.data, data_problems(config, known.datasets)
     if d.pool != "open" and d.name not in ("goalrank_ml1m", "goalrank_book", "interactions"):
         problems.append(f"data.pool={d.pool!r}: data.name={d.name!r} does not read it; leave it at 'open'")
     _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config)])
@@ -121,8 +118,8 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     problems = [
         *_check_versus(config),
         *policies.problems(config),
-        *_check_data(config, known),
-        *_check_own_data(config),
+        *data_problems(config, known.datasets),
+        *own_data_problems(config),
         *_check_eval(config.eval, known),
         *_check_rewards(config),
         *_check_reward(config.reward),
@@ -151,17 +148,12 @@ def _check_places(config: RunConfig) -> list[str]:
     return problems
 
 
-def _unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str]:
-    listed = ", ".join(sorted(known))
-    return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
-
-
 def _check_versus(config: RunConfig) -> list[str]:
     trained = [name for name, stage in stages(config).items() if stage.steps]
     here = {*trained, *from_start(config)}
     rows = [row for row, read in policies.selected(config).items() if here.issuperset(read)]
     methods = [*here, *rows, *config.eval.baselines]
-    return _unknown("eval.versus", [config.eval.versus], frozenset(methods))
+    return unknown("eval.versus", [config.eval.versus], frozenset(methods))
 
 
 def _check_starts(config: RunConfig) -> list[str]:
@@ -179,7 +171,7 @@ def _check_starts(config: RunConfig) -> list[str]:
         if stage.starts_from not in ("previous", "initial"):
             earlier[f"{name}.starts_from"] = (stage.starts_from,)
         for field, others in earlier.items():
-            problems += _unknown(field, others, frozenset(before))
+            problems += unknown(field, others, frozenset(before))
             if not config.start_from:
                 skipped = [other for other in others if other in before and not known[other].steps]
                 problems += [f"{field}: stage {other!r} is skipped, its steps are 0" for other in skipped]
@@ -188,96 +180,12 @@ def _check_starts(config: RunConfig) -> list[str]:
     return problems
 
 
-def _check_data(config: RunConfig, known: Registries) -> list[str]:
-    d, problems = config.data, _unknown("data.name", [config.data.name], known.datasets)
-    if d.prompt_buckets != "auto" and not _ascending(d.prompt_buckets):
-        problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
-    if d.pool_size < 2:
-        problems.append(f"data.pool_size={d.pool_size} must be at least 2")
-    if d.kcore < 1:
-        problems.append(f"data.kcore={d.kcore} must be positive")
-    if d.retrieved < 12:
-        problems.append(f"data.retrieved={d.retrieved} must be at least 12, two lists of six")
-    if not 0 <= d.history_dropout < 1:
-        problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
-    if d.history_max < 1:
-        problems.append(f"data.history_max={d.history_max} must be at least 1")
-    if d.name in known.datasets - {"synthetic", "goalrank_world"} and not d.manual_dir:
-        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
-    return problems
-
-
-def _ascending(sizes: tuple[int, ...]) -> bool:
-    return bool(sizes) and list(sizes) == sorted({*sizes}) and sizes[0] >= 1
-
-
-def _check_own_data(config: RunConfig) -> list[str]:
-    """Options of data sets that have options of their own: set for another one, or impossible."""
-    d, problems = config.data, []
-    for name, check in {"interactions": _check_interactions, "ir": _check_ir}.items():
-        if d.name == name:
-            problems += check(d)
-            if d.pool_size < max(config.limits()):
-                problems.append(
-                    f"data.pool_size={d.pool_size} is smaller than the lists, of up to {max(config.limits())} items: "
-                    "raise it, or shorten the lists"
-                )
-            continue
-        default = getattr(DataConfig(), name)
-        problems += [
-            f"{line}: data.name={d.name!r} does not read it; leave it at its default, or set data.name={name!r}"
-            for line in differences(default, getattr(d, name), f"data.{name}").values()
-        ]
-    return problems
-
-
-def _check_interactions(d: DataConfig) -> list[str]:
-    c, where, problems = d.interactions, "data.interactions", []
-    for name in ("kcore", "targets", "windows", "min_history"):
-        if getattr(c, name) < 1:
-            problems.append(f"{where}.{name}={getattr(c, name)} must be at least 1")
-    if c.history < d.history_max:
-        problems.append(f"{where}.history={c.history} is below data.history_max={d.history_max}: raise it")
-    columns = [c.user, c.item, c.time, *([c.rating] if c.rating else [])]
-    if not all((*columns, c.item_id, *c.text)) or not c.text:
-        problems.append(f"{where}: user, item, time, item_id and text must name columns")
-    if len(set(columns)) < len(columns) or len(set(c.text)) < len(c.text):
-        problems.append(f"{where}: user, item, time, rating are different columns, and text names none twice")
-    if not c.rating and (c.min_rating or c.gain == "rating"):
-        problems.append(f"{where}.min_rating and gain='rating' need {where}.rating, the column of ratings")
-    if not math.isfinite(c.min_rating):
-        problems.append(f"{where}.min_rating={c.min_rating} must be finite")
-    if not (min(c.held_out) > 0 and sum(c.held_out) < 1):
-        problems.append(f"{where}.held_out={c.held_out} must be shares above 0 that leave some for training")
-    default = InteractionsConfig()
-    if c.split != "time" and c.held_out != default.held_out:
-        problems.append(f"{where}.held_out={c.held_out} is read with split='time' only: leave it at its default")
-    if c.candidates != "file" and c.candidates_file:
-        problems.append(f"{where}.candidates_file is read with candidates='file' only: set that, or leave it empty")
-    if c.candidates in ("uniform", "popularity") and d.pool != "open":
-        problems.append(f"data.pool={d.pool!r}: pools that are drawn ({where}.candidates) always hold their targets")
-    if c.candidates in ("uniform", "popularity") and c.targets >= d.pool_size:
-        problems.append(f"{where}.targets={c.targets} leave no room for others in data.pool_size={d.pool_size}")
-    return problems
-
-
-def _check_ir(d: DataConfig) -> list[str]:
-    c, problems = d.ir, []
-    if c.first_stage != "run" and c.run_file != IrConfig().run_file:
-        problems.append(f"data.ir.run_file={c.run_file!r} is read with first_stage='run' only: set that")
-    if not c.run_file:
-        problems.append("data.ir.run_file must name a file")
-    if c.document_words < 0:
-        problems.append(f"data.ir.document_words={c.document_words} must not be negative; 0: whole documents")
-    return problems
-
-
 def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
-    problems = _unknown("eval.metrics", e.metrics, known.cut_metrics | known.more_whole_metrics)
+    problems = unknown("eval.metrics", e.metrics, known.cut_metrics | known.more_whole_metrics)
     cut = {f"{name}@{k}" for name in known.cut_metrics.intersection(e.metrics) for k in e.cutoffs}
     whole = known.whole_metrics | known.more_whole_metrics.intersection(e.metrics)
-    problems += _unknown("eval.metric", [e.metric], whole | cut)
-    problems += _unknown("eval.baselines", e.baselines, known.baselines)
+    problems += unknown("eval.metric", [e.metric], whole | cut)
+    problems += unknown("eval.baselines", e.baselines, known.baselines)
     if e.batch_queries < 1 or e.bootstrap < 1 or e.train_queries < 0:
         problems.append("eval.batch_queries, eval.bootstrap must be positive, eval.train_queries not negative")
     if not e.cutoffs or min(e.cutoffs) < 1:
@@ -289,7 +197,7 @@ def _check_rewards(config: RunConfig) -> list[str]:
     learned, asked = policies.learned_rewards(config), config.eval.rewards
     if asked and not learned:
         return [f"eval.rewards={asked}: there are no learned rewards here: leave it empty"]
-    return _unknown("eval.rewards", asked, learned) + [
+    return unknown("eval.rewards", asked, learned) + [
         f"eval.rewards: no stage that is trained has {name!r} in its credit.terms, which would say what it reads"
         for name in asked
         if name in learned and credited(config, name) is None
@@ -319,7 +227,7 @@ def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
         problems.append(
             f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
         )
-    problems += _unknown(f"{name}.objective.name", [s.objective.name], frozenset(known.objectives))
+    problems += unknown(f"{name}.objective.name", [s.objective.name], frozenset(known.objectives))
     if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
         problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
     if s.source != "logged":
@@ -384,7 +292,7 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
     for phase, reward, weight in s.credit.terms:
         if phase not in ("slate", "rank"):
             problems.append(f"{name}.credit.terms: phase {phase!r} is not slate or rank")
-        problems += _unknown(f"{name}.credit.terms", [reward], known.rewards)
+        problems += unknown(f"{name}.credit.terms", [reward], known.rewards)
         if not math.isfinite(weight):
             problems.append(f"{name}.credit.terms: weight {weight} is not finite")
     return problems

@@ -1,0 +1,99 @@
+"""What makes the settings of a data set impossible: the part of validation.py that is about `data`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fgrpo_jax.config import DataConfig, InteractionsConfig, IrConfig, RunConfig
+from fgrpo_jax.config_files import differences
+
+
+def unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str]:
+    listed = ", ".join(sorted(known))
+    return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
+
+
+def data_problems(config: RunConfig, datasets: frozenset[str]) -> list[str]:
+    """Of what every data set has; datasets: the names that exist."""
+    d, problems = config.data, unknown("data.name", [config.data.name], datasets)
+    if d.prompt_buckets != "auto" and not _ascending(d.prompt_buckets):
+        problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
+    if d.pool_size < 2:
+        problems.append(f"data.pool_size={d.pool_size} must be at least 2")
+    if d.kcore < 1:
+        problems.append(f"data.kcore={d.kcore} must be positive")
+    if d.retrieved < 12:
+        problems.append(f"data.retrieved={d.retrieved} must be at least 12, two lists of six")
+    if not 0 <= d.history_dropout < 1:
+        problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
+    if d.history_max < 1:
+        problems.append(f"data.history_max={d.history_max} must be at least 1")
+    if d.name in datasets - {"synthetic", "goalrank_world"} and not d.manual_dir:
+        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
+    return problems
+
+
+def _ascending(sizes: tuple[int, ...]) -> bool:
+    return bool(sizes) and list(sizes) == sorted({*sizes}) and sizes[0] >= 1
+
+
+def own_data_problems(config: RunConfig) -> list[str]:
+    """Options of data sets that have options of their own: set for another one, or impossible."""
+    d, problems = config.data, []
+    for name, check in {"interactions": _check_interactions, "ir": _check_ir}.items():
+        if d.name == name:
+            problems += check(d)
+            if d.pool_size < max(config.limits()):
+                problems.append(
+                    f"data.pool_size={d.pool_size} is smaller than the lists, of up to {max(config.limits())} items: "
+                    "raise it, or shorten the lists"
+                )
+            continue
+        default = getattr(DataConfig(), name)
+        problems += [
+            f"{line}: data.name={d.name!r} does not read it; leave it at its default, or set data.name={name!r}"
+            for line in differences(default, getattr(d, name), f"data.{name}").values()
+        ]
+    return problems
+
+
+def _check_interactions(d: DataConfig) -> list[str]:
+    c, where, problems = d.interactions, "data.interactions", []
+    for name in ("kcore", "targets", "windows", "min_history"):
+        if getattr(c, name) < 1:
+            problems.append(f"{where}.{name}={getattr(c, name)} must be at least 1")
+    if c.history < d.history_max:
+        problems.append(f"{where}.history={c.history} is below data.history_max={d.history_max}: raise it")
+    columns = [c.user, c.item, c.time, *([c.rating] if c.rating else [])]
+    if not all((*columns, c.item_id, *c.text)) or not c.text:
+        problems.append(f"{where}: user, item, time, item_id and text must name columns")
+    if len(set(columns)) < len(columns) or len(set(c.text)) < len(c.text):
+        problems.append(f"{where}: user, item, time, rating are different columns, and text names none twice")
+    if not c.rating and (c.min_rating or c.gain == "rating"):
+        problems.append(f"{where}.min_rating and gain='rating' need {where}.rating, the column of ratings")
+    if not math.isfinite(c.min_rating):
+        problems.append(f"{where}.min_rating={c.min_rating} must be finite")
+    if not (min(c.held_out) > 0 and sum(c.held_out) < 1):
+        problems.append(f"{where}.held_out={c.held_out} must be shares above 0 that leave some for training")
+    default = InteractionsConfig()
+    if c.split != "time" and c.held_out != default.held_out:
+        problems.append(f"{where}.held_out={c.held_out} is read with split='time' only: leave it at its default")
+    if c.candidates != "file" and c.candidates_file:
+        problems.append(f"{where}.candidates_file is read with candidates='file' only: set that, or leave it empty")
+    if c.candidates in ("uniform", "popularity") and d.pool != "open":
+        problems.append(f"data.pool={d.pool!r}: pools that are drawn ({where}.candidates) always hold their targets")
+    if c.candidates in ("uniform", "popularity") and c.targets >= d.pool_size:
+        problems.append(f"{where}.targets={c.targets} leave no room for others in data.pool_size={d.pool_size}")
+    return problems
+
+
+def _check_ir(d: DataConfig) -> list[str]:
+    c, problems = d.ir, []
+    if c.first_stage != "run" and c.run_file != IrConfig().run_file:
+        problems.append(f"data.ir.run_file={c.run_file!r} is read with first_stage='run' only: set that")
+    if not c.run_file:
+        problems.append("data.ir.run_file must name a file")
+    if c.document_words < 0:
+        problems.append(f"data.ir.document_words={c.document_words} must not be negative; 0: whole documents")
+    return problems
