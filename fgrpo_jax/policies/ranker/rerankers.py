@@ -62,7 +62,8 @@ def dlcm_table(spec: RankerSpec) -> PyTree:
     return network.pointwise_table(spec._replace(list_layers=0)) | {
         "gru": gates | biases,
         "context": square,
-        "context_bias": bias,
+        # At one, so that a score begins as what the GRU says: a product of two that are small learns nothing.
+        "context_bias": bias._replace(init="ones"),
     }
 
 
