@@ -16,7 +16,7 @@ from fgrpo_jax.config import ConfigError, MeshConfig
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.files import path_of
 from fgrpo_jax.run import directory, experiment
-from fgrpo_jax.run.finished import best_params
+from fgrpo_jax.run.finished import best_params, prompts_of
 from fgrpo_jax.stages import stages
 
 
@@ -34,7 +34,7 @@ def export(
         print(f"note: {note}")
     experiment.prepare_process(config)
     everywhere = MeshConfig(data=1, fsdp=jax.device_count())  # which need not be the run's
-    built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), None, run_dir)
+    built = experiment.assemble(dataclasses.replace(config, mesh=everywhere), prompts_of(config, run_dir), run_dir)
     built.policy(stage).files.export(out_dir, best_params(built, run_dir, stage))
     print(f"wrote {out_dir}")
 

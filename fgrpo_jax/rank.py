@@ -2,6 +2,8 @@
 
     python -m fgrpo_jax.rank RUN_DIR queries.jsonl > ranked.jsonl        (- reads standard input)
 
+RUN_DIR is a run directory, or what `python -m fgrpo_jax.export` wrote of one.
+
 A line of queries.jsonl is one of the data set `jsonl` (fgrpo_jax/data/jsonl.py); it needs no `relevance`,
 and a query id may occur again. For each line comes one, in the same order:
 
@@ -39,8 +41,8 @@ from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.data.jsonl import read_line
 from fgrpo_jax.files import path_of, reason, storing
-from fgrpo_jax.run import directory, experiment
-from fgrpo_jax.run.ranking import Ranked, Ranker
+from fgrpo_jax.run import experiment
+from fgrpo_jax.run.ranking import Ranked, Ranker, read_config
 from fgrpo_jax.types import RankingExample
 
 __all__ = ["Ranked", "Ranker"]
@@ -140,7 +142,7 @@ def main(argv: list[str]) -> int:
 def start(run_dir: str, queries: str, arguments: RankArguments) -> int:
     a = arguments
     try:
-        experiment.prepare_process(directory.read_config(path_of(run_dir)))
+        experiment.prepare_process(read_config(path_of(run_dir)))
         lines = read_lines(queries)
         ranker = Ranker.open(run_dir, a.stage, a.batch_queries, a.max_candidates, a.mesh)
         print(f"ranking with {ranker.name} of {run_dir}", file=sys.stderr, flush=True)

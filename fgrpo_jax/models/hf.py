@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,12 +222,14 @@ def save(
     hf_config: dict[str, Any] | None,
     tokenizer: Any,
     max_file_bytes: int = 4 * 1024**3,
+    also: Mapping[str, str] | None = None,
 ) -> None:
     """Write a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     hf_config: config.json of the checkpoint training started from: its other fields (context
         length, token ids) are kept. None: those come from the tokenizer and the defaults of
         `transformers`.
+    also: texts of further files, by name.
     Weights are in the type of `params`. The directory appears whole or not at all; at an address
     config.json comes last. Raises ModelFilesError when it exists and is not empty, or when
     parameters lie on other hosts, StorageError when it cannot be written.
@@ -245,6 +247,8 @@ def save(
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        for name, content in (also or {}).items():
+            (folder / name).write_text(content, encoding="utf-8")
         _save_weights(folder, spec, flat, max_file_bytes)
 
     with storing(target, Exception):  # the libraries raise their own kinds

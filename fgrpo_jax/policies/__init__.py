@@ -34,6 +34,13 @@ def make(config: RunConfig, dataset: Dataset | None, run_dir: Path) -> dict[str,
     return _of(config).policies(config, dataset, run_dir)
 
 
+def exported(folder: Path) -> tuple[RunConfig, str] | None:
+    """What a directory that `fgrpo_jax.export` wrote is ranked with, and its kind of prompts; None for another."""
+    if not (folder / "ranking.json").is_file():
+        return None
+    return importlib.import_module(f"{__name__}.llm.exported").read(folder)
+
+
 def problems(config: RunConfig) -> list[str]:
     """What is impossible in the settings of the system's own, each with what to change."""
     return _of(config).problems(config)

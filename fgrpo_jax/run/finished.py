@@ -28,12 +28,15 @@ def source_of(config: RunConfig, run_dir: Path, name: str) -> tuple[Path, str] |
 
 
 def prompts_of(config: RunConfig, run_dir: Path) -> Dataset:
-    """What a finished run's policies must know of its data to be shown new queries: how prompts are made; no split.
+    """What a run's policies must know of its data to be shown new queries: how prompts are made; no split.
 
     Raises ConfigError where nothing was trained in the run directory.
     """
-    name = config.data.name
-    return Dataset(name, directory.read_kind(run_dir), builder_class(name).instruction, (), {}, False, {})
+    return prompts_for(config, directory.read_kind(run_dir))
+
+
+def prompts_for(config: RunConfig, kind: str) -> Dataset:
+    return Dataset(config.data.name, kind, builder_class(config.data.name).instruction, (), {}, False, {})
 
 
 def best_params(experiment: Experiment, run_dir: Path, name: str) -> PyTree:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fgrpo_jax import policies, shards
-from fgrpo_jax.config import ConfigError, MeshConfig, RunConfig
+from fgrpo_jax.config import ConfigError, MeshConfig, RunConfig, StageConfig
 from fgrpo_jax.data import jsonl
 from fgrpo_jax.data.batches import shown
 from fgrpo_jax.data.datasets import DataError
@@ -32,7 +32,7 @@ from fgrpo_jax.run import directory, sharding
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.command import MAX_CANDIDATES
 from fgrpo_jax.run.experiment import Experiment, random_key
-from fgrpo_jax.run.finished import best_params, place_of, prompts_of
+from fgrpo_jax.run.finished import best_params, place_of, prompts_for, prompts_of
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import PHASES, TRAINED, Lists, Policy, PyTree, RankingExample, Rollout
 
@@ -98,21 +98,18 @@ class Ranker:
         max_candidates: int = MAX_CANDIDATES,
         mesh: MeshConfig | None = None,
     ) -> Ranker:
-        """The ranker of a run directory.
+        """The ranker of a run directory, or of a directory that `fgrpo_jax.export` wrote.
 
-        stage: a finished stage, or a selection of the evaluation (`mg_e`); "": the last finished one of the run.
-        batch_queries: 0: the run's eval.batch_queries. mesh: None: the run's own.
-        Raises ConfigError for what is no run, or has no such stage that is finished.
+        stage: a finished stage, or a selection of the evaluation (`mg_e_3`); "": the last finished one of the run,
+            or what was exported. batch_queries: 0: the run's eval.batch_queries. mesh: None: the run's own.
+        Raises ConfigError for what is neither, or has no such stage that is finished.
         """
         run_dir = path_of(run_dir)
-        config = directory.read_config(run_dir)
+        config = read_config(run_dir)
         config = dataclasses.replace(config, mesh=mesh or config.mesh)
         if batch_queries < 0 or max_candidates < 1:
             raise ConfigError(f"batch_queries={batch_queries} and max_candidates={max_candidates} must be positive")
-        finished = _finished(config, run_dir)
-        stage = stage or _last(config, run_dir, finished)
-        experiment = experiments.assemble(config, prompts_of(config, run_dir), run_dir)
-        method = _method(experiment, finished, stage)
+        experiment, method = _open(config, run_dir, stage)
         return cls(experiment, method, batch_queries or config.eval.batch_queries, max_candidates)
 
     def rank(
@@ -253,6 +250,26 @@ def _by_phase(rollout: Rollout) -> jax.Array:
 # --------------------------------------------------------------------- what a run has to rank with
 
 
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run, or what an exported directory says of it. Raises ConfigError for what is neither."""
+    found = policies.exported(run_dir)
+    return found[0] if found else directory.read_config(run_dir)
+
+
+def _open(config: RunConfig, run_dir: Path, stage: str) -> tuple[Experiment, Method]:
+    if found := policies.exported(run_dir):
+        if stage:
+            raise ConfigError(f"stage={stage!r}: {run_dir} is an export, of one stage; leave it empty")
+        experiment = experiments.assemble(config, prompts_for(config, found[1]), run_dir)
+        (policy,) = experiment.policies.values()
+        params = experiments.initial_params(experiment, policy)
+        return experiment, _generating("export", policy, params, StageConfig())
+    finished = _finished(config, run_dir)
+    stage = stage or _last(config, run_dir, finished)
+    experiment = experiments.assemble(config, prompts_of(config, run_dir), run_dir)
+    return experiment, _method(experiment, finished, stage)
+
+
 def _finished(config: RunConfig, run_dir: Path) -> dict[str, Path]:
     """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
     places = {name: place_of(config, run_dir, name) for name in stages(config)}
@@ -272,17 +289,20 @@ def _method(experiment: Experiment, finished: dict[str, Path], name: str) -> Met
     selections = policies.selections(config, experiment.policies)
     allowed = {other: one for other, one in selections.items() if set(one.stages) <= set(finished)}
     if name in finished:
-        policy, stage = experiment.policy(name), stages(config)[name]
-        source = policy.sources.get("sampled")
-        sampled = source and (lambda count: source(dataclasses.replace(stage, group_size=count)))
         params = best_params(experiment, finished[name], name)
-        return Method(name, policy, params, policy.table, policy.greedy, sampled)
+        return _generating(name, experiment.policy(name), params, stages(config)[name])
     if name not in allowed:
         raise ConfigError(f"stage={name!r} is not finished here; choose one of {', '.join([*finished, *allowed])}")
     of = allowed[name].stages
     params = {other: best_params(experiment, finished[other], other) for other in of}
     table = {other: experiment.policy(other).table for other in of}
     return Method(name, experiment.policy(of[0]), params, table, allowed[name].greedy, None)
+
+
+def _generating(name: str, policy: Policy, params: PyTree, stage: StageConfig) -> Method:
+    source = policy.sources.get("sampled")
+    sampled = source and (lambda count: source(dataclasses.replace(stage, group_size=count)))
+    return Method(name, policy, params, policy.table, policy.greedy, sampled)
 
 
 def _items(items: Sequence[Item]) -> list[dict[str, str]]:

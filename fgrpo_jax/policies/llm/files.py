@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ def _numerics(model: ModelConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------- out and in
 
 
-def policy_files(config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path) -> PolicyFiles:
-    """`run_dir`: where an export finds what else the checkpoint said of itself."""
+def policy_files(
+    config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path, ranking: Callable[[], dict[str, str]]
+) -> PolicyFiles:
+    """run_dir: where an export finds what else the checkpoint said of itself. ranking: what an export adds to it."""
 
     def save(run_dir: Path) -> None:
         if not is_whole(run_dir / "tokenizer", _LAST):
@@ -132,7 +135,7 @@ def policy_files(config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_
             raise ConfigError(f"{run_dir} has another tokenizer, so its model cannot read these data")
 
     def export(out_dir: Path, params: PyTree) -> None:
-        hf.save(out_dir, spec, params, original_config(config, run_dir), tokenizer)
+        hf.save(out_dir, spec, params, original_config(config, run_dir), tokenizer, also=ranking())
 
     return PolicyFiles(save, check, export)
 

@@ -10,7 +10,7 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.models import decoder, hf
-from fgrpo_jax.policies.llm import checks, masks, sampling, targets, transcript
+from fgrpo_jax.policies.llm import checks, exported, masks, sampling, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
@@ -51,6 +51,7 @@ def make(
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
+    ranking = functools.partial(exported.files, config, grammar, kind, instruction)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
     return Policy(
         table=decoder.param_table(spec),
@@ -71,7 +72,7 @@ def make(
         ),
         sizes=sizes,
         check=functools.partial(checks.check_training, config, tokenizer, encoded),
-        files=policy_files(config, spec, tokenizer, run_dir),
+        files=policy_files(config, spec, tokenizer, run_dir, ranking),
     )
 
 

@@ -38,18 +38,37 @@ def render(example: RankingExample, kind: str, instruction: str, identifier: str
     history = [HISTORY, *(one_line(text) for _, text in example.history)] if example.history else []
     question = [QUESTION + one_line(example.query)] if example.query.strip() else []
     lines = [instruction] if instruction else []
-    if kind == "recommendation":
-        lines += [*question, *history, CANDIDATES, *pool]
-    elif kind == "qa":
-        lines += [*history, CANDIDATES, *pool, *question]
-    else:
-        raise ConfigError(f"prompt kind {kind!r} is not recommendation or qa")
+    for part in _ordered(kind, question, history, [CANDIDATES, *pool]):
+        lines += part
     return "\n".join([*lines, slate_open])
 
 
 def characters(example: RankingExample) -> int:
     """Of all texts: which prompts are long, without encoding them."""
     return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+
+
+def template(kind: str, identifier: str) -> str:
+    """`render` as a Jinja template, each line with its newline, without the last line.
+
+    Of `instruction`, `query`, `history` and `candidates`: texts, the last three of one line each.
+    Raises ConfigError as `render` does.
+    """
+    item = "[{{ loop.index }}] {{ text }}\n" if identifier == "index" else "{{ text }}\n"
+    instruction = "{% if instruction %}{{ instruction }}\n{% endif %}"
+    question = "{% if query %}" + QUESTION + "{{ query }}\n{% endif %}"
+    history = "{% if history %}" + HISTORY + "\n{% for text in history %}{{ text }}\n{% endfor %}{% endif %}"
+    pool = CANDIDATES + "\n{% for text in candidates %}" + item + "{% endfor %}"
+    return instruction + "".join(_ordered(kind, question, history, pool))
+
+
+def _ordered(kind: str, question: Any, history: Any, pool: Any) -> list[Any]:
+    """The parts of a prompt after its instruction, in their order."""
+    if kind == "recommendation":
+        return [question, history, pool]
+    if kind == "qa":
+        return [history, pool, question]
+    raise ConfigError(f"prompt kind {kind!r} is not recommendation or qa")
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str]) -> list[list[int]]:

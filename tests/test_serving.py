@@ -1,0 +1,335 @@
+"""What an export says to other engines: its prompts and its grammars make the lists that are made here."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from bpe import train_bpe
+from helpers import quick_runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rank import queries, stream
+from tiny import changed, run_training, tiny_config, write_world
+
+from fgrpo_jax.config import ConfigError, TranscriptConfig
+from fgrpo_jax.data.batches import shown
+from fgrpo_jax.data.jsonl import example_of
+from fgrpo_jax.export import export
+from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.policies.llm import exported, prompts, serving
+from fgrpo_jax.policies.llm.policy import make_grammar
+from fgrpo_jax.rank import Ranker
+from fgrpo_jax.types import RankingExample
+
+SPEC = decoder.DecoderSpec(
+    vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8, init_std=0.3
+)
+TEXTS = [f"item {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_runs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of a language model with a tokenizer of pieces and numbered candidates, and its export."""
+    folder = tmp_path_factory.mktemp("serving")
+    (folder / "data").mkdir()
+    write_world(folder / "data", train=8, validation=8)
+    tokenizer = train_bpe(TEXTS * 9 + ["[1] > [12]</SLATE><RANK>", "Candidates:", "History:"] * 9, SPEC.vocab_size)
+    hf.save(folder / "qwen", SPEC, decoder.init(SPEC, jax.random.key(0)), {"model_type": "qwen3"}, tokenizer)
+    fields = {
+        "model.checkpoint": str(folder / "qwen"),
+        "tokenizer": str(folder / "qwen"),
+        "transcript": TranscriptConfig("index", slate_min=2, slate_max=3, rank_min=1, rank_max=3, separator=" > "),
+        "data.prompt_buckets": (256,),
+        "sft.batch_queries": 4,
+        "sft.eval_every": 1,
+    }
+    config = changed(tiny_config(folder / "data", folder / "prepared", folder / "run", sft_steps=1), fields)
+    with pytest.warns(UserWarning, match="the tokenizer merges"):  # a hard case: transcripts keep pieces apart
+        assert run_training(config) == 0
+    export(config.run_dir, str(folder / "out"), "sft")
+    return config, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def shipped(made):
+    """ranking.py as it lies in the export, and what ranking.json says."""
+    found = importlib.util.spec_from_file_location("ranking", made[1] / "ranking.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module, module.load(made[1])
+
+
+@pytest.fixture(scope="module")
+def transcripts(made):
+    """Of every query as it is shown: its texts, and the tokens of the greedy transcript with its lists."""
+    config, out = made
+    ranker = Ranker.open(config.run_dir)
+    rows = queries(config)
+    found = []
+    for row, line in zip(rows, stream(ranker, rows), strict=True):
+        example, order = shown(example_of(row), config)
+        place = {int(c): p for p, c in enumerate(order)}
+        lists = [[place[c] for c in line[f"{name}_index"]] for name in ("slate", "ranking")]
+        query = ranker._method.policy.encode([example])
+        rollout, _ = ranker._method.policy.greedy(ranker._method.params, {}, jax.tree.map(jax.numpy.asarray, query))
+        texts = [[text for _, text in items] for items in (example.candidates, example.history)]
+        found.append((example, texts, np.asarray(rollout.actions)[0, 0].tolist(), lists))
+        assert line["outcome"] == "ok"
+    return found
+
+
+# --------------------------------------------------------------------- prompts
+
+
+TEXT = st.text("ab \n\t{%[]é", max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(["qa", "recommendation"]),
+    identifier=st.sampled_from(["index", "text"]),
+    instruction=st.text("ab\n{%}", max_size=6),
+    query=TEXT,
+    texts=st.lists(TEXT.filter(str.strip), min_size=1, max_size=4),
+    history=st.lists(TEXT.filter(str.strip), max_size=3),
+)
+def test_prompts_are_the_same(kind, identifier, instruction, query, texts, history):
+    said = {"template": prompts.template(kind, identifier), "instruction": instruction, "opening": "<SLATE>"}
+    said = {"prompt": said | {"chat": False, "history_max": 2}}
+    ids = [(str(n), text) for n, text in enumerate(texts)]
+    seen = [(str(n), text) for n, text in enumerate(history)][-2:]
+    example = RankingExample("q", query, tuple(ids), (0.0,) * len(ids), tuple(seen))
+    expected = prompts.render(example, kind, instruction, identifier, "<SLATE>")
+    assert serving.prompt(said, query, texts, history) == expected
+
+
+def test_a_chat_prompt_is_the_same():
+    tokenizer = train_bpe(["bytes"], 262)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<a>"
+    said = {"template": prompts.template("qa", "index"), "instruction": "Choose.", "opening": "<SLATE>"}
+    said = {"prompt": said | {"chat": True, "history_max": 2}}
+    example = RankingExample("q", "why?", (("1", "a"), ("2", "b")), (0.0, 0.0))
+    text = prompts.render(example, "qa", "Choose.", "index", "<SLATE>")
+    (expected,) = prompts.encode_prompts(tokenizer, [text], True, ["q"])
+    written = serving.prompt(said, "why?", ["a", "b"], [], tokenizer)
+    assert tokenizer.encode(written, add_special_tokens=False) == expected
+
+
+# --------------------------------------------------------------------- the same lists
+
+
+def decoded(model, tokens, next_allowed):
+    """Greedy decoding by transformers: the most probable of the allowed tokens at every step."""
+    import torch
+
+    def only(batch, so_far):
+        return next_allowed(so_far[len(tokens) :].tolist())
+
+    said = model.generate(
+        torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.long), max_new_tokens=64,
+        do_sample=False, prefix_allowed_tokens_fn=only, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return said[0, len(tokens) :].tolist()
+
+
+def opened(folder):
+    pytest.importorskip("torch", reason="the model is decoded by transformers on PyTorch, in the parity extra")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+
+
+def engine():
+    """What vLLM and SGLang can have such grammars read by."""
+    return pytest.importorskip("llguidance", reason="no engine to check grammars with; in the parity extra")
+
+
+def engine_tokenizer(tokenizer, **sizes):
+    import llguidance.hf
+
+    return llguidance.hf.from_tokenizer(tokenizer, **sizes)
+
+
+def test_transformers_decodes_the_same_lists_token_for_token(made, shipped, transcripts):
+    """From the exported directory alone: its model, tokenizer, ranking.json and ranking.py."""
+    ranking, said = shipped
+    model, tokenizer = opened(made[1])
+    for example, (texts, history), tokens, lists in transcripts:
+        prompt = tokenizer.encode(ranking.prompt(said, example.query, texts, history), add_special_tokens=False)
+        written = decoded(model, prompt, ranking.allowed(said, texts, tokenizer))
+        assert written == tokens[: len(written)] and set(tokens[len(written) :]) <= {said["transcript"]["eos"]}
+        assert list(ranking.lists(said, texts, tokenizer, written)) == lists
+
+
+def test_llguidance_decodes_the_same_lists_token_for_token(made, shipped, transcripts):
+    """With the masks that it makes of the grammar, which are those of `allowed` at every token."""
+    llguidance = engine()
+
+    ranking, said = shipped
+    model, tokenizer = opened(made[1])
+    vocabulary = engine_tokenizer(tokenizer, n_vocab=SPEC.vocab_size)
+    for example, (texts, history), tokens, _ in transcripts[:4]:
+        grammar = ranking.lark(said, texts, tokenizer)
+        assert not llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
+        may_follow = ranking.allowed(said, texts, tokenizer)
+
+        def matched(so_far):
+            matcher = llguidance.LLMatcher(vocabulary, grammar)
+            assert matcher.consume_tokens(so_far), matcher.get_error()
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            found = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
+            assert found == may_follow(so_far)
+            return found
+
+        prompt = tokenizer.encode(ranking.prompt(said, example.query, texts, history), add_special_tokens=False)
+        written = decoded(model, prompt, matched)
+        assert written == tokens[: len(written)]
+
+
+def test_an_export_is_ranked_with_as_its_run(made):
+    config, out = made
+    rows = queries(config)
+    exported_ranker = Ranker.open(str(out))
+    assert stream(exported_ranker, rows, samples=2) and exported_ranker.name == "export"
+    here, there = (stream(ranker, rows) for ranker in (Ranker.open(config.run_dir), exported_ranker))
+    assert here == there
+    with pytest.raises(ConfigError, match="is an export, of one stage"):
+        Ranker.open(str(out), "sft")
+
+
+def test_the_export_needs_nothing_of_this_package(made):
+    code = "import sys, ranking; s = ranking.load('.'); print(ranking.regex(s, ['a', 'b', 'c'])); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=made[1], capture_output=True, text=True, check=True)
+    pattern, modules = done.stdout.splitlines()
+    assert re.fullmatch(pattern, "[1] > [2] > [3]</SLATE><RANK>[2]</RANK>")
+    assert not {"jax", "fgrpo_jax", "numpy", "transformers"} & set(modules.split())
+
+
+def test_a_damaged_ranking_json_is_refused(made, tmp_path):
+    said = json.loads((made[1] / "ranking.json").read_text())
+    for broken in ({**said, "transcript": {"eos": 1}}, {name: said[name] for name in said if name != "run"}):
+        (tmp_path / "ranking.json").write_text(json.dumps(broken))
+        with pytest.raises(ConfigError, match="is damaged"):
+            exported.read(tmp_path)
+
+
+# --------------------------------------------------------------------- grammars
+
+
+def said_of(separator, lengths, identifier="index"):
+    """What ranking.json says of a transcript, for a tokenizer of single bytes."""
+    tokenizer = train_bpe(["bytes"], 262)
+    config = changed(
+        tiny_config("", "", ""),
+        {"transcript": TranscriptConfig(identifier, True, "(", separator, "]", ")", *lengths)},
+    )
+    config = changed(config, {"data.prompt_buckets": (8,)})
+    return exported.describe(config, make_grammar(config, tokenizer), "qa", ""), tokenizer
+
+
+def every(after, eos, so_far=()):
+    """All transcripts that a function of the tokens so far allows."""
+    for token in after(so_far):
+        if token == eos:
+            yield (*so_far, token)
+        else:
+            yield from every(after, eos, (*so_far, token))
+
+
+CASES = [(",", (2, 3, 1, 2)), (",", (1, 3, 1, 3)), ("", (1, 2, 1, 1)), (", ", (5, 6, 2, 3))]
+
+
+@pytest.mark.parametrize("separator, lengths", CASES)
+def test_what_is_allowed_is_every_list_once(separator, lengths):
+    """Counted: slates without repetition, and rankings of them, within the limits clamped to pool and slate."""
+    from math import perm
+
+    said, tokenizer = said_of(separator, lengths, "text")
+    texts = ["a", "b", "c"] + ["ab"] * bool(separator)  # one name begins another
+    n, (slate_min, slate_max, rank_min, rank_max) = len(texts), lengths
+    expected = sum(
+        perm(n, s) * perm(s, r)
+        for s in range(min(slate_min, n), min(slate_max, n) + 1)
+        for r in range(min(rank_min, s), min(rank_max, s) + 1)
+    )
+    pattern = re.compile(serving.regex(said, texts))
+    found, lists = [*every(serving.allowed(said, texts, tokenizer), said["transcript"]["eos"])], set()
+    for tokens in found:
+        text = tokenizer.decode(tokens[:-1])
+        assert pattern.fullmatch(text) and not pattern.fullmatch(text + ")") and not pattern.fullmatch(text[:-1])
+        slate, ranking = serving.lists(said, texts, tokenizer, tokens)
+        assert set(ranking) <= set(slate) and len(set(slate)) == len(slate)
+        lists.add((*slate, -1, *ranking))
+    assert len(lists) == len(found) == expected
+
+
+@pytest.mark.parametrize("separator, lengths", CASES)
+def test_llguidance_reads_the_grammars(separator, lengths):
+    """At every token: Lark allows what `allowed` does; regex and EBNF all of it, and repeats."""
+    llguidance = engine()
+
+    said, tokenizer = said_of(separator, lengths, "text")
+    texts = ["a", "b", "c"] + ["ab"] * bool(separator)
+    vocabulary = engine_tokenizer(tokenizer)
+    after, eos = serving.allowed(said, texts, tokenizer), said["transcript"]["eos"]
+    grammars = {"lark": serving.lark(said, texts, tokenizer)}
+    grammars["regex"] = llguidance.LLMatcher.grammar_from_regex(serving.regex(said, texts))
+    grammars["ebnf"] = llguidance.grammar_from("gbnf", serving.ebnf(said, texts))
+    for name, grammar in grammars.items():
+        matcher = llguidance.LLMatcher(vocabulary, grammar)
+        assert not matcher.is_error(), matcher.get_error()
+
+        def check(so_far, matcher):
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            found = set(np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist())
+            assert (found == set(after(so_far))) if name == "lark" else (found >= set(after(so_far))), (name, so_far)
+            for token in after(so_far)[:2]:
+                if token != eos:
+                    deeper = matcher.deep_copy()
+                    assert deeper.consume_token(token)
+                    check((*so_far, token), deeper)
+
+        check((), matcher)
+    repeated = tokenizer.encode("b" + separator + "b", add_special_tokens=False)
+    for name, taken in (("lark", False), ("regex", True), ("ebnf", True)):
+        assert llguidance.LLMatcher(vocabulary, grammars[name]).consume_tokens(repeated) == taken
+
+
+@pytest.mark.parametrize("lengths", [(2, 3, 1, 2), (1, 3, 2, 3), (4, 4, 2, 2)])
+def test_the_grammars_in_the_file_are_those_of_a_full_pool(lengths):
+    said, _ = said_of(" > ", lengths, "text")
+    texts = [f"a.{n}" for n in range(6)]
+    names = "|".join(text.replace(".", "\\.") for text in texts)
+    assert said["regex"].replace(serving.ITEM, names) == serving.regex(said, texts)
+    assert said["ebnf"].replace(serving.ITEM, " | ".join(f'"{text}"' for text in texts)) == serving.ebnf(said, texts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(r"a.\[](){}*+?|^$\"-/", min_size=1, max_size=6))
+def test_names_are_escaped(text):
+    said, _ = said_of(",", (1, 1, 1, 1), "text")
+    assert re.fullmatch(serving.regex(said, [text]), f"{text}]{text})")
+    assert json.loads(serving._quoted(text)) == text
+
+
+def test_pools_that_no_grammar_can_tell_apart_are_refused():
+    said, tokenizer = said_of(",", (1, 1, 1, 1), "text")
+    with pytest.raises(ValueError, match="the same identifier"):
+        serving.allowed(said, ["a", "a "], tokenizer)
+    with pytest.raises(ValueError, match="65 candidates; the grammar can hold 64"):
+        serving.lark(said, [str(n) for n in range(65)], tokenizer)
+    for tokens, message in (([6], "is not allowed there"), ([], "does not end")):
+        with pytest.raises(ValueError, match=message):
+            serving.lists(said, ["a", "b"], tokenizer, tokens)
