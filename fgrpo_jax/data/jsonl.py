@@ -44,6 +44,7 @@ from fgrpo_jax.types import LoggedList, RankingExample
 
 SPLITS = ("train", "validation", "test")
 REQUIRED, OPTIONAL = ("query_id", "query", "candidates", "relevance"), ("history", "retrieval", "topics", "logged")
+_OF_ITEM = {"id", "text"}
 GAIN_MAX = 1e30  # gains are float32 on the device, and summed
 
 
@@ -131,7 +132,8 @@ def _parse(line: bytes, reasons: list[str]) -> Any:
         if not text:
             raise ValueError("the line is empty")
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
+        if "\\u" in text:  # only an escape can be one
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         reasons.append(f"not JSON ({error})")
         return None
@@ -160,8 +162,9 @@ def _example(value: dict[str, Any], reasons: list[str], judged: bool) -> Ranking
     if candidates is not None:
         _check_pool(candidates, reasons)
     size = len(value["candidates"]) if isinstance(value["candidates"], list) else None
-    unjudged = [0.0] * (size or 0)
-    relevance = _numbers("relevance", value.get("relevance", unjudged), size, "candidates", reasons)
+    relevance: tuple[float, ...] | None = (0.0,) * (size or 0)
+    if "relevance" in value:
+        relevance = _numbers("relevance", value["relevance"], size, "candidates", reasons)
     if reasons:
         return None
     more = _for_rankers(value, [item for item, _ in candidates], reasons)
@@ -202,9 +205,9 @@ def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None
         reasons.append(f"{name} must be a list of objects with id and text")
         return None
     for number, item in enumerate(value):
-        if not isinstance(item, dict) or set(item) != {"id", "text"}:
+        if not isinstance(item, dict) or item.keys() != _OF_ITEM:
             reasons.append(f"{name}[{number}] must be an object with id and text, and nothing else")
-        elif not all(isinstance(item[key], str) and item[key].strip() for key in ("id", "text")):
+        elif not (_is_text(item["id"]) and _is_text(item["text"])):
             reasons.append(f"{name}[{number}]: id and text must be texts that are not empty")
         else:
             continue
@@ -212,12 +215,17 @@ def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None
     return tuple((item["id"], one_line(item["text"])) for item in value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not (value == "" or value.isspace())
+
+
 def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:
     if not candidates:
         reasons.append("candidates is empty")
     for part, name in enumerate(("id", "text")):
-        counts = Counter(item[part] for item in candidates)
-        if twice := next((value for value, count in counts.items() if count > 1), None):
+        values = [item[part] for item in candidates]
+        if len(set(values)) < len(values):
+            twice = next(value for value, count in Counter(values).items() if count > 1)
             reasons.append(f"two candidates have the {name} {twice!r}")
 
 

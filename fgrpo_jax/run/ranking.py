@@ -36,6 +36,7 @@ from fgrpo_jax.run.finished import best_params, place_of, prompts_for, prompts_o
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import PHASES, TRAINED, Lists, Policy, PyTree, RankingExample, Rollout
 
+Written = list[list[tuple[list[int], list[int], int, list[float]]]]  # see _on_host
 Item = tuple[str, str] | str  # (id, text), or what is both
 
 
@@ -167,10 +168,10 @@ class Ranker:
         if query is None:
             return found
         params = self._method.params
-        made = [jax.device_get(self._greedy(params, query))]
+        made = [_on_host(self._greedy(params, query))]
         if samples:
             key = random_key(seed, self.name, "rank", number)
-            made.append(jax.device_get(self._sampled(samples)(params, query, key)))
+            made.append(_on_host(self._sampled(samples)(params, query, key)))
         return [one if isinstance(one, DataError) else self._read(one, made, i) for i, one in enumerate(found)]
 
     def _shown(self, row: RankingExample) -> tuple[RankingExample, np.ndarray] | DataError:
@@ -179,7 +180,8 @@ class Ranker:
                 f"query {row.query_id!r} has {len(row.candidates)} candidates, more than max_candidates="
                 f"{self._max_candidates}: raise it, or give fewer"
             )
-        return shown(dataclasses.replace(row, logged=()), self._experiment.config)
+        row = dataclasses.replace(row, logged=()) if row.logged else row  # not read, and would be shapes of their own
+        return shown(row, self._experiment.config)
 
     def _encoded(self, found: list, size: int) -> PyTree | None:
         """The batch on the devices; what cannot be encoded becomes its error in `found`. None: nothing is left."""
@@ -201,28 +203,32 @@ class Ranker:
             return error
         return one
 
-    def _read(self, one: tuple[RankingExample, np.ndarray], made: list, i: int) -> Ranked | DataError:
+    def _read(self, one: tuple[RankingExample, np.ndarray], made: list[Written], i: int) -> Ranked | DataError:
         """Row i of the batch: the greedy list and the drawn ones."""
-        listed = [self._listed(*one, lists, logp, i, g) for lists, logp in made for g in range(lists.slate.shape[1])]
+        example, order = one
+        ids, places = [item for item, _ in example.candidates], order.tolist()
+        listed = [self._listed(example.query_id, ids, places, *row) for rows in made for row in rows[i]]
         if not all(math.isfinite(x) for ranked in listed if ranked.logp for x in ranked.logp.values()):
-            return DataError(f"query {one[0].query_id!r}: a log-probability is not finite; its lists mean nothing")
+            return DataError(f"query {example.query_id!r}: a log-probability is not finite; its lists mean nothing")
         return listed[0]._replace(samples=tuple(listed[1:]))
 
     def _listed(
-        self, example: RankingExample, order: np.ndarray, lists: Lists, logp_BGP: np.ndarray, i: int, g: int
-    ) -> Ranked:
-        slate, ranking = (tuple(int(c) for c in of_all[i, g] if c >= 0) for of_all in (lists.slate, lists.ranking))
-        ids = [item for item, _ in example.candidates]
+        self, query_id: str, ids: list[str], places: list[int], slate: list[int], ranking: list[int], outcome: int,
+        logp_P: list[float],
+    ) -> Ranked:  # fmt: skip
+        """One list: places of candidates as shown, -1 padded, by their ids and their places in the query's order."""
+        slate, ranking = ([c for c in items if c >= 0] for items in (slate, ranking))
         logp = None
         if self._method.sampled:
-            of_phases = logp_BGP[i, g].astype(np.float64)
-            logp = dict(zip((*PHASES, "total"), (*of_phases, of_phases.sum())))
-            logp = {name: round(float(value), DIGITS) + 0.0 for name, value in logp.items()}
+            logp = dict(zip((*PHASES, "total"), (*logp_P, sum(logp_P))))
+            logp = {name: round(value, DIGITS) + 0.0 for name, value in logp.items()}
         return Ranked(
-            example.query_id,
-            *(tuple(ids[c] for c in items) for items in (slate, ranking)),
-            *(tuple(int(order[c]) for c in items) for items in (slate, ranking)),
-            self._method.policy.outcomes[int(lists.outcome[i, g])].name,
+            query_id,
+            tuple([ids[c] for c in slate]),
+            tuple([ids[c] for c in ranking]),
+            tuple([places[c] for c in slate]),
+            tuple([places[c] for c in ranking]),
+            self._method.policy.outcomes[outcome].name,
             logp,
         )
 
@@ -240,6 +246,13 @@ def _program(experiment: Experiment, table: PyTree, decode: Callable) -> Callabl
         return lists, jnp.zeros((*lists.outcome.shape, len(PHASES))) if rollout is None else _by_phase(rollout)
 
     return program
+
+
+def _on_host(made: tuple[Lists, jax.Array]) -> Written:
+    """Of every query, of each of its lists: slate, ranking, outcome and log-probabilities, as Python's own numbers."""
+    lists, logp_BGP = jax.device_get(made)
+    arrays = lists.slate, lists.ranking, lists.outcome, logp_BGP.astype(np.float64)
+    return [list(zip(*of_query)) for of_query in zip(*(x.tolist() for x in arrays))]
 
 
 def _by_phase(rollout: Rollout) -> jax.Array:
