@@ -145,8 +145,10 @@ def decoded(model, tokens, next_allowed):
 
 def opened(folder):
     pytest.importorskip("torch", reason="the model is decoded by transformers on PyTorch, in the parity extra")
+    import torch
     import transformers
 
+    torch.set_num_threads(1)  # more only wait for each other, over so small a model
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
 
