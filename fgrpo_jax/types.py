@@ -47,14 +47,18 @@ class Param(NamedTuple):
     decay: bool
 
 
+def is_param(leaf: Any) -> bool:
+    return isinstance(leaf, Param)
+
+
 def map_params(function: Callable, table: PyTree, *trees: PyTree) -> PyTree:
     """`function(param, *leaves)` for every Param of a table and the leaves in its place."""
-    return jax.tree.map(function, table, *trees, is_leaf=lambda x: isinstance(x, Param))
+    return jax.tree.map(function, table, *trees, is_leaf=is_param)
 
 
 def num_params(table: PyTree) -> int:
     """The numbers in a table of Param."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Param)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(table, is_leaf=is_param))
 
 
 class LoggedList(NamedTuple):

@@ -297,6 +297,7 @@ def test_impossible_values_of_interactions(fields, message):
         (dict(first_stage="tfidf"), "data.ir.first_stage='tfidf' must be of type Literal"),
         (dict(data__pool_size=5), "data.pool_size=5 is smaller than the lists, of up to 10 items"),
         (dict(data__interactions__targets=2), "data.interactions.targets: 1 -> 2: data.name='ir' does not read it"),
+        (dict(data__kcore=5), "data.kcore=5: data.name='ir' does not read it; leave it at its default, 20"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -116,3 +116,12 @@ def test_the_rest_of_a_configuration_does_not_matter(tmp_path, capsys):
     path = config_file(changed(config, {"rl.group_size": 1, "sft.steps": 0, "rl.steps": 0}), tmp_path / "config.py")
     assert load_file(path).rl.steps == 0
     assert check(capsys, path)[0] == 0
+
+
+def test_data_without_a_training_split(tmp_path, capsys):
+    """Are looked at as they would be evaluated."""
+    write_world(tmp_path)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    code, out, err = check(capsys, *flags(tmp_path, "jsonl"))
+    assert code == 0 and not err and "--data.prompt-buckets" in out

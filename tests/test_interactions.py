@@ -441,3 +441,26 @@ def test_options_are_part_of_what_is_prepared(tmp_path):
 
     made = set(Interactions.options_of(DataConfig()))
     assert names - made == {"interactions_file", "items_file", "candidates_file"}  # their content is hashed
+
+
+# ---------------------------------------------------------------------- values that other programs write
+
+
+def test_times_in_nanoseconds_are_cut(tmp_path):
+    moments = pyarrow.array([1_700_000_000_000_000_001, 1_700_000_000_000_001_999], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"time": moments}), tmp_path / "t.parquet")
+
+    found = tables.read(tmp_path / "t.parquet", {"time": "data.interactions.time"}).columns["time"]
+    assert [moment.microsecond for moment in found] == [0, 1]
+
+
+def test_half_a_character_is_named_by_its_line(tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"id": "a", "text": "fine \\u00e9"}\n{"id": "b", "text": "smile \\ud83d"}\n')
+    with pytest.raises(DataError, match="items.jsonl, line 2: not JSON .*surrogates not allowed"):
+        tables.read(tmp_path / "items.jsonl", {"id": "x", "text": "y"})
+
+
+def test_a_pool_that_is_closed_has_its_size_whatever_it_must_hold():
+    for targets in (3, 25):
+        pool, missed = retriever.pool_of(np.arange(targets), np.linspace(1, 0, 500), 20, "closed")
+        assert len(pool) == max(20, targets) and not len(missed) and set(range(targets)) <= set(pool.tolist())

@@ -225,3 +225,11 @@ def test_what_cannot_be_used_is_named_in_one_line(tmp_path, harm, fields, messag
         load(tmp_path, tmp_path / "prepared", **fields)
     assert "\n" not in str(error.value)
     assert not [path for path in (tmp_path / "prepared").rglob("*") if path.is_file()]
+
+
+def test_ids_of_beir_may_hold_blanks(tmp_path):
+    """Tabs part them; the last word of one is no document of its own."""
+    (tmp_path / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq 1\tdoc 2\t1\n")
+    assert trec.read_qrels(tmp_path / "test.tsv", {"q 1", "q"}, {"doc 2", "2"}) == {"q 1": {"doc 2": 1.0}}
+    (tmp_path / "test.tsv").write_text("q1 0 d2 3\n")
+    assert trec.read_qrels(tmp_path / "test.tsv", {"q1"}, {"d2"}) == {"q1": {"d2": 3.0}}

@@ -57,8 +57,8 @@ def test_it_is_said_how_many_parameters_made_a_list(whole):
     """A generator-evaluator reads its generators and the evaluator; a baseline that counts, none."""
     found = scores(whole[0].run_dir)["parameters"]
     assert set(found) == {*TRAINED, *SELECTED}
-    assert found["g_e"] == found["imitation"] + found["evaluator"] and found["generators"] == 3 * found["imitation"]
-    assert found["mg_e_3"] == found["generators"] + found["evaluator"] and found["goalrank"] == found["grpo"]
+    assert found["g_e"] == found["imitation"] + found["evaluator"] and found["generators"] == found["imitation"]
+    assert found["mg_e_3"] == 3 * found["generators"] + found["evaluator"] and found["goalrank"] == found["grpo"]
     shapes = jax.tree.map(lambda x: x.size, whole[1]["imitation", 4].params)
     assert found["imitation"] == sum(jax.tree.leaves(shapes))
 
@@ -146,6 +146,11 @@ def test_the_configuration_is_read_back(whole):
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
         ({"selection.sizes": (1, 4)}, "selection.sizes=(1, 4) must differ, from 1 to selection.generators=3"),
         ({"network.sees_retrieval": False}, "dlcm reads the pool in the first stage's order, which"),
+        ({"generators.policy": "generator"}, "generators.policy='generator': this stage is read as the generators"),
+        (
+            {"grpo.credit.terms": (("rank", "ndcg", 1.0),), "grpo.credit.scheme": "exact"},
+            "grpo.credit.scheme='exact' compares rankings of slates alike, and a generator writes no slate",
+        ),
         ({"bias.kind": "noise"}, "bias: kind='noise' with weight=0.0; give both, or neither"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
         ({"imitation.target.fill": "first"}, "imitation.target: a ranker imitates network.labels, and reads no target"),

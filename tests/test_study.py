@@ -63,6 +63,7 @@ def test_parameters_and_names_of_runs_and_a_plot(runs, tmp_path):
         ({"x": "network.width"}, "x='network.width' is no field of .*config.json"),
         ({"x": "network.dtype", "plot": "p.png"}, "x='network.dtype' is no number in these runs"),
         ({"x": "cutoffs", "plot": "p.png"}, "x='cutoffs' is no number"),
+        ({"x": "network", "plot": "p.png"}, "x='network' is no number"),
         ({"x": "parameters", "methods": ("b",)}, "knows no number of parameters of 'b', only of a"),
         ({"methods": ("c",)}, "has no method 'c', only a, b"),
         ({"metric": "ndcg@9"}, "has no ndcg@9, only ndcg@5"),

@@ -25,10 +25,11 @@ inserted have the lowest scores of the pool. *Reversed* retrieval order has NDCG
 retrieval order 5.2, so whatever learns to score as the first stage does can do the opposite: numbers on closed
 pools say little about ranking. It is there because published ones may have been made so.
 
-**Shown lists** (`logged`), to fit models of feedback to: the pool in retrieval order with Gumbel noise, in pages
-of six, with feedback 1 for targets. Nobody was really shown these: they stand for exposure that the data do not
-record, and what is taken from a page does not depend on what else is on it. (Pages of targets alone would let a
-model of feedback read the answer off the page: its probabilities were high, and lists built by them random.)
+**Shown lists** (`logged`), to fit models of feedback to: the pool in retrieval order with Gumbel noise (closed
+ones in any order, as theirs tells the targets), in pages of six, with feedback 1 for targets. Nobody was really
+shown these: they stand for exposure that the data do not record, and what is taken from a page does not depend on
+what else is on it. (Pages of targets alone would let a model of feedback read the answer off the page: its
+probabilities were high, and lists built by them random.)
 
 Every interaction counts as relevant with gain 1, whatever its rating.
 """
@@ -162,7 +163,7 @@ class _Retrieved(RankingBuilder, skip_registration=True):
                 history=tuple(items[i] for i in task.history[-HISTORY:]),
                 retrieval=tuple(score_I[pool].tolist()),
                 topics=tuple(topics[i] for i in pool) if topics else (),
-                logged=shown_lists(relevant, score_I[pool], rng),
+                logged=shown_lists(relevant, score_I[pool] * (self.options["pool"] == "open"), rng),
                 missed=tuple(Missed(items[i][0], 1.0, topics[i] if topics else -1) for i in missed),
             )
 
@@ -171,7 +172,7 @@ class _Retrieved(RankingBuilder, skip_registration=True):
 
 
 def shown_lists(relevant_C: np.ndarray, retrieval_C: np.ndarray, rng: np.random.Generator) -> tuple[LoggedList, ...]:
-    """The whole pool in noisy retrieval order, in pages of LENGTH: indices into the pool."""
+    """The whole pool in noisy order of its scores (in any order where all are equal), in pages of LENGTH: indices."""
     rank_C = np.argsort(np.argsort(-retrieval_C, kind="stable"))
     order = np.argsort(rank_C - SHOWN_NOISE * rng.gumbel(size=len(rank_C)), kind="stable")
     pages = (order[start : start + LENGTH] for start in range(0, len(order), LENGTH))

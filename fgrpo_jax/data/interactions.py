@@ -13,10 +13,12 @@ next are relevant, with gain 1 or their rating.
 of up to `windows` training queries, the newest first to be kept. **time**: test is what happened after a moment that
 leaves a share of held_out[1] of all interactions behind it, validation the share of held_out[0] before. A query of
 these has the first `targets` items of a user in that span, and all before the span as its history; training queries
-end before it. So nothing of later times is learnt from, also not by popularity.
+end before it. No interaction of later times is a target or counts in popularity; `kcore` looks at all of them.
 
-**Pools** of data.pool_size. `uniform`, `popularity`: items that the user never took, drawn uniformly or by 1 + how
-often the training span took them; drawn once for evaluation, and anew every epoch for training. `als`, `file`: what a
+**Pools** of data.pool_size. `uniform`, `popularity`: drawn uniformly or by 1 + how often the training span took an
+item; once for evaluation, from what the user never took, and anew every epoch for training, from what is neither in the
+query's history nor wanted (what the user took later, or before the history that is kept, can be drawn: to leave it out
+would tell of the future). `als`, `file`: what a
 first stage proposed, without the history; targets that it lacks are missed (data.pool="open"), or take the places of
 its last items, and then the *reversed* order of retrieval finds them: see goalrank.py.
 """
@@ -104,7 +106,8 @@ class Interactions(RankingBuilder, skip_registration=True):
 
     @property
     def _negatives(self) -> int:
-        return self.options["pool_size"] - self._c.targets
+        """The most that a pool draws: with split `time` a query may have one target only."""
+        return self.options["pool_size"] - (1 if self._c.split == "time" else self._c.targets)
 
     @cached_property
     def _events(self) -> events.Events:
@@ -204,8 +207,9 @@ class Interactions(RankingBuilder, skip_registration=True):
             if split != "train":
                 rng = np.random.default_rng([SEED, task.user, SPLITS.index(split)])
                 taken = self._events.walks[task.user]
-                order = rng.choice(n_items, self._negatives + len(taken), replace=False, p=share)
-                drawn = order[~np.isin(order, taken)][: self.options["pool_size"] - len(targets)]
+                others = self.options["pool_size"] - len(targets)
+                order = rng.choice(n_items, min(others + len(taken), n_items), replace=False, p=share)
+                drawn = order[~np.isin(order, taken)][:others]
                 pool = rng.permutation(np.concatenate([targets, drawn]))
             yield self._example(split, task, pool)
 

@@ -95,6 +95,11 @@ class FoldedRetriever:
     @functools.cache  # noqa: B019 - a builder lives as long as the preparation
     def _fitted(self, fold: int | None) -> Retriever:
         known = [walk for user, walk in enumerate(self._walks) if fold is None or user % FOLDS != fold]
+        if not known:
+            raise DataError(
+                f"matrix factorisation scores a user's training queries by factors of others, in {FOLDS} groups; "
+                "there are too few users for two: give more, or candidates of another kind"
+            )
         return Retriever(known, self._n_items)
 
 
@@ -109,7 +114,7 @@ def pool_of(targets: np.ndarray, score_I: np.ndarray, size: int, kind: str) -> t
         pool = ranked[:size]
         return pool, np.setdiff1d(targets, pool)
     others = ranked[~np.isin(ranked, targets)]
-    pool = np.concatenate([others[: size - len(targets)], targets])
+    pool = np.concatenate([others[: max(size - len(targets), 0)], targets])
     return pool[np.argsort(-score_I[pool], kind="stable")], targets[:0]
 
 

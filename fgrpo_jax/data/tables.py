@@ -80,6 +80,7 @@ def _check_columns(path: Path, columns: Mapping[str, str], there: Sequence[str])
 def _delimited(path: Path, columns: Mapping[str, str], tabs: bool) -> Table:
     lines = (line.removeprefix("\ufeff") + "\n" for _, line in numbered_lines(path))
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    csv.field_size_limit(2**31 - 1)  # of a column that nobody asks for, too
     reader = csv.reader(lines, **style)
     found: dict[str, list[Any]] = {name: [] for name in columns}
     numbers: list[int] = []
@@ -120,6 +121,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             value = json.loads(line.removeprefix("\ufeff"))
+            if "\\u" in line:  # half of a character that is written as two: no text, and no file could hold it
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(value, dict):
@@ -135,9 +138,21 @@ def _parquet(path: Path, columns: Mapping[str, str]) -> Table:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, columns, file.schema_arrow.names)
             read = file.read(columns=list(columns))
-    except (pyarrow.ArrowException, OSError) as error:
+        values = {name: _in_microseconds(read[name]).to_pylist() for name in columns}
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({one_line(str(error))})") from error
-    return Table(path, {name: read[name].to_pylist() for name in columns}, range(1, read.num_rows + 1))
+    return Table(path, values, range(1, read.num_rows + 1))
+
+
+def _in_microseconds(column: Any) -> Any:
+    """Times in nanoseconds, as pandas writes them, are cut: Python's have no more than microseconds."""
+    import pyarrow
+
+    if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":
+        return column.cast(pyarrow.timestamp("us", column.type.tz), safe=False)
+    return column
 
 
 # ---------------------------------------------------------------------- values

@@ -68,7 +68,9 @@ def read_qrels(path: Path, queries: Container[str], corpus: Container[str]) -> d
     """
     found: dict[str, dict[str, float]] = {}
     for number, line in numbered_lines(path):
-        fields, where = line.removeprefix("\ufeff").split(), f"{path}, line {number}"
+        line, where = line.removeprefix("\ufeff"), f"{path}, line {number}"
+        # BEIR's ids may hold blanks, as tabs part them; TREC's do not.
+        fields = [field.strip() for field in line.split("\t")] if line.count("\t") == 2 else line.split()
         if not fields or number == 1 and fields[0] in ("query-id", "query_id"):
             continue
         if len(fields) == 4:

@@ -50,7 +50,7 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
         if not isinstance(value, dict) or name not in value:
             raise ConfigError(f"x={x!r} is no field of {run_dir}/config.json; give one as network.hidden_size")
         value = value[name]
-    return tuple(value) if isinstance(value, list) else value
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -> list[Cell]:

@@ -18,7 +18,7 @@ from fgrpo_jax.run.experiment import Experiment, Predictor, batches_of, encode
 from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.processes import note
 from fgrpo_jax.stages import credited, stages
-from fgrpo_jax.types import Array, Lists, PyTree, RankingExample, num_params
+from fgrpo_jax.types import Array, Lists, Policy, PyTree, RankingExample, is_param, num_params
 
 
 class Opened(NamedTuple):
@@ -54,8 +54,14 @@ def parameters_of(run: Opened, rows: Sequence[str]) -> dict[str, int]:
     """How many parameters a list of each finished stage is made with, and of these of the run's selections."""
     experiment = run.experiment
     selections = policies.selections(experiment.config, experiment.policies) if rows else {}
-    own = {name: num_params(experiment.policy(name).table) for name in run.places}
+    own = {name: _read_by(experiment.policy(name)) for name in run.places}
     return own | {name: selections[name].parameters for name in rows}
+
+
+def _read_by(policy: Policy) -> int:
+    """An ensemble's lists are one member's: its axis is the first of every parameter."""
+    members = {p.shape[0] for p in jax.tree.leaves(policy.table, is_leaf=is_param) if p.axes[0] == "member"} or {1}
+    return num_params(policy.table) // max(members)
 
 
 def rewards_of(run: Opened, predictions: dict[str, list[Prediction]]) -> dict[str, dict[str, np.ndarray]]:

@@ -24,7 +24,7 @@ from fgrpo_jax.config import (
     StageConfig,
 )
 from fgrpo_jax.files import is_address
-from fgrpo_jax.run.validation_of_data import data_problems, own_data_problems, unknown
+from fgrpo_jax.run.validation_of_data import data_problems, own_data_problems, unknown, unread
 from fgrpo_jax.stages import credited, from_start, stages
 
 
@@ -103,9 +103,7 @@ def check_data(config: RunConfig, known: Registries) -> None:
 
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
-    d, problems = config.data, data_problems(config, known.datasets)
-    if d.pool != "open" and d.name not in ("goalrank_ml1m", "goalrank_book", "interactions"):
-        problems.append(f"data.pool={d.pool!r}: data.name={d.name!r} does not read it; leave it at 'open'")
+    problems = data_problems(config, known.datasets) + unread(config.data, ["pool"])
     _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config)])
 
 

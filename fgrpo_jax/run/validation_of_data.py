@@ -8,6 +8,24 @@ from collections.abc import Iterable
 from fgrpo_jax.config import DataConfig, InteractionsConfig, IrConfig, RunConfig
 from fgrpo_jax.config_files import differences
 
+# Settings of `data` that only some data sets read.
+_READERS = {
+    "kcore": ("goalrank_ml1m", "goalrank_book"),
+    "retrieved": ("goalrank_ml1m", "goalrank_book"),
+    "pool": ("goalrank_ml1m", "goalrank_book", "interactions", "ir"),
+}
+
+
+def unread(d: DataConfig, names: Iterable[str] = tuple(_READERS)) -> list[str]:
+    """Which of these settings are not at their default though the data set does not read them."""
+    default = DataConfig()
+    return [
+        f"data.{name}={getattr(d, name)!r}: data.name={d.name!r} does not read it; leave it at its default, "
+        f"{getattr(default, name)!r}"
+        for name in names
+        if getattr(d, name) != getattr(default, name) and d.name not in _READERS[name]
+    ]
+
 
 def unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str]:
     listed = ", ".join(sorted(known))
@@ -40,7 +58,7 @@ def _ascending(sizes: tuple[int, ...]) -> bool:
 
 def own_data_problems(config: RunConfig) -> list[str]:
     """Options of data sets that have options of their own: set for another one, or impossible."""
-    d, problems = config.data, []
+    d, problems = config.data, unread(config.data)
     for name, check in {"interactions": _check_interactions, "ir": _check_ir}.items():
         if d.name == name:
             problems += check(d)
@@ -83,7 +101,7 @@ def _check_interactions(d: DataConfig) -> list[str]:
         problems.append(f"{where}.candidates_file is read with candidates='file' only: set that, or leave it empty")
     if c.candidates in ("uniform", "popularity") and d.pool != "open":
         problems.append(f"data.pool={d.pool!r}: pools that are drawn ({where}.candidates) always hold their targets")
-    if c.candidates in ("uniform", "popularity") and c.targets >= d.pool_size:
+    if (c.candidates in ("uniform", "popularity") or d.pool == "closed") and c.targets >= d.pool_size:
         problems.append(f"{where}.targets={c.targets} leave no room for others in data.pool_size={d.pool_size}")
     return problems
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fgrpo_jax.config import Config, StageConfig
-from fgrpo_jax.data.batches import make_batches
+from fgrpo_jax.data.batches import evaluation_examples, make_batches
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.policies.llm import buckets, prompts, targets, tokenizers
 from fgrpo_jax.policies.llm.encode import encode
@@ -36,7 +36,10 @@ def preview(config: Config, dataset: Dataset, count: int) -> Preview:
         config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
     )
     chosen = buckets.choose(lengths, longest)
-    examples = make_batches(dataset, config, "preview", StageConfig(batch_queries=count)).batch_at(0)
+    if "train" in dataset.splits:
+        examples = make_batches(dataset, config, "preview", StageConfig(batch_queries=count)).batch_at(0)
+    else:
+        examples = evaluation_examples(dataset, config, next(iter(dataset.splits)))[:count]
     used = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=chosen))
     grammar = make_grammar(config, tokenizer)
     query = encode(used, grammar, tokenizer, dataset.kind, instruction, {}, examples)

@@ -63,10 +63,10 @@ class ProposalsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BiasConfig:
-    """What is wrong with the reward model on purpose, wherever lists are chosen or learned by it."""
+    """What is wrong with the reward model on purpose, wherever lists are chosen, learned or judged by it."""
 
     kind: Literal["none", "noise", "popularity", "position", "shift"] = "none"
-    """scorers.biased says what each does."""
+    """scorers.reward_of_lists says what each does."""
     weight: float = 0.0
 
 

@@ -2,7 +2,8 @@
 
 The generator-evaluators that GoalRank is compared with (arXiv 2509.22046: one generator, 3, 20 and 100 of them;
 how theirs differ is not said). The generators of an ensemble are one policy, whose parameters have a leading
-axis M: one stage trains, saves and resumes them all. They learn by imitation, each with its own ties among the
+axis M: one stage trains, saves and resumes them all, at the step that is best by eval.metric for the first (or, with
+the stage's metric "likelihood", by their mean). They learn by imitation, each with its own ties among the
 targets. The gradient is clipped by the norm of all; Adam's steps do not depend on its scale, so apart from
 clipping each is trained as it would be alone.
 """

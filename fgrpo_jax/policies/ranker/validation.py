@@ -18,7 +18,7 @@ def problems(config: RankerConfig) -> list[str]:
     for name, stage in stages(config).items():
         if stage.steps:
             found += _stage(config, name, stage)
-        if name in _READS.values() and stage.policy != name:
+        if name in {*_READS.values(), "generators"} and stage.policy != name:
             found.append(f"{name}.policy={stage.policy!r}: this stage is read as the {name}; leave it at {name!r}")
     if config.reward.rules:
         found.append("reward.rules: a ranker's lists cannot break a rule; leave it empty")
@@ -95,6 +95,11 @@ def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
     for what, network in needs.items():
         if network not in stage.frozen_from:
             found.append(f"{name}: {what} reads the stage {network!r}, so name it in {name}.frozen_from")
+    if stage.policy == "generator" and stage.source != "logged" and stage.credit.scheme not in ("group", "to_go"):
+        found.append(
+            f"{name}.credit.scheme={stage.credit.scheme!r} compares rankings of slates alike, and a generator writes "
+            "no slate: use group or to_go, or policy two_phase"
+        )
     if stage.policy == "generator" and stage.source != "logged":
         if any(phase == "slate" for phase, _, _ in stage.credit.terms):
             found.append(f"{name}.credit.terms: its lists are rankings, with no slate phase; use rank, or two_phase")
