@@ -63,7 +63,8 @@ def test_it_is_the_mean_over_all_labels(ranker, tmp_path, fields):
     for example in examples:
         logit = np.asarray(logits(spec, params, policy.encode([example])), np.float64)[0, : len(example.candidates)]
         label = np.asarray(example.relevance) > 0
-        found += np.where(label, -np.log1p(np.exp(-logit)), -np.log1p(np.exp(logit))).tolist()
+        alone = np.where(label, -np.log1p(np.exp(-logit)), -np.log1p(np.exp(logit)))
+        found += (alone + label * (logit - np.log(np.exp(logit).sum()))).tolist()
     assert Likelihood(experiment, "pointwise")(params, {}, examples) == pytest.approx(np.mean(found), rel=1e-5)
 
 

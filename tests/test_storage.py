@@ -61,7 +61,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(made, tmp_path)
     """Files may grow a bit larger each time, and with them the places where it stops."""
     config, whole = made
     config = changed(config, {"run_dir": str(tmp_path / "run")})
-    limits = (100, 3500, 7000, 20_000)
+    limits = (100, 6000, 7000, 20_000)
     names = {"root": str(ROOT), "limits": limits, "config": config_file(config, tmp_path / "c.py")}
     script = textwrap.dedent(FULL).format(**names)
     env = environment(PYTHONWARNINGS="ignore")  # JAX's, of its cache of programs
@@ -155,7 +155,7 @@ def test_what_may_not_be_written_is_known_before_anything_is_decoded(made, monke
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(evaluation, "_predict", None)
+    monkeypatch.setattr(evaluation, "predict", None)
     assert evaluation.main([str(directory)]) == 2
     assert "eval could not be written (Read-only file system)" in capsys.readouterr().err
     assert run_training(changed(made[0], {})) == 2
