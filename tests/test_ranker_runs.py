@@ -188,6 +188,27 @@ def test_data_without_shown_lists_are_refused(whole, tmp_path, capsys):
     assert "has no shown lists (`logged`)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({}, "dlcm reads pools in their order"),
+        ({"dlcm.steps": 0}, "proposals.mix asks for retriever: give scores, or leave that out"),
+    ],
+)
+def test_data_without_first_stage_scores_are_refused(whole, tmp_path, capsys, fields, message):
+    """Where something orders by them: without, it would order by nothing."""
+    data = tmp_path / "data"
+    shutil.copytree(whole[0].data.manual_dir, data)
+    lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["retrieval"]
+    (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = changed(whole[0], fields | {"run_dir": str(tmp_path / "run"), "data.manual_dir": str(data)})
+    assert run_training(config) == 2
+    said = capsys.readouterr().err
+    assert "has no first-stage scores (`retrieval`)" in said and message in said
+
+
 def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, capsys):
     start = {
         "run_dir": str(tmp_path / "run"),

@@ -204,6 +204,7 @@ PROPOSALS: dict[str, Callable[[Setting, Asked], Array]] = {
     "evaluator": _evaluator,
     "perturbed": _perturbed,
 }
+BY_RETRIEVAL = {"retriever", "mmr_topics", "mmr_items"}  # by first-stage scores
 # The frozen networks that some of them read.
 READS = {
     "pointwise": "pointwise",

@@ -52,7 +52,7 @@ def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> di
     counts = np.concatenate([[0.0], np.log1p(np.asarray(catalogue.counts, np.float64))]).astype(np.float32)
     encode = encoder(numbers, counts, config.data.history_max, n.list_length)
     # All read the same queries, so one of them asks whether these are sound.
-    checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config))}
+    checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config), _needs_scores(config))}
     return {
         name: _policy(parts, inits.get(name), encode, catalogue, checks.get(name, _no_check))
         for name, parts in made.items()
@@ -103,7 +103,20 @@ def _needs_lists(config: RankerConfig) -> bool:
     return "evaluator" in trained or bool(trained) and config.network.labels == "feedback"
 
 
-def _check_queries(encode: Callable, needs_lists: bool, mesh: Mesh, dataset: Dataset, ends_on: str) -> None:
+def _needs_scores(config: RankerConfig) -> str:
+    """What is trained on first-stage scores, in words; "" for nothing. Elsewhere they may be missing, and count 0."""
+    trained = [stage for stage in stages(config).values() if stage.steps]
+    if any(stage.policy == "dlcm" for stage in trained):
+        return "dlcm reads pools in their order"
+    proposed = {name for name, _ in config.proposals.mix} & proposals.BY_RETRIEVAL
+    if proposed and any(stage.source == "mixed" for stage in trained):
+        return f"proposals.mix asks for {' and '.join(sorted(proposed))}"
+    return ""
+
+
+def _check_queries(
+    encode: Callable, needs_lists: bool, needs_scores: str, mesh: Mesh, dataset: Dataset, ends_on: str
+) -> None:
     """See Policy.check: all queries but those of a large training split, which are read in their turn.
 
     Raises DataError.
@@ -118,6 +131,11 @@ def _check_queries(encode: Callable, needs_lists: bool, mesh: Mesh, dataset: Dat
         raise DataError(
             f"data set {dataset.name!r} has no shown lists (`logged`) in its first {len(first)} training "
             "queries, and evaluator, or network.labels='feedback', learn from nothing else"
+        )
+    if needs_scores and (bare := next((row for row in first if not row.retrieval), None)):
+        raise DataError(
+            f"query {bare.query_id!r} of data set {dataset.name!r} has no first-stage scores (`retrieval`), and "
+            f"{needs_scores}: give scores, or leave that out"
         )
 
 
