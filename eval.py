@@ -61,20 +61,9 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     config = directory.read_config(run_dir)
     for line in filter(None, map(directory.earlier_version, (run_dir, *_prefixed(others).values()))):
         note(line)
-    settings = settings or config.eval
-    settings = dataclasses.replace(settings, split=split or settings.split)
-    data, mesh = data or source_of_data(config), mesh or config.mesh
-    reads = policies.selected(config).get(settings.versus, (settings.versus,))
-    if set(reads) & set(from_start(config)) and directory.lacking_start(run_dir, config):
-        here = next(name for name, stage in stages(config).items() if stage.steps)
-        settings = dataclasses.replace(settings, versus=here)  # `_finished` says so
-    used = _judged(config, data, settings, mesh)
-    finished = _finished(run_dir, "", used, config)
-    for prefix, other in _prefixed(others).items():
-        theirs = directory.read_config(other)
-        _check_limits(other, theirs.limits(), used.limits())
-        finished |= _finished(other, prefix, _judged(theirs, data, settings, mesh), theirs)
-    rows = _rows(finished)
+    data = data or source_of_data(config)
+    used, finished = _chosen(run_dir, config, data, settings or config.eval, split, others, mesh or config.mesh)
+    settings, rows = used.eval, _rows(finished)
     methods = [*settings.baselines, *finished, *rows]
     if settings.versus not in methods:
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
@@ -93,12 +82,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
     runs = _opened(finished, dataset)
-    parameters = {}
-    for prefix, one in runs.items():
-        selected = [name for where, name in rows.values() if where == prefix]
-        for name, predicted in predict(one, selected).items():
-            predictions[prefix + name] = list(map(_reindexed, examples, one.shown, predicted))
-        parameters |= {prefix + name: count for name, count in parameters_of(one, selected).items()}
+    said, parameters = _said(runs, rows, examples)
+    predictions |= said
     rewards = rewards_of(runs[""], predictions)
     fits = {prefix + name: found for prefix, one in runs.items() for name, found in fits_of(one).items()}
     if jax.process_index():
@@ -119,6 +104,24 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
 
 
 # --------------------------------------------------------------------- which policies
+
+
+def _chosen(
+    run_dir: Path, config: RunConfig, data: Judged, settings: EvalConfig, split: str, others, mesh: MeshConfig
+) -> tuple[RunConfig, dict[str, Finished]]:
+    """The run's configuration with what belongs to the evaluation; the finished stages to evaluate, by their rows."""
+    settings = dataclasses.replace(settings, split=split or settings.split)
+    reads = policies.selected(config).get(settings.versus, (settings.versus,))
+    if set(reads) & set(from_start(config)) and directory.lacking_start(run_dir, config):
+        here = next(name for name, stage in stages(config).items() if stage.steps)
+        settings = dataclasses.replace(settings, versus=here)  # `_finished` says so
+    used = _judged(config, data, settings, mesh)
+    finished = _finished(run_dir, "", used, config)
+    for prefix, other in _prefixed(others).items():
+        theirs = directory.read_config(other)
+        _check_limits(other, theirs.limits(), used.limits())
+        finished |= _finished(other, prefix, _judged(theirs, data, settings, mesh), theirs)
+    return used, finished
 
 
 class Finished(NamedTuple):
@@ -220,6 +223,17 @@ def _opened(finished: dict[str, Finished], dataset) -> dict[str, Opened]:
         places = {name: one.place for name, one in stages_of.items()}
         runs[prefix] = Opened(experiments.assemble(first.config, seen, first.run_dir), places, shown)
     return runs
+
+
+def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, int]]:
+    """Of every row that is no baseline: predictions, as indices into `examples`, and the parameters behind them."""
+    predictions, parameters = {}, {}
+    for prefix, one in runs.items():
+        selected = [name for where, name in rows.values() if where == prefix]
+        for name, predicted in predict(one, selected).items():
+            predictions[prefix + name] = list(map(_reindexed, examples, one.shown, predicted))
+        parameters |= {prefix + name: count for name, count in parameters_of(one, selected).items()}
+    return predictions, parameters
 
 
 def _reindexed(example: RankingExample, shown: RankingExample, prediction: Prediction) -> Prediction:

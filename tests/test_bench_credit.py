@@ -85,7 +85,7 @@ def test_a_run_directory(tmp_path, capsys):
     assert [row["row"] for row in found] == ["grpo", "gdpo", "fgrpo", "outcome", "to_go", "to_go_state"]
     assert all(len(row[name]) == 2 for row in found for name in ("snr", "unbiased", "cosine"))
     for wrong, message in (
-        (["--stage", "sft"], "--stage sft samples nothing"),
+        (["--stage", "sft"], "--stage sft has no policy gradient of own samples (source='logged'"),
         (["--stage", "dpo"], "has no stage 'dpo', only sft, rl"),
         (["--at", "sft"], "--at sft: give a stage (sft, rl) and a step, as sft:60"),
     ):

@@ -151,6 +151,16 @@ def test_the_configuration_is_read_back(whole):
             {"grpo.credit.terms": (("rank", "ndcg", 1.0),), "grpo.credit.scheme": "exact"},
             "grpo.credit.scheme='exact' compares rankings of slates alike, and a generator writes no slate",
         ),
+        (
+            {"goalrank.credit.normalise": "each"},
+            "goalrank.objective.name='group_softmax' reads the reward as it is: leave goalrank.credit.normalise",
+        ),
+        ({"goalrank.credit.terms": (("rank", "ndcg", 0.5),)}, "'group_softmax' reads the reward as it is"),
+        (
+            {f"{name}.steps": 0 for name in TRAINED if name != "pointwise"}
+            | {"bias.kind": "noise", "bias.weight": 1.0},
+            "bias.kind='noise': no stage that is trained reads the evaluator",
+        ),
         ({"bias.kind": "noise"}, "bias: kind='noise' with weight=0.0; give both, or neither"),
         ({"network.list_length": 9}, "candidates, fewer than the 9 items of a list"),
         ({"imitation.target.fill": "first"}, "imitation.target: a ranker imitates network.labels, and reads no target"),

@@ -20,7 +20,7 @@ from fgrpo_jax.bench import flops
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.models import decoder
-from fgrpo_jax.types import Param
+from fgrpo_jax.types import is_param
 
 
 class Chip(NamedTuple):
@@ -124,7 +124,7 @@ class _Weights(NamedTuple):
 def _weights(spec: decoder.DecoderSpec, mesh: AbstractMesh) -> _Weights:
     table = decoder.param_table(spec)
     sums = {"layers": 0, "ends": 0, "others": 0}
-    for p in jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Param)):
+    for p in jax.tree.leaves(table, is_leaf=is_param):
         place = shards.place(mesh, p.axes, p.shape)
         part = "others" if "fsdp" not in place else "layers" if "layers" in p.axes else "ends"
         sums[part] += math.prod(p.shape) // (mesh.shape["tensor"] if "tensor" in place else 1)

@@ -193,8 +193,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.stage not in stages(config):
         raise ConfigError(f"{run_dir} has no stage {args.stage!r}, only {', '.join(stages(config))}")
     stage = dataclasses.replace(stages(config)[args.stage], batch_queries=args.queries, group_size=args.group)
-    if stage.source == "logged":
-        raise ConfigError(f"--stage {args.stage} samples nothing, so it has no credit")
+    if stage.source != "sampled" or stage.objective.name != "clipped_pg":
+        raise ConfigError(
+            f"--stage {args.stage} has no policy gradient of own samples (source={stage.source!r}, "
+            f"objective.name={stage.objective.name!r}): choose one with 'sampled' and 'clipped_pg'"
+        )
     data = dataclasses.replace(config.data, manual_dir=args.manual_dir or config.data.manual_dir)
     one = MeshConfig(data=1, fsdp=1, tensor=1)
     config = dataclasses.replace(config, data=data, mesh=one, **{args.stage: stage})

@@ -50,12 +50,15 @@ def judged_split(config: RunConfig, dataset: Dataset) -> str:
     return names[0] if names else list(dataset.splits)[-1]
 
 
+def _chosen(queries: int) -> list[int]:
+    return np.unique(np.linspace(0, queries - 1, QUERIES).astype(int)).tolist()
+
+
 def baselines(config: RunConfig, dataset: Dataset) -> tuple[list[str], dict[str, float], str]:
     """A table of baselines and how long each took; their scores by name, and what these are."""
     split, k = judged_split(config, dataset), max(config.eval.cutoffs)
     every = evaluation_examples(dataset, config, split)
-    chosen = np.unique(np.linspace(0, len(every) - 1, QUERIES).astype(int))
-    examples = [every[i] for i in chosen]
+    examples = [every[i] for i in _chosen(len(every))]
     train, found, skipped = dataset.splits.get("train", ()), {}, []
     lines = [
         f"{len(examples):,} queries of {split}, percent",
@@ -79,5 +82,5 @@ def baselines(config: RunConfig, dataset: Dataset) -> tuple[list[str], dict[str,
 def suspicions(config: RunConfig, dataset: Dataset, scores: dict[str, float], metric: str) -> list[str]:
     """What is suspicious, a line each."""
     split = dataset.splits[judged_split(config, dataset)]
-    rows = split.rows(np.unique(np.linspace(0, len(split) - 1, QUERIES).astype(int)).tolist())
+    rows = split.rows(_chosen(len(split)))
     return [f"{name}: {text}" for name, text in find(dataset, rows, scores, metric)]

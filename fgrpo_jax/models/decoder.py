@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fgrpo_jax import shards
 from fgrpo_jax.models import attention, head
 from fgrpo_jax.models.layers import RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
-from fgrpo_jax.types import Array, Param, PyTree, map_params
+from fgrpo_jax.types import Array, Param, PyTree, is_param, map_params
 from fgrpo_jax.types import num_params as table_size
 
 KEPT = "result of a projection"
@@ -114,7 +114,7 @@ def num_params(spec: DecoderSpec) -> int:
 def init(spec: DecoderSpec, key: Array) -> PyTree:
     """Random weights: normal of `init_std`, norms at one; a key per parameter path."""
     dtype = jnp.dtype(spec.param_dtype)
-    leaves, treedef = jax.tree.flatten(param_table(spec), is_leaf=lambda x: isinstance(x, Param))
+    leaves, treedef = jax.tree.flatten(param_table(spec), is_leaf=is_param)
     made = []
     for i, p in enumerate(leaves):
         if p.init == "ones":

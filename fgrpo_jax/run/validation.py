@@ -285,6 +285,13 @@ def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
             f"{name}.objective.name='group_softmax' reads one reward: name one in {name}.credit.terms, not "
             f"{len(s.credit.terms)}"
         )
+    if s.objective.name == "group_softmax" and (
+        s.credit.normalise != "none" or any(weight != 1 for _, _, weight in s.credit.terms)
+    ):
+        problems.append(
+            f"{name}.objective.name='group_softmax' reads the reward as it is: leave {name}.credit.normalise at 'none' "
+            "and the term's weight at 1 (objective.normalised and sigma are its own)"
+        )
     if not s.credit.terms:
         problems.append(f"{name}.credit.terms is empty: nothing would be trained")
     for phase, reward, weight in s.credit.terms:

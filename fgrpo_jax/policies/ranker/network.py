@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from fgrpo_jax import shards
 from fgrpo_jax.models.layers import linear, rms_norm
 from fgrpo_jax.policies.ranker.query import RankerQuery
-from fgrpo_jax.types import Array, Param, PyTree
+from fgrpo_jax.types import Array, Param, PyTree, is_param
 
 # Added to the scores of what is not seen. Finite: where a query sees nothing (a history of no items) its
 # result is of no use, but not nan.
@@ -135,7 +135,7 @@ def evaluator_table(spec: RankerSpec) -> PyTree:
 
 def init(spec: RankerSpec, table: PyTree, key: Array) -> PyTree:
     """Random weights: normal of `init_std`, norms at one; a key per parameter."""
-    leaves, treedef = jax.tree.flatten(table, is_leaf=lambda x: isinstance(x, Param))
+    leaves, treedef = jax.tree.flatten(table, is_leaf=is_param)
     made = []
     for i, p in enumerate(leaves):
         if p.init == "ones":

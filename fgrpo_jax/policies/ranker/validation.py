@@ -74,6 +74,9 @@ def _bias(config: RankerConfig) -> list[str]:
         return [f"bias.weight={b.weight} must be finite"]
     if (b.kind == "none") != (b.weight == 0):
         return [f"bias: kind={b.kind!r} with weight={b.weight}; give both, or neither"]
+    trained = [(name, stage) for name, stage in stages(config).items() if stage.steps]
+    if b.kind != "none" and not any(name == "evaluator" or "evaluator" in stage.frozen_from for name, stage in trained):
+        return [f"bias.kind={b.kind!r}: no stage that is trained reads the evaluator; leave it at 'none'"]
     return []
 
 
