@@ -47,6 +47,8 @@ class TranscriptConfig:
 class ModelConfig:
     checkpoint: str = ""
     """Hugging Face directory (config.json and safetensors) to start from; empty: random weights."""
+    family: Literal["qwen3", "qwen2", "llama"] = "qwen3"
+    """Of random weights: how the model is built, and what an export calls it. A checkpoint says its own."""
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4

@@ -1,4 +1,4 @@
-"""A Qwen3-family decoder that encodes a prompt once for the whole group of its rollouts.
+"""A decoder of several families that encodes a prompt once for the whole group of its rollouts.
 
 Parameters are a plain pytree. `param_table` declares each of them once (shape, logical
 axes, initialisation) and thereby serves initialisation, sharding, import and export.
@@ -14,8 +14,9 @@ The completion stream is fed `[last prompt token, a_0 .. a_{T-2}]`, so it starts
 `prompt_len - 1` and sees prompt keys strictly before that. Hence the prompt needs no logits,
 and its last layer only keys and values.
 
-Source: the architecture of Qwen3 (arXiv 2505.09388): grouped-query attention with per-head
-RMS norm of queries and keys, rotary embedding, SwiGLU. Norms and softmax run in float32.
+Source: the architecture of Llama (arXiv 2302.13971): grouped-query attention, rotary embedding, SwiGLU,
+RMS norms. What other families add is a field of the spec each (families.py): Qwen3's per-head norm of
+queries and keys (arXiv 2505.09388), Qwen2's biases (arXiv 2407.10671). Norms and softmax run in float32.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ class DecoderSpec(NamedTuple):
     head_dim: int
     mlp_size: int
     rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()  # layers.rope_tables
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    qk_norm: bool = True  # RMS norm of each head's query and key
+    qkv_bias: bool = False
     init_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -62,7 +66,7 @@ class DecoderSpec(NamedTuple):
 # What parameters must agree in to be this model's; the rest is how it is computed.
 SHAPING = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size",
-    "rope_theta", "norm_eps", "tie_embeddings", "param_dtype",
+    "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias", "param_dtype",
 )  # fmt: skip
 
 
@@ -87,8 +91,6 @@ def param_table(spec: DecoderSpec) -> PyTree:
             "q": matrix(stack, to_model, ("heads", heads), per_head),
             "k": matrix(stack, to_model, ("kv_heads", kv_heads), per_head),
             "v": matrix(stack, to_model, ("kv_heads", kv_heads), per_head),
-            "q_norm": scale(stack, ("norm", head)),
-            "k_norm": scale(stack, ("norm", head)),
             "o": matrix(stack, ("heads", heads), per_head, to_model),
             "mlp_norm": scale(stack, ("norm", width)),
             "gate": matrix(stack, to_model, ("mlp", mlp)),
@@ -97,6 +99,11 @@ def param_table(spec: DecoderSpec) -> PyTree:
         },
         "final_norm": scale(("norm", width)),
     }
+    if spec.qk_norm:
+        table["layers"] |= {"q_norm": scale(stack, ("norm", head)), "k_norm": scale(stack, ("norm", head))}
+    if spec.qkv_bias:
+        for name, of_heads in (("q", ("heads", heads)), ("k", ("kv_heads", kv_heads)), ("v", ("kv_heads", kv_heads))):
+            table["layers"][f"{name}_bias"] = scale(stack, of_heads, per_head)._replace(init="zeros")
     if not spec.tie_embeddings:
         table["head"] = matrix(("vocab", spec.vocab_size), to_model)
     return table
@@ -111,14 +118,17 @@ def num_params(spec: DecoderSpec) -> int:
     return table_size(param_table(spec))
 
 
+_CONSTANTS = {"ones": 1, "zeros": 0}
+
+
 def init(spec: DecoderSpec, key: Array) -> PyTree:
-    """Random weights: normal of `init_std`, norms at one; a key per parameter path."""
+    """Random weights: normal of `init_std`, norms at one, biases at zero; a key per parameter path."""
     dtype = jnp.dtype(spec.param_dtype)
     leaves, treedef = jax.tree.flatten(param_table(spec), is_leaf=is_param)
     made = []
     for i, p in enumerate(leaves):
-        if p.init == "ones":
-            made.append(jnp.ones(p.shape, dtype))
+        if p.init in _CONSTANTS:
+            made.append(jnp.full(p.shape, _CONSTANTS[p.init], dtype))
         else:
             normal = jax.random.normal(jax.random.fold_in(key, i), p.shape, jnp.float32)
             made.append((spec.init_std * normal).astype(dtype))
@@ -128,15 +138,27 @@ def init(spec: DecoderSpec, key: Array) -> PyTree:
 # --------------------------------------------------------------------- the block
 
 
+def _rope(spec: DecoderSpec, positions: Array) -> tuple[Array, Array]:
+    return rope_tables(positions, spec.head_dim, spec.rope_theta, spec.rope_scaling)
+
+
+def _project(spec: DecoderSpec, layer: PyTree, name: str, normed: Array) -> Array:
+    """Queries, keys or values [..., H, E]."""
+    x = linear(normed, layer[name])
+    return checkpoint_name(x + layer[f"{name}_bias"] if spec.qkv_bias else x, KEPT)
+
+
+def _head_norm(spec: DecoderSpec, layer: PyTree, name: str, x: Array) -> Array:
+    return rms_norm(x, layer[name], spec.norm_eps) if spec.qk_norm else x
+
+
 def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
-    q = checkpoint_name(linear(normed, layer["q"]), KEPT)
-    return apply_rope(rms_norm(q, layer["q_norm"], spec.norm_eps), rope)
+    return apply_rope(_head_norm(spec, layer, "q_norm", _project(spec, layer, "q", normed)), rope)
 
 
 def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple[Array, Array]:
-    k = checkpoint_name(linear(normed, layer["k"]), KEPT)
-    v = checkpoint_name(linear(normed, layer["v"]), KEPT)
-    return apply_rope(rms_norm(k, layer["k_norm"], spec.norm_eps), rope), v
+    k, v = _project(spec, layer, "k", normed), _project(spec, layer, "v", normed)
+    return apply_rope(_head_norm(spec, layer, "k_norm", k), rope), v
 
 
 def _finish_block(spec: DecoderSpec, layer: PyTree, x: Array, attended: Array) -> Array:
@@ -193,7 +215,7 @@ def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_
     tokens_BX = jnp.concatenate([prompt_BS, fed_BGT.reshape(batch, -1)], 1)
     own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), (batch, group, length))
     prompt_positions = jnp.broadcast_to(jnp.arange(prompt_size), prompt_BS.shape)
-    rope = rope_tables(jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1), spec.head_dim, spec.rope_theta)
+    rope = _rope(spec, jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1))
     rope_own = jax.tree.map(lambda r: r[:, prompt_size:], rope)
 
     def split(x: Array) -> tuple[Array, Array]:
@@ -251,7 +273,7 @@ class PromptCache:
 def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
     """Encode every prompt once. `params` comes from `whole`."""
     positions = jnp.broadcast_to(jnp.arange(prompt_BS.shape[1]), prompt_BS.shape)
-    rope = rope_tables(positions, spec.head_dim, spec.rope_theta)
+    rope = _rope(spec, positions)
 
     def block(x_BSD: Array, layer: PyTree):
         normed = rms_norm(x_BSD, layer["attn_norm"], spec.norm_eps)
@@ -278,7 +300,7 @@ def unstack(spec: DecoderSpec, params: PyTree, tokens: int) -> PyTree:
     """Weights as decoding `tokens` rollouts at a time reads them: a list of layers, so that no step copies a slice."""
 
     def laid_out(name: str, w: Array) -> Array | RowsFirst:
-        if not spec.rows_first or name.endswith("norm") or tokens > _FEW:
+        if not spec.rows_first or name.endswith(("norm", "bias")) or tokens > _FEW:
             return w
         return rows_first(w, axes_in=2 if name == "o" else 1)
 
@@ -305,7 +327,7 @@ def decode_step(
     """
     batch, group = token_BG.shape
     position_BG = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None], token_BG.shape)
-    rope = rope_tables(position_BG.reshape(-1), spec.head_dim, spec.rope_theta)
+    rope = _rope(spec, position_BG.reshape(-1))
     # Tokens on one axis, N = B*G: XLA CPU fuses activations into the products of plain matrices.
     x_ND = params["embed"][token_BG.reshape(-1)]
 

@@ -1,4 +1,4 @@
-"""Qwen3 checkpoints in the Hugging Face form, in and out: config.json and safetensors.
+"""Checkpoints in the Hugging Face form, in and out: config.json and safetensors.
 
     spec = hf.read_spec(
         directory, dtype="bfloat16", param_dtype="float32", remat=True, attention="auto", logit_chunk=4096
@@ -6,7 +6,8 @@
     params = hf.load(directory, spec, shardings)
     hf.save(out, spec, params, hf.read_config(directory), tokenizer)
 
-`TENSORS` is the one place where the two layouts meet; shapes come from `decoder.param_table`.
+`TENSORS` is the one place where the two layouts meet; which tensors there are, and their shapes, come
+from `decoder.param_table`.
 A checkpoint that loads gives the logits of `transformers`; everything else is refused.
 """
 
@@ -66,6 +67,9 @@ TENSORS = {
     "layers/q": Stored("model.layers.{}.self_attn.q_proj.weight", "DHE", ("HE", "D")),
     "layers/k": Stored("model.layers.{}.self_attn.k_proj.weight", "DHE", ("HE", "D")),
     "layers/v": Stored("model.layers.{}.self_attn.v_proj.weight", "DHE", ("HE", "D")),
+    "layers/q_bias": Stored("model.layers.{}.self_attn.q_proj.bias", "HE", ("HE",)),
+    "layers/k_bias": Stored("model.layers.{}.self_attn.k_proj.bias", "HE", ("HE",)),
+    "layers/v_bias": Stored("model.layers.{}.self_attn.v_proj.bias", "HE", ("HE",)),
     "layers/q_norm": Stored("model.layers.{}.self_attn.q_norm.weight", "E", ("E",)),
     "layers/k_norm": Stored("model.layers.{}.self_attn.k_norm.weight", "E", ("E",)),
     "layers/o": Stored("model.layers.{}.self_attn.o_proj.weight", "HED", ("D", "HE")),

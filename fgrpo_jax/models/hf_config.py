@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face checkpoint of the Qwen3 family, read and written.
+"""config.json of a Hugging Face checkpoint of one of the families, read and written.
 
-What the decoder does not compute (biases, rope scaling, sliding windows, quantized weights)
-is refused by field and value.
+What the decoder does not compute (other biases, other rope scaling, quantized weights) is refused by
+field and value.
 """
 
 from __future__ import annotations
@@ -13,6 +13,16 @@ from typing import Any
 
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.models.decoder import DecoderSpec
+from fgrpo_jax.models.families import FAMILIES, Family
+
+# Fields of config.json that, when present, must have one of these values, whatever the family.
+_FIXED = {"attention_dropout": (0, None), "partial_rotary_factor": (1.0, None), "quantization_config": (None,)}
+# Kinds of rotary embedding, and what each is given besides theta: DecoderSpec.rope_scaling.
+_SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class ModelFilesError(UserError, ValueError):
@@ -35,80 +45,103 @@ def read_spec(directory: str | Path, **numerics: Any) -> DecoderSpec:
     """
     path = Path(directory).expanduser() / "config.json"
     config = read_config(directory)
-    _refuse_unsupported(config, path)
+    family = _family(config, path)
 
-    def size(name: str) -> int:
-        value = _field(config, name, path)
+    def size(name: str, left_out: int | None = None) -> int:
+        value = config.get(name)
+        value = left_out if value is None and name in family.optional else _field(config, name, path)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelFilesError(f"{path}: {name}={value!r} must be a positive integer")
         return value
 
-    tied = _field(config, "tie_word_embeddings", path)
+    tied = family.optional.get("tie_word_embeddings")
+    if "tie_word_embeddings" in config or tied is None:
+        tied = _field(config, "tie_word_embeddings", path)
     if not isinstance(tied, bool):
         raise ModelFilesError(f"{path}: tie_word_embeddings={tied!r} must be true or false")
+    width, heads = size("hidden_size"), size("num_attention_heads")
+    theta, scaling = _rope(config, family, path)
     spec = DecoderSpec(
         vocab_size=size("vocab_size"),
-        hidden_size=size("hidden_size"),
+        hidden_size=width,
         num_layers=size("num_hidden_layers"),
-        num_heads=size("num_attention_heads"),
-        num_kv_heads=size("num_key_value_heads"),
-        head_dim=size("head_dim"),
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", width // heads),
         mlp_size=size("intermediate_size"),
-        rope_theta=_rope_theta(config, path),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=_positive(_field(config, "rms_norm_eps", path), "rms_norm_eps", path),
         tie_embeddings=tied,
+        **family.spec,
         **numerics,
     )
+    _check_heads(spec, path)
+    return spec
+
+
+def _check_heads(spec: DecoderSpec, path: Path) -> None:
     if spec.num_heads % spec.num_kv_heads:
         raise ModelFilesError(
             f"{path}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
         )
     if spec.head_dim % 2:
         raise ModelFilesError(f"{path}: head_dim={spec.head_dim} must be even (rotary embedding)")
-    return spec
 
 
-def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
-    """Fields that, when present, must have the one value the decoder computes."""
-    if config.get("model_type") != "qwen3":
-        found = config.get("model_type")
-        raise ModelFilesError(f"{path}: model_type={found!r} is not supported, only 'qwen3' is")
-    supported = {
-        "attention_bias": (False, None),
-        "attention_dropout": (0, None),
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-    }
-    for name, values in supported.items():
+def _family(config: dict[str, Any], path: Path) -> Family:
+    """The row of FAMILIES. Fields that, when present, must have a value that the decoder computes are checked."""
+    found = config.get("model_type")
+    if found not in FAMILIES:
+        raise ModelFilesError(f"{path}: model_type={found!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[found]
+    for name, values in (_FIXED | family.fixed).items():
         if name in config and config[name] not in values:
             raise ModelFilesError(f"{path}: {name}={config[name]!r} is not supported, only {values[0]!r} is")
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":
             raise ModelFilesError(f"{path}: layer_types holds {kind!r}; only 'full_attention' is supported")
+    return family
 
 
-def _rope_theta(config: dict[str, Any], path: Path) -> float:
-    thetas = {}
+def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, tuple[float, ...]]:
+    """theta and scaling, which must be the same wherever they are given."""
+    thetas, scalings = {}, {}
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name) or {}
         if not isinstance(rope, dict):
             raise ModelFilesError(f"{path}: {name}={rope!r} must be an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        partial = rope.get("partial_rotary_factor", 1.0)
-        if kind != "default" or partial != 1.0 or "factor" in rope:
-            raise ModelFilesError(f"{path}: {name}={rope!r} is not supported, only unscaled rotary embedding")
+        if rope:
+            scalings[name] = _scaling(rope, name, path)
         if "rope_theta" in rope:
             thetas[f"{name}.rope_theta"] = rope["rope_theta"]
     if "rope_theta" in config:
         thetas["rope_theta"] = config["rope_theta"]
+    if not thetas and "rope_theta" in family.optional:
+        thetas["rope_theta"] = family.optional["rope_theta"]
     if not thetas:
         raise ModelFilesError(f"{path} has neither rope_theta nor rope_parameters.rope_theta")
+    for given in (thetas, scalings):
+        if len(set(given.values())) > 1:
+            both = ", ".join(f"{k}={v!r}" for k, v in given.items())
+            raise ModelFilesError(f"{path} contradicts itself: {both}")
     name, value = next(iter(thetas.items()))
-    if any(other != value for other in thetas.values()):
-        both = ", ".join(f"{k}={v!r}" for k, v in thetas.items())
-        raise ModelFilesError(f"{path} contradicts itself: {both}")
-    return _positive(value, name, path)
+    return _positive(value, name, path), next(iter(scalings.values()), ())
+
+
+def _scaling(rope: dict[str, Any], where: str, path: Path) -> tuple[float, ...]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    unscaled = kind == "default" and "factor" in rope
+    if kind not in _SCALING or rope.get("partial_rotary_factor", 1.0) != 1.0 or unscaled:
+        raise ModelFilesError(
+            f"{path}: {where}={rope!r} is not supported, only rope_type {', '.join(_SCALING)} of whole heads"
+        )
+    if missing := [name for name in _SCALING[kind] if name not in rope]:
+        raise ModelFilesError(f"{path}: {where}={rope!r} has no {missing[0]}")
+    scaling = tuple(_positive(rope[name], f"{where}.{name}", path) for name in _SCALING[kind])
+    if kind == "llama3" and scaling[2] <= scaling[1]:
+        raise ModelFilesError(f"{path}: {where}={rope!r}: high_freq_factor must exceed low_freq_factor")
+    return scaling
 
 
 def _positive(value: Any, name: str, path: Path) -> float:
@@ -152,23 +185,44 @@ def make_config(
     config = dict(tokens if original is None else original)
     for stale in ("torch_dtype", "rope_scaling", "transformers_version", "_name_or_path"):
         config.pop(stale, None)
-    return config | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "intermediate_size": spec.mlp_size,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "rms_norm_eps": spec.norm_eps,
-        "tie_word_embeddings": spec.tie_embeddings,
-        # transformers 4 reads the first, 5 the second.
-        "rope_theta": spec.rope_theta,
-        "rope_parameters": {"rope_theta": spec.rope_theta, "rope_type": "default"},
-        "dtype": dtype,
-    }
+    name = _name(spec)
+    kind = next(kind for kind, names in _SCALING.items() if len(names) == len(spec.rope_scaling))
+    scaling = dict(zip(_SCALING[kind], (_number(x) for x in spec.rope_scaling), strict=True))
+    rope = {"rope_theta": spec.rope_theta, "rope_type": kind} | scaling
+    return (
+        config
+        | {field: values[0] for field, values in FAMILIES[name].fixed.items()}
+        | {
+            "architectures": [FAMILIES[name].architecture],
+            "model_type": name,
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.hidden_size,
+            "num_hidden_layers": spec.num_layers,
+            "num_attention_heads": spec.num_heads,
+            "num_key_value_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "intermediate_size": spec.mlp_size,
+            "rms_norm_eps": spec.norm_eps,
+            "tie_word_embeddings": spec.tie_embeddings,
+            # transformers 4 reads the first (and the scaling), 5 the second.
+            "rope_theta": spec.rope_theta,
+            "rope_parameters": rope,
+            "dtype": dtype,
+        }
+        | ({"rope_scaling": rope} if scaling else {})
+    )
+
+
+def _name(spec: DecoderSpec) -> str:
+    """The `model_type` of the family that agrees with a spec."""
+    fields = spec._asdict()
+    for name, family in FAMILIES.items():
+        if all(fields[field] == value for field, value in family.spec.items()):
+            return name
+    found = ", ".join(f"{field}={fields[field]!r}" for field in FAMILIES["qwen3"].spec)
+    raise ModelFilesError(f"transformers has no family with {found}: such a model cannot be exported")
+
+
+def _number(x: float) -> float | int:
+    """As config.json writes it: lengths are whole numbers."""
+    return int(x) if x.is_integer() else x

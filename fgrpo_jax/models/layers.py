@@ -43,9 +43,21 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return _scaled(normed, scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of shape [..., 1, E/2]; the added axis is the head's."""
+def rope_tables(positions: Array, head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> tuple[Array, Array]:
+    """cos and sin of shape [..., 1, E/2]; the added axis is the head's.
+
+    scaling: (factor,) divides all frequencies (arXiv 2306.15595). (factor, low, high, length), as Llama 3
+    (arXiv 2407.21783), divides those that turn less than `low` times over `length` positions, leaves those
+    that turn more than `high` times, and goes from one to the other linearly in the number of turns.
+    """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling:
+        factor, *turns = scaling
+        kept = 0.0
+        if turns:
+            low, high, length = turns
+            kept = jnp.clip((length * frequency / (2 * math.pi) - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

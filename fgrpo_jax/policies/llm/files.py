@@ -17,6 +17,7 @@ from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
 from fgrpo_jax.models import decoder, flash, hf
+from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm import tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
@@ -68,6 +69,7 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         norm_eps=model.norm_eps,
         tie_embeddings=model.tie_embeddings,
         init_std=model.init_std,
+        **FAMILIES[model.family].spec,
         **numerics,
     )
 
@@ -90,7 +92,7 @@ def _saved_sizes(run_dir: Path) -> dict[str, Any] | None:
     sizes = read_json(path, [name for name in fields if name not in defaults])
     if unknown := sorted(set(sizes) - set(fields)):
         raise ConfigError(f"{path} describes a model of another version of fgrpo_jax, with {', '.join(unknown)}")
-    return defaults | sizes
+    return defaults | {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
 
 
 def _numerics(model: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""In what model families differ: rows of a table, in the terms of the decoder and of config.json.
+
+A family is nothing else than its row: the decoder reads fields of its spec and never a name, and a spec
+belongs to the family whose row it agrees with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """A `model_type` of transformers.
+
+    architecture: the class that loads it there.
+    spec: fields of DecoderSpec that its models have in common; every other family has another value of one.
+    fixed: fields of config.json, and the values of them that are computed; the first is what an export writes.
+    optional: what config.json may leave out, with its value; None: follows from the sizes, see hf_config.
+    """
+
+    architecture: str
+    spec: dict[str, Any]
+    fixed: dict[str, tuple]
+    optional: dict[str, Any]
+
+
+FAMILIES = {
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"qk_norm": True, "qkv_bias": False},
+        {"hidden_act": ("silu",), "attention_bias": (False, None), "use_sliding_window": (False, None)},
+        {},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {"qk_norm": False, "qkv_bias": True},
+        {"hidden_act": ("silu",), "use_sliding_window": (False, None)},
+        {"head_dim": None},
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"qk_norm": False, "qkv_bias": False},
+        {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None)},
+        {"head_dim": None, "num_key_value_heads": None, "rope_theta": 10_000.0, "tie_word_embeddings": False},
+    ),
+}
