@@ -30,10 +30,11 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.files import is_address, path_of, send, storing
+from fgrpo_jax.models import gguf
 from fgrpo_jax.models.decoder import DecoderSpec, param_table
 from fgrpo_jax.models.hf_config import (
-    ModelFilesError,
     make_config,
     read_config,
     read_json,
@@ -123,7 +124,7 @@ def _to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------- reading weights
 
 
-def load(directory: str | Path, spec: DecoderSpec, shardings: PyTree | None = None) -> PyTree:
+def load(checkpoint: str | Path, spec: DecoderSpec, shardings: PyTree | None = None) -> PyTree:
     """The weights in `spec.param_dtype`, laid out as `decoder.param_table` says.
 
     shardings: a pytree as the parameters', or None for the default device. Tensors are read
@@ -132,7 +133,7 @@ def load(directory: str | Path, spec: DecoderSpec, shardings: PyTree | None = No
     ModelFilesError: a file that is missing or truncated, a tensor that is missing, unknown,
     quantized, or of another shape than config.json gives.
     """
-    folder = Path(directory).expanduser()
+    folder = gguf.locate(checkpoint)
     flat_shardings = None if shardings is None else flatten_dict(shardings, sep="/")
     with contextlib.ExitStack() as stack:
         files = _open_all(folder, stack)
@@ -152,6 +153,9 @@ def load(directory: str | Path, spec: DecoderSpec, shardings: PyTree | None = No
 
 def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Every tensor's name and the open file that holds it; only headers are read."""
+    if gguf.is_meant(folder):
+        tensors = gguf.open_tensors(folder)
+        return dict.fromkeys(tensors.keys(), tensors)
     if not folder.is_dir():
         raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
     if (folder / SINGLE).is_file():

@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.errors import UserError
+from fgrpo_jax.errors import ModelFilesError
+from fgrpo_jax.models import gguf
 from fgrpo_jax.models.decoder import DecoderSpec
 from fgrpo_jax.models.families import FAMILIES, Family
 
@@ -25,26 +26,27 @@ _SCALING = {
 }
 
 
-class ModelFilesError(UserError, ValueError):
-    """A checkpoint directory that cannot be read or written; says which file, tensor or field."""
+def read_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The checkpoint's config.json, or what a GGUF file says in its place.
 
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The checkpoint's config.json. Raises ModelFilesError when there is none to read."""
-    folder = Path(directory).expanduser()
+    Raises ModelFilesError when there is none to read.
+    """
+    folder = gguf.locate(checkpoint)
+    if gguf.is_meant(folder):
+        return gguf.read_config(folder)
     if not folder.is_dir():
         raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
     return read_json(folder / "config.json")
 
 
-def read_spec(directory: str | Path, **numerics: Any) -> DecoderSpec:
+def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:
     """The sizes of a checkpoint, from its config.json; numerics: fields of the spec that it does not decide.
 
     Reads what transformers 4 (`rope_theta`) and 5 (`rope_parameters`) write. Raises
     ModelFilesError naming the field and its value for every model we do not compute.
     """
-    path = Path(directory).expanduser() / "config.json"
-    config = read_config(directory)
+    config, path = read_config(checkpoint), gguf.locate(checkpoint)
+    path = path if path.is_file() else path / "config.json"
     family = _family(config, path)
 
     def size(name: str, left_out: int | None = None) -> int:

@@ -16,7 +16,7 @@ import jax
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
-from fgrpo_jax.models import decoder, flash, hf
+from fgrpo_jax.models import decoder, flash, gguf, hf
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm import tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
@@ -119,7 +119,7 @@ def policy_files(
         if not is_whole(run_dir / "tokenizer", _LAST):
             _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
-        if source and not (run_dir / _ORIGINAL).is_file() and Path(source).expanduser().is_dir():
+        if source and not (run_dir / _ORIGINAL).is_file() and gguf.locate(source).exists():
             write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")
         if not (run_dir / "model.json").is_file():
             write_atomically(run_dir / "model.json", json.dumps(spec._asdict(), indent=1) + "\n")

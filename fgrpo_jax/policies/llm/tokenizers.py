@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face tokenizer directory, or one made from the data set: `catalogue`, `words`.
+"""Tokenizers: any Hugging Face tokenizer directory, that of a GGUF file, or one made from the data set: `catalogue`, `words`.
 
 Both are word-level, and what a small model can learn from scratch. For the catalogue's, lines are words: every
 item is one token, and so is every line of the prompt template and every literal of the transcript. For `words`,
@@ -15,6 +15,8 @@ from typing import Any
 from fgrpo_jax.config import MADE_OF_DATA, ConfigError, PromptConfig, TranscriptConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, one_line
 from fgrpo_jax.files import local_copy, path_of
+from fgrpo_jax.models import gguf
+from fgrpo_jax.policies.llm import gguf_tokenizer
 from fgrpo_jax.policies.llm.prompts import TEMPLATE_LINES
 
 # Only its tokenizers are used; without this it advises to install PyTorch.
@@ -26,20 +28,23 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 def load(name: str, dataset: Dataset | None, transcript: TranscriptConfig, prompt: PromptConfig) -> Any:
     """A Hugging Face fast tokenizer with an eos token.
 
-    name: "catalogue" or "words" (which need the data set) or a directory, as `save_pretrained` writes it.
-    Raises ConfigError for a directory that holds no usable tokenizer, DataError for a
+    name: "catalogue" or "words" (which need the data set), a directory, as `save_pretrained` writes it, or a GGUF
+        file or the name of one (gguf.PACKAGED).
+    Raises ConfigError or ModelFilesError where no usable tokenizer is, DataError for a
     catalogue in which two things would share a token.
     """
     if name in MADE:
         if dataset is None:
             raise ConfigError(f"tokenizer={name!r} is made from a data set, and none was given")
         return MADE[name](dataset, transcript, prompt)
+    if gguf.is_meant(file := gguf.locate(name)):
+        return gguf_tokenizer.read(file)
     return from_directory(name)
 
 
 def from_directory(path: str) -> Any:
     """A saved tokenizer; nothing is downloaded. Raises ConfigError, saying what is accepted."""
-    accepted = "tokenizer must be 'catalogue', 'words' or a directory with tokenizer.json and tokenizer_config.json"
+    accepted = "tokenizer must be 'catalogue', 'words', a GGUF file or a directory with tokenizer.json and tokenizer_config.json"
     folder = path_of(path)
     if not folder.is_dir():
         raise ConfigError(f"tokenizer={path!r} is not a directory; {accepted}")
