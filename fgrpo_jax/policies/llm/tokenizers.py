@@ -1,6 +1,6 @@
-"""Tokenizers: any Hugging Face tokenizer directory, that of a GGUF file, or one made from the data set: `catalogue`, `words`.
+"""Tokenizers: any Hugging Face tokenizer directory, a GGUF file's, or one made from the data: `catalogue`, `words`.
 
-Both are word-level, and what a small model can learn from scratch. For the catalogue's, lines are words: every
+The last two are word-level, and what a small model can learn from scratch. For the catalogue's, lines are words: every
 item is one token, and so is every line of the prompt template and every literal of the transcript. For `words`,
 what blanks part is a token, so that items which share words share what is learnt about them. Text that is none
 of these is refused when a prompt is encoded.
@@ -44,7 +44,10 @@ def load(name: str, dataset: Dataset | None, transcript: TranscriptConfig, promp
 
 def from_directory(path: str) -> Any:
     """A saved tokenizer; nothing is downloaded. Raises ConfigError, saying what is accepted."""
-    accepted = "tokenizer must be 'catalogue', 'words', a GGUF file or a directory with tokenizer.json and tokenizer_config.json"
+    accepted = (
+        "tokenizer must be 'catalogue', 'words', a GGUF file or a directory with tokenizer.json and "
+        "tokenizer_config.json"
+    )
     folder = path_of(path)
     if not folder.is_dir():
         raise ConfigError(f"tokenizer={path!r} is not a directory; {accepted}")
