@@ -76,7 +76,7 @@ def add_tensors(writer, directory, config, family, quantized, leave_out):
             stored = f"{table.get_name(stem)}.{kind}"
             if stored in leave_out:
                 continue
-            if family == "llama" and (part := stem.rsplit(".", 1)[1]) in heads:
+            if family == "llama" and (part := stem.rpartition(".")[2]) in heads:
                 rows = array.reshape(heads[part], 2, -1, array.shape[-1])
                 array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
             block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantized]]
