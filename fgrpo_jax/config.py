@@ -28,8 +28,9 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TranscriptConfig:
-    identifier: Literal["text", "index"] = "text"
-    """How a transcript names a candidate: its text, or its number in the prompt, `[7]`."""
+    identifier: Literal["text", "index", "letter"] = "text"
+    """How a transcript names a candidate: its text; its number in the prompt, `[7]`; or a letter there, one token
+    each (FIRST, arXiv 2406.15657), for pools of 52 at most."""
     constrained: bool = True
     """Mask tokens the grammar forbids, in sampling and in training alike."""
     slate_open: str = "<SLATE>"

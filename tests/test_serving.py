@@ -98,7 +98,7 @@ TEXT = st.text("ab \n\t{%[]é", max_size=6)
 @settings(deadline=None, max_examples=60)
 @given(
     kind=st.sampled_from(["qa", "recommendation"]),
-    identifier=st.sampled_from(["index", "text"]),
+    identifier=st.sampled_from(["index", "letter", "text"]),
     instruction=st.text("ab\n{%}", max_size=6),
     query=TEXT,
     texts=st.lists(TEXT.filter(str.strip), min_size=1, max_size=4),

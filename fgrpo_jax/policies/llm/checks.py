@@ -14,15 +14,16 @@ from fgrpo_jax.config import MADE_OF_DATA, Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.policies.llm import prompts
 from fgrpo_jax.policies.llm.files import attention_of
+from fgrpo_jax.policies.llm.serving import LETTERS
 from fgrpo_jax.types import RankingExample
 
 
 def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, dataset: Dataset, split: str) -> None:
     """See Policy.check; `encode` is the policy's.
 
-    Raises ConfigError for attention or weights that this machine cannot compute, DataError for the
-    longest queries of every split where they fit no bucket. Warns of a tokenizer that merges pieces
-    of transcripts, as a query of `split` shows them.
+    Raises ConfigError for attention or weights that this machine cannot compute and for pools with more
+    candidates than letters, where these name them; DataError for the longest queries of every split where
+    they fit no bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them.
     """
     if config.model.attention == "flash" and attention_of(config.model) != "flash":
         raise ConfigError(
@@ -30,6 +31,8 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
             f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
         )
     _check_bfloat16(config.model, mesh)
+    if config.transcript.identifier == "letter":
+        _check_letters(dataset, config.data.pool_size)
     _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
 
@@ -43,6 +46,18 @@ def _check_bfloat16(model: ModelConfig, mesh: Mesh) -> None:
             "model.param_dtype='bfloat16' on CPUs cannot be compiled with mesh.tensor above 1 and queries split too "
             "(mesh.data, mesh.fsdp): set mesh.tensor=1, or model.param_dtype='float32'"
         )
+
+
+def _check_letters(dataset: Dataset, pool_size: int) -> None:
+    """The largest pool of every split; pool_size: of those that are drawn."""
+    for name, split in dataset.splits.items():
+        drawn = dataset.sampled_negatives and name == "train"
+        most = pool_size if drawn else max(len(example.candidates) for example in split)
+        if most > len(LETTERS):
+            raise ConfigError(
+                f"transcript.identifier='letter' has {len(LETTERS)} letters, and split {name!r} has pools of {most} "
+                "candidates: set it to 'index'"
+            )
 
 
 def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_many: int = 16) -> None:

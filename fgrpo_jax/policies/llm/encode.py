@@ -12,7 +12,7 @@ import numpy as np
 from fgrpo_jax.config import Config
 from fgrpo_jax.data.batches import bucket
 from fgrpo_jax.data.datasets import DataError
-from fgrpo_jax.policies.llm import prompts, transcript
+from fgrpo_jax.policies.llm import prompts, serving, transcript
 from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.types import RankingExample
 
@@ -84,7 +84,7 @@ def _identifiers(
         if len(known) > _REMEMBERED:
             known.clear()
             new = texts
-        known.update(zip(new, tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+        known.update(zip(new, serving.encoded(new, tokenizer), strict=True))
     names = [known[text] for text in texts]
     try:
         transcript.check_identifiers(grammar, example.query_id, [c for c, _ in example.candidates], names)

@@ -10,7 +10,7 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.models import decoder, hf
-from fgrpo_jax.policies.llm import checks, exported, masks, sampling, targets, transcript
+from fgrpo_jax.policies.llm import checks, exported, masks, sampling, serving, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
@@ -97,8 +97,19 @@ def make_grammar(config: Config, tokenizer) -> transcript.Grammar:
     )
     if t.separator and not grammar.separator:
         raise ConfigError("transcript.separator is encoded to no token by this tokenizer: choose another")
+    if t.identifier == "letter":
+        _check_letters(config.tokenizer, tokenizer)
     try:
         transcript.check_grammar(grammar)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return grammar
+
+
+def _check_letters(name: str, tokenizer) -> None:
+    found = serving.encoded([f" {letter}" for letter in serving.LETTERS], tokenizer)
+    if several := [letter for letter, ids in zip(serving.LETTERS, found, strict=True) if len(ids) != 1]:
+        raise ConfigError(
+            f"transcript.identifier='letter': tokenizer {name!r} has no token of its own for {', '.join(several[:5])} "
+            f"after a blank ({len(several)} of {len(serving.LETTERS)} letters): set it to 'index'"
+        )

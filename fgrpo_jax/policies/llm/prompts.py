@@ -11,6 +11,7 @@ from typing import Any
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.policies.llm.serving import LETTERS, names_of
 from fgrpo_jax.types import RankingExample
 
 HISTORY, CANDIDATES, QUESTION = "History:", "Candidates:", "Question: "
@@ -19,10 +20,14 @@ TEMPLATE_LINES = (HISTORY, CANDIDATES)
 
 
 def identifier_texts(example: RankingExample, identifier: str) -> list[str]:
-    """How a transcript names each candidate: `[1]` … in prompt order, or the text itself."""
-    if identifier == "index":
-        return [f"[{n}]" for n in range(1, len(example.candidates) + 1)]
-    return [one_line(text) for _, text in example.candidates]
+    """How a transcript names each candidate: `[1]` … or ` A` … in prompt order, or the text itself.
+
+    Raises DataError for more candidates than letters, where these name them.
+    """
+    try:
+        return names_of(identifier, [text for _, text in example.candidates])
+    except ValueError as error:
+        raise DataError(f"query {example.query_id!r} has {error}: set transcript.identifier='index'") from None
 
 
 def render(example: RankingExample, kind: str, instruction: str, identifier: str, slate_open: str) -> str:
@@ -33,7 +38,7 @@ def render(example: RankingExample, kind: str, instruction: str, identifier: str
     """
     names = identifier_texts(example, identifier)
     pool = [one_line(text) for _, text in example.candidates]
-    if identifier == "index":
+    if identifier != "text":
         pool = [f"{name} {text}" for name, text in zip(names, pool, strict=True)]
     history = [HISTORY, *(one_line(text) for _, text in example.history)] if example.history else []
     question = [QUESTION + one_line(example.query)] if example.query.strip() else []
@@ -54,7 +59,8 @@ def template(kind: str, identifier: str) -> str:
     Of `instruction`, `query`, `history` and `candidates`: texts, the last three of one line each.
     Raises ConfigError as `render` does.
     """
-    item = "[{{ loop.index }}] {{ text }}\n" if identifier == "index" else "{{ text }}\n"
+    names = {"index": "[{{ loop.index }}] ", "letter": f" {{{{ '{LETTERS}'[loop.index0] }}}} ", "text": ""}
+    item = names[identifier] + "{{ text }}\n"
     instruction = "{% if instruction %}{{ instruction }}\n{% endif %}"
     question = "{% if query %}" + QUESTION + "{{ query }}\n{% endif %}"
     history = "{% if history %}" + HISTORY + "\n{% for text in history %}{{ text }}\n{% endfor %}{% endif %}"

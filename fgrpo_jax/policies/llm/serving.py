@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 Said = dict[str, Any]  # ranking.json
 ITEM = "ITEM"  # stands in ranking.json for the identifiers of a pool
 MAX_LARK = 64  # bits of a parameter of llguidance
+LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
 def load(folder: str | Path) -> Said:
@@ -57,10 +59,31 @@ def one_line(text: str) -> str:
 
 
 def identifiers(said: Said, candidates: Sequence[str]) -> list[str]:
-    """How a transcript names each candidate."""
-    if said["transcript"]["identifier"] == "index":
+    """How a transcript names each candidate. Raises ValueError for more of them than letters, where these are names."""
+    return names_of(said["transcript"]["identifier"], candidates)
+
+
+def names_of(identifier: str, candidates: Sequence[str]) -> list[str]:
+    """`[1]`, `[2]` …; or a blank and a letter, which is one token of most tokenizers; or the texts themselves."""
+    if identifier == "index":
         return [f"[{n}]" for n in range(1, len(candidates) + 1)]
+    if identifier == "letter":
+        if len(candidates) > len(LETTERS):
+            raise ValueError(f"{len(candidates)} candidates, and only {len(LETTERS)} letters")
+        return [f" {letter}" for letter in LETTERS[: len(candidates)]]
     return [one_line(text) for text in candidates]
+
+
+def encoded(names: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of identifiers. A tokenizer that puts a blank before every text (SentencePiece's mark shows it) would
+    put a second one before a letter: there it is encoded without its own."""
+    found = tokenizer(list(names), add_special_tokens=False)["input_ids"]
+    for i, name in enumerate(names):
+        if name.startswith(" ") and len(found[i]) > 1:
+            bare = tokenizer.encode(name[1:], add_special_tokens=False)
+            if len(bare) == 1 and tokenizer.convert_ids_to_tokens(bare)[0].startswith("\u2581"):
+                found[i] = bare
+    return found
 
 
 # --------------------------------------------------------------------- text grammars
@@ -127,7 +150,7 @@ def _quoted(text: str) -> str:
 
 def pieces(said: Said, candidates: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
     """Token ids of the identifiers. Raises ValueError where two candidates have the same ones."""
-    found = [tuple(ids) for ids in tokenizer(identifiers(said, candidates), add_special_tokens=False)["input_ids"]]
+    found = [tuple(ids) for ids in encoded(identifiers(said, candidates), tokenizer)]
     if len(set(found)) < len(found) or () in found:
         raise ValueError("two candidates have the same identifier, or one has none")
     return found

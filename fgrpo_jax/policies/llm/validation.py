@@ -47,9 +47,9 @@ def _transcript(config: Config) -> list[str]:
     for name in ("slate_open", "slate_close", "rank_close"):
         if not getattr(t, name):
             problems.append(f"transcript.{name} must not be empty")
-    if t.identifier == "index" and config.tokenizer in MADE_OF_DATA:
+    if t.identifier != "text" and config.tokenizer in MADE_OF_DATA:
         problems.append(
-            f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers: "
+            f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers or letters: "
             "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
         )
     if config.prompt.chat and config.tokenizer in MADE_OF_DATA:
