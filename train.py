@@ -61,7 +61,7 @@ def make_step(experiment, policy, stage):
     broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
 
     mesh, table = experiment.mesh, policy.table
-    beside = {name: experiment.policy(name).table for name in stage.frozen_from}
+    beside = experiment.beside(policy, stage.frozen_from)
     sample = shards.by_query(mesh, table, policy.sources[stage.source](stage), beside)
     by_part = functools.partial(by_parts, policy.logprobs, stage.microbatches)
     logprobs = shards.by_query(mesh, table, by_part, beside)

@@ -45,6 +45,22 @@ class TranscriptConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (models/lora.py): they are trained, and the checkpoint's weights stay as they are."""
+
+    rank: int = 0
+    """0: no adapters, the whole model is trained."""
+    alpha: float = 32.0
+    """What adapters add is scaled by alpha / rank."""
+    projections: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        "q", "k", "v", "o", "gate", "up", "down",
+    )  # fmt: skip
+    """Weights of every layer that have an adapter."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the checkpoint's weights in memory; model.param_dtype is that of adapters and moments."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     checkpoint: str = ""
     """To start from: a Hugging Face directory (config.json and safetensors), a GGUF file, or smollm2 (the file of the
@@ -62,6 +78,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_std: float = 0.02
     """Standard deviation of random weights."""
+    lora: LoraConfig = LoraConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and of the weights while computing."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

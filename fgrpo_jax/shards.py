@@ -43,6 +43,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "norm": None,
     "position": None,
+    "rank": None,
 }
 
 

@@ -227,19 +227,29 @@ class PolicyFiles(NamedTuple):
     save: (run_dir) -> None: writes what is not there yet.
     check: (run_dir) -> None: raises ConfigError where that run's policy is another one, so that its
         parameters do not fit or mean something else.
-    export: (out_dir, params) -> None: for other programs.
+    exports: by form, (out_dir, params, frozen) -> None: for other programs. frozen: as Policy's, the base alone.
     """
 
     save: Callable
     check: Callable
-    export: Callable
+    exports: dict[str, Callable]
+
+
+class Base(NamedTuple):
+    """Parameters of a policy that no stage trains: `frozen` holds them as "base", whatever the stage.
+
+    table: a tree of Param. load: (shardings) -> the parameters, in their places.
+    """
+
+    table: PyTree
+    load: Callable
 
 
 class Policy(NamedTuple):
     """What training and evaluation know of a policy: everything that only it knows is behind these.
 
     `frozen` holds what is never updated, by name: "reference", the parameters that the stage started
-    from, where it has a KL term, and those of the stages in `frozen_from`. It is always passed explicitly.
+    from, where it has a KL term, those of the stages in `frozen_from`, and "base". It is always passed explicitly.
 
     table: its parameters, a tree of Param. dtype: of the stored ones.
     init: (key, shardings) -> params, in their places: random ones, or those of a checkpoint.
@@ -266,6 +276,7 @@ class Policy(NamedTuple):
         trained on: raises ConfigError for this machine, DataError for queries of any split; `split`
         is the one that the run ends on.
     files: how a run directory describes it.
+    base: what it reads of its own and never trains.
     fit: of a model of feedback to lists that were shown: (params, frozen, query) -> (logit, feedback, shown),
         [B,J,T] each of J lists: of positive feedback as it sees them, what it was, and where there is a position.
     """
@@ -287,6 +298,7 @@ class Policy(NamedTuple):
     check: Callable
     files: PolicyFiles
     fit: Callable | None = None
+    base: Base | None = None
 
     def shapes(self) -> PyTree:
         """Its parameters as ShapeDtypeStructs."""

@@ -31,7 +31,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax import shards
 from fgrpo_jax.models import attention, head
-from fgrpo_jax.models.layers import RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
+from fgrpo_jax.models.layers import Adapted, RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
+from fgrpo_jax.models.lora import Lora, adapted
 from fgrpo_jax.types import Array, Param, PyTree, is_param, map_params
 from fgrpo_jax.types import num_params as table_size
 
@@ -39,7 +40,7 @@ KEPT = "result of a projection"
 
 
 class DecoderSpec(NamedTuple):
-    """Sizes and numerics; hashable, so it is a static argument of jit."""
+    """Sizes and numerics; hashable, so it is a static argument of jit. lora: parameters are then base and adapters."""
 
     vocab_size: int
     hidden_size: int
@@ -57,6 +58,7 @@ class DecoderSpec(NamedTuple):
     init_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
+    lora: Lora | None = None
     remat: bool = False
     attention: str = "auto"  # or "blocks", "flash": attention._implementation
     logit_chunk: int = 4096
@@ -66,7 +68,7 @@ class DecoderSpec(NamedTuple):
 # What parameters must agree in to be this model's; the rest is how it is computed.
 SHAPING = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size",
-    "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias", "param_dtype",
+    "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias", "param_dtype", "lora",
 )  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def param_table(spec: DecoderSpec) -> PyTree:
             table["layers"][f"{name}_bias"] = scale(stack, of_heads, per_head)._replace(init="zeros")
     if not spec.tie_embeddings:
         table["head"] = matrix(("vocab", spec.vocab_size), to_model)
-    return table
+    return adapted(table, spec.lora) if spec.lora else table
 
 
 def shapes(spec: DecoderSpec) -> PyTree:
@@ -299,13 +301,16 @@ _FEW = 64  # tokens; a layer's products gain little with more, and lose from 256
 def unstack(spec: DecoderSpec, params: PyTree, tokens: int) -> PyTree:
     """Weights as decoding `tokens` rollouts at a time reads them: a list of layers, so that no step copies a slice."""
 
-    def laid_out(name: str, w: Array) -> Array | RowsFirst:
+    def laid_out(name: str, w: Array | Adapted) -> Array | RowsFirst | Adapted:
+        if isinstance(w, Adapted):
+            return w.replace(base=laid_out(name, w.base))
         if not spec.rows_first or name.endswith(("norm", "bias")) or tokens > _FEW:
             return w
         return rows_first(w, axes_in=2 if name == "o" else 1)
 
     stacked = params["layers"]
-    layers = [{name: laid_out(name, w[i]) for name, w in stacked.items()} for i in range(spec.num_layers)]
+    of_layer = [jax.tree.map(lambda x: x[i], stacked) for i in range(spec.num_layers)]
+    layers = [{name: laid_out(name, w) for name, w in layer.items()} for layer in of_layer]
     head_DV = head.rows(params).T
     return {**params, "layers": layers, "head_DV": rows_first(head_DV) if spec.rows_first else head_DV}
 

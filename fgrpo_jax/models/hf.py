@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,12 +242,7 @@ def save(
     config.json comes last. Raises ModelFilesError when it exists and is not empty, or when
     parameters lie on other hosts, StorageError when it cannot be written.
     """
-    target = path_of(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelFilesError(f"{target} exists and is not empty: remove it, or export somewhere else")
-    flat = flatten_dict(params, sep="/")
-    if not all(x.is_fully_addressable for x in flat.values() if isinstance(x, jax.Array)):
-        raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
+    target, flat = check_free(directory), addressable(params)
     dtype = str(flat["embed"].dtype)
     config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
@@ -259,11 +254,32 @@ def save(
             (folder / name).write_text(content, encoding="utf-8")
         _save_weights(folder, spec, flat, max_file_bytes)
 
+    write_whole(target, write, "config.json")
+
+
+def check_free(directory: str | Path) -> Path:
+    """Where to write. Raises ModelFilesError when something is there."""
+    target = path_of(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelFilesError(f"{target} exists and is not empty: remove it, or export somewhere else")
+    return target
+
+
+def addressable(params: PyTree) -> dict[str, Array]:
+    """Parameters by their paths. Raises ModelFilesError when some lie on other hosts."""
+    flat = flatten_dict(params, sep="/")
+    if not all(x.is_fully_addressable for x in flat.values() if isinstance(x, jax.Array)):
+        raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
+    return flat
+
+
+def write_whole(target: Path, write: Callable[[Path], None], last: str) -> None:
+    """What `write` puts into a folder, at `target`: at once, or at an address with `last` as the last file."""
     with storing(target, Exception):  # the libraries raise their own kinds
         if is_address(target):
             with tempfile.TemporaryDirectory() as scratch:
                 write(Path(scratch))
-                send(Path(scratch), target, "config.json")
+                send(Path(scratch), target, last)
             return
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:

@@ -77,6 +77,16 @@ class RowsFirst:
     shape_out: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
+@flax.struct.dataclass
+class Adapted:
+    """A weight with its low-rank adapter (models/lora.py); `linear` takes it for a weight."""
+
+    base: Any  # [in, out]: an array, or RowsFirst
+    a: Array  # [in, rank]
+    b: Array  # [rank, out]
+    scale: float = flax.struct.field(pytree_node=False)
+
+
 _LARGE = 2**20  # numbers in a weight; at 10**5 decoding with W1's model (bench) took 3 to 8 % longer
 
 
@@ -94,7 +104,7 @@ def rows_first(w: Array, axes_in: int = 1) -> Array | RowsFirst:
     return RowsFirst(w.reshape(size_in, -1).T.reshape(2, -1, size_in), shape_out)
 
 
-def linear(x: Array, w: Array | RowsFirst, axes_in: int = 1, dtype: Any = None) -> Array:
+def linear(x: Array, w: Array | RowsFirst | Adapted, axes_in: int = 1, dtype: Any = None) -> Array:
     """`x [..., in] @ w [in, out]`, both sides possibly several axes, as one plain matrix product.
 
     dtype: what it accumulates in and returns; None: that of its operands.
@@ -102,6 +112,9 @@ def linear(x: Array, w: Array | RowsFirst, axes_in: int = 1, dtype: Any = None) 
     Written as an einsum over several token axes, the same product's gradient runs 2-3 times
     slower on CPU: XLA then lays the weight gradient's operands out transposed.
     """
+    if isinstance(w, Adapted):
+        low = w.scale * linear(x, w.a, axes_in)
+        return linear(x, w.base, axes_in, dtype) + linear(low, w.b, 1, dtype)
     lead, shape_in = x.shape[: x.ndim - axes_in], x.shape[x.ndim - axes_in :]
     x = x.reshape(-1, math.prod(shape_in))
     if isinstance(w, RowsFirst):

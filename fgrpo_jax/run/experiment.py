@@ -53,6 +53,7 @@ class Experiment(NamedTuple):
     dataset: datasets.Dataset | None
     policies: dict[str, Policy]  # by the name that stages have for them
     mesh: Mesh
+    bases: dict[Callable, PyTree]  # what `base` has read, by Base.load
 
     def policy(self, name: str) -> Policy:
         """The policy that a stage trains."""
@@ -61,6 +62,20 @@ class Experiment(NamedTuple):
     def shardings(self, policy: Policy) -> PyTree:
         """Where its parameters lie."""
         return sharding.param_shardings(self.mesh, policy.table)
+
+    def base(self, policy: Policy) -> dict[str, PyTree]:
+        """The part of `frozen` that is the policy's own; read when it is first asked for."""
+        if policy.base is None:
+            return {}
+        load = policy.base.load
+        if load not in self.bases:
+            self.bases[load] = load(sharding.param_shardings(self.mesh, policy.base.table))
+        return {"base": self.bases[load]}
+
+    def beside(self, policy: Policy, others: Sequence[str] = ()) -> dict[str, PyTree]:
+        """The Params of `frozen`, by name: those of other stages, and the policy's base."""
+        tables = {name: self.policy(name).table for name in others}
+        return tables | ({"base": policy.base.table} if policy.base else {})
 
 
 def prepare_process(config: RunConfig) -> None:
@@ -97,7 +112,7 @@ def assemble(config: RunConfig, dataset: datasets.Dataset | None, run_dir: Path)
             raise ConfigError(f"{name}.source={stage.source!r}: {stage.policy} has only {', '.join(sources)}")
         if SCHEMES[stage.credit.scheme].by_item and made[stage.policy].turns is None:
             raise ConfigError(f"{name}.credit.scheme={stage.credit.scheme!r}: {stage.policy} writes no lists")
-    return Experiment(config, dataset, made, mesh)
+    return Experiment(config, dataset, made, mesh, {})
 
 
 def initial_params(experiment: Experiment, policy: Policy) -> PyTree:
@@ -145,20 +160,22 @@ class Predictor:
         table: PyTree | None = None,
     ):
         self._experiment, self._policy = experiment, policy
-        of_shard = shards.by_query(experiment.mesh, table or policy.table, greedy or policy.greedy)
+        decode_shard, beside = greedy or policy.greedy, experiment.beside(policy)
+        of_shard = shards.by_query(experiment.mesh, table or policy.table, decode_shard, beside)
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(experiment.mesh))
-        def decode(params: PyTree, query: PyTree) -> Lists:
-            return of_shard(params, {}, query)[1]
+        def decode(params: PyTree, frozen: PyTree, query: PyTree) -> Lists:
+            return of_shard(params, frozen, query)[1]
 
         self._greedy = decode
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
         """One Prediction per example."""
         found: list[Prediction] = []
+        frozen = self._experiment.base(self._policy)
         for start, part in batches_of(self._experiment, examples):
             query = encode(self._experiment, self._policy, part)
-            lists = jax.tree.map(np.asarray, self._greedy(params, query))
+            lists = jax.tree.map(np.asarray, self._greedy(params, frozen, query))
             for i in range(min(len(part), len(examples) - start)):
                 found.append(
                     Prediction(

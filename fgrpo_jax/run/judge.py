@@ -61,7 +61,8 @@ def parameters_of(run: Opened, rows: Sequence[str]) -> dict[str, int]:
 def _read_by(policy: Policy) -> int:
     """An ensemble's lists are one member's: its axis is the first of every parameter."""
     members = {p.shape[0] for p in jax.tree.leaves(policy.table, is_leaf=is_param) if p.axes[0] == "member"} or {1}
-    return num_params(policy.table) // max(members)
+    base = num_params(policy.base.table) if policy.base else 0
+    return base + num_params(policy.table) // max(members)
 
 
 def rewards_of(run: Opened, predictions: dict[str, list[Prediction]]) -> dict[str, dict[str, np.ndarray]]:
@@ -99,7 +100,7 @@ class Judge:
         def of_shard(_: PyTree, frozen: PyTree, lists: Lists, query: PyTree) -> Array:
             return jnp.stack([reward(lists, query, frozen) for reward in of_k], -1)
 
-        beside = {other: experiment.policy(other).table for other in stages(experiment.config)[name].frozen_from}
+        beside = experiment.beside(self._policy, stages(experiment.config)[name].frozen_from)
         mapped = shards.by_query(experiment.mesh, {}, of_shard, beside)
         self._reward = jax.jit(mapped, out_shardings=sharding.replicated(experiment.mesh))
 

@@ -39,7 +39,7 @@ class Likelihood:
             trained_BGT = rollout.phase != UNTRAINED
             return jnp.where(trained_BGT, logp_BGT, 0.0).sum((1, 2)), trained_BGT.sum((1, 2))
 
-        beside = {other: experiment.policy(other).table for other in stage.frozen_from}
+        beside = experiment.beside(policy, stage.frozen_from)
         mapped = shards.by_query(mesh, policy.table, of_shard, beside)
         self._sums = jax.jit(mapped, out_shardings=sharding.replicated(mesh))
 

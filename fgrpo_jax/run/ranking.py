@@ -63,7 +63,7 @@ class Method(NamedTuple):
     """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
 
     policy: that encodes the queries. params: what the functions take; table: their Params.
-    sampled: (lists of a query) -> (params, {}, query, key) -> (Rollout, Lists).
+    sampled: (lists of a query) -> (params, frozen, query, key) -> (Rollout, Lists).
     """
 
     name: str
@@ -87,8 +87,8 @@ class Ranker:
         self.name = method.name
         self._single = parts  # the least that the mesh computes
         self._experiment, self._method, self._max_candidates = experiment, method, max_candidates
-        self._greedy = _program(experiment, method.table, method.greedy)
-        self._sampled = functools.cache(lambda count: _program(experiment, method.table, method.sampled(count)))
+        self._greedy = _program(experiment, method, method.greedy)
+        self._sampled = functools.cache(lambda count: _program(experiment, method, method.sampled(count)))
 
     @classmethod
     def open(
@@ -167,11 +167,11 @@ class Ranker:
         query = self._encoded(found, size)
         if query is None:
             return found
-        params = self._method.params
-        made = [_on_host(self._greedy(params, query))]
+        params, frozen = self._method.params, self._experiment.base(self._method.policy)
+        made = [_on_host(self._greedy(params, frozen, query))]
         if samples:
             key = random_key(seed, self.name, "rank", number)
-            made.append(_on_host(self._sampled(samples)(params, query, key)))
+            made.append(_on_host(self._sampled(samples)(params, frozen, query, key)))
         return [one if isinstance(one, DataError) else self._read(one, made, i) for i, one in enumerate(found)]
 
     def _shown(self, row: RankingExample) -> tuple[RankingExample, np.ndarray] | DataError:
@@ -236,13 +236,13 @@ class Ranker:
 # --------------------------------------------------------------------- programs
 
 
-def _program(experiment: Experiment, table: PyTree, decode: Callable) -> Callable:
-    """(params, query, key if it draws) -> (Lists, log-probabilities of both phases [B,G,P])."""
-    of_shard = shards.by_query(experiment.mesh, table, decode)
+def _program(experiment: Experiment, method: Method, decode: Callable) -> Callable:
+    """(params, frozen, query, key if it draws) -> (Lists, log-probabilities of both phases [B,G,P])."""
+    of_shard = shards.by_query(experiment.mesh, method.table, decode, experiment.beside(method.policy))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(experiment.mesh))
-    def program(params: PyTree, query: PyTree, *key: jax.Array) -> tuple[Lists, jax.Array]:
-        rollout, lists = of_shard(params, {}, query, *key)
+    def program(params: PyTree, frozen: PyTree, query: PyTree, *key: jax.Array) -> tuple[Lists, jax.Array]:
+        rollout, lists = of_shard(params, frozen, query, *key)
         return lists, jnp.zeros((*lists.outcome.shape, len(PHASES))) if rollout is None else _by_phase(rollout)
 
     return program

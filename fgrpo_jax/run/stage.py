@@ -92,6 +92,7 @@ class Stage:
         has_reference = bool(self.stage.objective.kl_weight)
         params = self._start_params() if latest is None or has_reference else None
         frozen = frozen_params(self._experiment, self._run_dir, self.name)
+        frozen |= self._experiment.base(self._experiment.policy(self.name))
         if has_reference:  # a copy: the parameters themselves are donated to the first update
             frozen["reference"] = jax.tree.map(jnp.copy, params)
         if latest is None:

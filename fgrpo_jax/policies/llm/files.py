@@ -16,9 +16,10 @@ import jax
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
-from fgrpo_jax.models import decoder, flash, gguf, hf
+from fgrpo_jax.models import decoder, flash, gguf, hf, peft
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.policies.llm import tokenizers
+from fgrpo_jax.models.lora import Lora, merged
+from fgrpo_jax.policies.llm import base, tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
@@ -50,7 +51,7 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         return saved
     numerics = _numerics(model)
     if model.checkpoint:
-        spec = hf.read_spec(model.checkpoint, **numerics)
+        spec = hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
         if vocab_size > spec.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {vocab_size} tokens, model.checkpoint {model.checkpoint} only "
@@ -92,7 +93,11 @@ def _saved_sizes(run_dir: Path) -> dict[str, Any] | None:
     sizes = read_json(path, [name for name in fields if name not in defaults])
     if unknown := sorted(set(sizes) - set(fields)):
         raise ConfigError(f"{path} describes a model of another version of fgrpo_jax, with {', '.join(unknown)}")
-    return defaults | {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    sizes = defaults | {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    if sizes["lora"]:
+        rank, alpha, projections = sizes["lora"]
+        sizes["lora"] = Lora(rank, alpha, tuple(projections))
+    return sizes
 
 
 def _numerics(model: ModelConfig) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _numerics(model: ModelConfig) -> dict[str, Any]:
 def policy_files(
     config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path, ranking: Callable[[], dict[str, str]]
 ) -> PolicyFiles:
-    """run_dir: where an export finds what else the checkpoint said of itself. ranking: what an export adds to it."""
+    """run_dir: of the policy itself; an export finds there what else the checkpoint said. ranking: what it adds."""
 
     def save(run_dir: Path) -> None:
         if not is_whole(run_dir / "tokenizer", _LAST):
@@ -123,23 +128,33 @@ def policy_files(
             write_atomically(run_dir / _ORIGINAL, json.dumps(hf.read_config(source), indent=1) + "\n")
         if not (run_dir / "model.json").is_file():
             write_atomically(run_dir / "model.json", json.dumps(spec._asdict(), indent=1) + "\n")
+        if spec.lora:
+            base.save(config, run_dir)
 
-    def check(run_dir: Path) -> None:
-        sizes, ours = _saved_sizes(run_dir), spec._asdict()
+    def check(theirs_dir: Path) -> None:
+        sizes, ours = _saved_sizes(theirs_dir), spec._asdict()
         if sizes is None:
-            raise ConfigError(f"{run_dir} holds no model.json: give its training command again, which writes it")
+            raise ConfigError(f"{theirs_dir} holds no model.json: give its training command again, which writes it")
         if differing := [
             f"{name}: {sizes[name]} -> {ours[name]}" for name in decoder.SHAPING if sizes[name] != ours[name]
         ]:
-            raise ConfigError(f"{run_dir} holds another model: {'; '.join(differing)}")
-        theirs = tokenizers.from_directory(str(run_dir / "tokenizer"))
+            raise ConfigError(f"{theirs_dir} holds another model: {'; '.join(differing)}")
+        theirs = tokenizers.from_directory(str(theirs_dir / "tokenizer"))
         if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(f"{run_dir} has another tokenizer, so its model cannot read these data")
+            raise ConfigError(f"{theirs_dir} has another tokenizer, so its model cannot read these data")
+        if spec.lora:
+            base.check(config, run_dir, theirs_dir)
 
-    def export(out_dir: Path, params: PyTree) -> None:
-        hf.save(out_dir, spec, params, original_config(config, run_dir), tokenizer, also=ranking())
+    def export_model(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
+        params = merged(frozen["base"], params, spec.lora) if spec.lora else params
+        whole = spec._replace(lora=None)
+        hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 
-    return PolicyFiles(save, check, export)
+    def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
+        peft.save(out_dir, spec, params, config.model.checkpoint)
+
+    exports = {"model": export_model} | ({"adapter": export_adapter} if spec.lora else {})
+    return PolicyFiles(save, check, exports)
 
 
 def _save_tokenizer(tokenizer: Any, run_dir: Path) -> None:

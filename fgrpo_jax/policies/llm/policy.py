@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
-from fgrpo_jax.models import decoder, hf
-from fgrpo_jax.policies.llm import checks, exported, masks, sampling, serving, targets, transcript
+from fgrpo_jax.models import decoder, hf, lora
+from fgrpo_jax.policies.llm import base, checks, exported, masks, sampling, serving, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
-from fgrpo_jax.types import Policy, PyTree
+from fgrpo_jax.types import Base, Policy, PyTree, num_params
 
 
 def make(
@@ -24,15 +24,26 @@ def make(
     grammar = make_grammar(config, tokenizer)
     constrained = config.transcript.constrained
     sampler = sampling.Sampler(spec, grammar, constrained)
+    base_table, table = lora.split(decoder.param_table(spec)) if spec.lora else (None, decoder.param_table(spec))
 
     def init(key: jax.Array, shardings: PyTree) -> PyTree:
+        if spec.lora:
+            make = functools.partial(lora.init, table, dtype=spec.param_dtype)
+            return jax.jit(make, out_shardings=shardings)(key)
         if config.model.checkpoint:
             return hf.load(config.model.checkpoint, spec, shardings)
         return jax.jit(functools.partial(decoder.init, spec), out_shardings=shardings)(key)
 
+    def load_base(shardings: PyTree) -> PyTree:
+        stored = spec._replace(lora=None, param_dtype=config.model.lora.base_dtype)
+        return hf.load(base.weights_of(config, run_dir), stored, shardings)
+
+    def model(params: PyTree, frozen: PyTree) -> PyTree:
+        return lora.join(frozen["base"], params, spec.lora) if spec.lora else params
+
     def sampled(stage: StageConfig):
         def rollout(params, frozen, query, key):
-            return sampling.sample(sampler, params, query, key, stage.group_size)
+            return sampling.sample(sampler, model(params, frozen), query, key, stage.group_size)
 
         return rollout
 
@@ -40,13 +51,13 @@ def make(
         return targets.rollout(grammar, constrained, stage.target.fill, stage.target.train_fill)
 
     def logprobs(params, frozen, query, rollout):
-        return sampling.logprobs(sampler, params, query, rollout)
+        return sampling.logprobs(sampler, model(params, frozen), query, rollout)
 
     def choices(params, frozen, query, rollout):
-        return sampling.choices(sampler, params, query, rollout)
+        return sampling.choices(sampler, model(params, frozen), query, rollout)
 
     def greedy(params, frozen, query):
-        return sampling.sample(sampler, params, query, None, 1)
+        return sampling.sample(sampler, model(params, frozen), query, None, 1)
 
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
@@ -54,7 +65,7 @@ def make(
     ranking = functools.partial(exported.files, config, grammar, kind, instruction)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
     return Policy(
-        table=decoder.param_table(spec),
+        table=table,
         dtype=spec.param_dtype,
         init=init,
         outcomes=transcript.OUTCOMES,
@@ -68,11 +79,15 @@ def make(
         rewards={},
         summary=(
             f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
-            f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {spec.param_dtype} weights"
+            f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, "
+            + (f"adapters of rank {spec.lora.rank}: {num_params(table):,} trained" if spec.lora else "")
+            + (f", {config.model.lora.base_dtype} base, " if spec.lora else "")
+            + f"{spec.param_dtype} weights"
         ),
         sizes=sizes,
         check=functools.partial(checks.check_training, config, tokenizer, encoded),
         files=policy_files(config, spec, tokenizer, run_dir, ranking),
+        base=Base(base_table, load_base) if spec.lora else None,
     )
 
 

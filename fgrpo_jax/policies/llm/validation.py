@@ -72,6 +72,22 @@ def _model(m: ModelConfig) -> list[str]:
             problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
         if m.head_dim % 2:
             problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
+    problems += _lora(m)
     if m.logit_chunk < 1:
         problems.append("model.logit_chunk must be at least 1")
+    return problems
+
+
+def _lora(m: ModelConfig) -> list[str]:
+    lora, problems = m.lora, []
+    if lora.rank < 0:
+        problems.append(f"model.lora.rank={lora.rank}: choose at least 1, or 0 to train the whole model")
+    if lora.rank <= 0:
+        return problems
+    if not m.checkpoint:
+        problems.append(f"model.lora.rank={lora.rank} needs model.checkpoint: adapters are of a model that was trained")
+    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        problems.append(f"model.lora.alpha={lora.alpha} must be positive")
+    if not lora.projections or len(set(lora.projections)) < len(lora.projections):
+        problems.append(f"model.lora.projections={lora.projections} must name at least one weight, each once")
     return problems

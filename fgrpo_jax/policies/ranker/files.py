@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.files import read_json, write_atomically
 from fgrpo_jax.policies.ranker.network import RankerSpec
-from fgrpo_jax.types import PolicyFiles, PyTree
+from fgrpo_jax.types import PolicyFiles
 
 _ITEMS = "items.json"
 # Not described: how it is computed, which may differ, and what the policies of one run differ in.
@@ -54,7 +54,4 @@ def policy_files(spec: RankerSpec, catalogue: Catalogue) -> PolicyFiles:
             lines = "; ".join(f"{name}: {theirs.get(name)} -> {sizes[name]}" for name in differing)
             raise ConfigError(f"{run_dir} holds another ranker: {lines}")
 
-    def export(out_dir: Path, params: PyTree) -> None:
-        raise ConfigError("a ranker has no form for other programs: read its Orbax checkpoint and items.json")
-
-    return PolicyFiles(save, check, export)
+    return PolicyFiles(save, check, {})

@@ -1,0 +1,99 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): what is trained of a model whose weights stay as they are.
+
+    x W  becomes  x W + alpha / rank * (x A) B,    A [in, rank] random, B [rank, out] zero at first
+
+so a policy begins as its base. Adapters are parameters of their own: a stage's state, moments and checkpoints
+hold nothing else, and the base is frozen beside them, perhaps in another type. The decoder takes a weight with
+its adapter (`layers.Adapted`) for a weight: rollouts and log-probabilities compute the same sums, and no merged
+copy exists, which in bfloat16 would round small adapters away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fgrpo_jax.models.layers import Adapted
+from fgrpo_jax.types import Array, Param, PyTree, map_params
+
+
+class Lora(NamedTuple):
+    """rank, alpha: as in the paper. projections: which weights of every layer have an adapter."""
+
+    rank: int
+    alpha: float
+    projections: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+AXES_IN = {"o": 2}  # axes of a projection's input; 1 elsewhere
+
+
+def adapted(table: PyTree, lora: Lora) -> PyTree:
+    """The table of a model with its adapters. Raises ValueError for a projection that the model has not."""
+    layers = table["layers"]
+    if lacking := [name for name in lora.projections if name not in layers]:
+        raise ValueError(f"model.lora.projections: this model has no {', '.join(lacking)}")
+
+    def with_adapter(name: str, base: Param) -> Param | Adapted:
+        if name not in lora.projections:
+            return base
+        (stack, *shape), (stack_axis, *axes), n = base.shape, base.axes, AXES_IN.get(name, 1)
+        a = Param((stack, *shape[:n], lora.rank), (stack_axis, *axes[:n], "rank"), "uniform", decay=True)
+        b = Param((stack, lora.rank, *shape[n:]), (stack_axis, "rank", *axes[n:]), "zeros", decay=True)
+        return Adapted(base, a, b, lora.scale)
+
+    return {**table, "layers": {name: with_adapter(name, base) for name, base in layers.items()}}
+
+
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
+    """Base and adapters of a tree, or table, of both."""
+    layers = params["layers"]
+    adapters = {name: {"a": w.a, "b": w.b} for name, w in layers.items() if isinstance(w, Adapted)}
+    base = {name: w.base if isinstance(w, Adapted) else w for name, w in layers.items()}
+    return {**params, "layers": base}, {"layers": adapters}
+
+
+def join(base: PyTree, adapters: PyTree, lora: Lora) -> PyTree:
+    """The tree that the decoder computes with."""
+    layers = dict(base["layers"])
+    for name, adapter in adapters["layers"].items():
+        layers[name] = Adapted(layers[name], adapter["a"], adapter["b"], lora.scale)
+    return {**base, "layers": layers}
+
+
+def init(adapters: PyTree, key: Array, dtype: str) -> PyTree:
+    """The first adapters of a table of them: A uniform within 1 / sqrt(inputs), as PEFT draws it, B zero."""
+    count = 0
+
+    def one(p: Param) -> Array:
+        nonlocal count
+        count += 1
+        if p.init == "zeros":
+            return jnp.zeros(p.shape, dtype)
+        bound = 1 / math.sqrt(math.prod(p.shape[1:-1]))
+        drawn = jax.random.uniform(jax.random.fold_in(key, count), p.shape, jnp.float32, -bound, bound)
+        return drawn.astype(dtype)
+
+    return map_params(one, adapters)
+
+
+def merged(base: PyTree, adapters: PyTree, lora: Lora) -> PyTree:
+    """The weights of a model without adapters that computes the same, in the type of the base."""
+
+    def add(w: Array, a: Array, b: Array) -> Array:
+        stack, flat = w.shape[0], (w.shape[0], -1)
+        a, b = a.astype(jnp.float32).reshape(stack, -1, lora.rank), b.astype(jnp.float32).reshape(stack, lora.rank, -1)
+        both = w.astype(jnp.float32).reshape(flat) + lora.scale * jnp.matmul(a, b, precision="highest").reshape(flat)
+        return both.reshape(w.shape).astype(w.dtype)
+
+    layers = dict(base["layers"])
+    for name, adapter in adapters["layers"].items():
+        layers[name] = jax.jit(add)(layers[name], adapter["a"], adapter["b"])
+    return {**base, "layers": layers}
