@@ -1,12 +1,13 @@
 """How fast a step is, and how near to what the machine can do.
 
-    python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|qwen3-0.6b|qwen3-4b]
+    python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|smollm2|qwen3-0.6b|qwen3-4b]
                               [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
                               [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
                               [--no-keep-memory] [--profile DIR]
     python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (plan.py)
     python -m fgrpo_jax.bench ranker ...                      (ranker.py)
     python -m fgrpo_jax.bench credit RUN_DIR ...              (credit.py)
+    python -m fgrpo_jax.bench trl ...                         (trl.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
 prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax.bench import credit, flops, measure, plan, ranker
+from fgrpo_jax.bench import credit, flops, measure, plan, ranker, trl
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
@@ -243,6 +244,8 @@ def main(argv: list[str]) -> int:
         return ranker.main(argv[1:])
     if argv[:1] == ["credit"]:
         return credit.main(argv[1:])
+    if argv[:1] == ["trl"]:
+        return trl.main(argv[1:])
     args, spec, shape = parse(argv)
     if args.keep_memory:
         keep_memory()

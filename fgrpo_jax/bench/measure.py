@@ -53,10 +53,15 @@ _QWEN = decoder.DecoderSpec(
     vocab_size=151_936, hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
     mlp_size=3072, rope_theta=1e6, logit_chunk=256,
 )  # fmt: skip
+_SMOLLM2 = decoder.DecoderSpec(
+    vocab_size=49_152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_size=1536,
+    rope_theta=1e5, norm_eps=1e-5, qk_norm=False, logit_chunk=512,
+)  # fmt: skip
 WORKLOADS = {
     "w1": (_W1, Shape(2, 1024, 8, 64)),
     "default": (_SMALL, Shape(64, 64, 8, 18)),
     "long": (_W1, Shape(1, 8192, 8, 64)),
+    "smollm2": (_SMOLLM2, Shape(1, 480, 8, 72)),
     "qwen3-0.6b": (_QWEN, Shape(2, 2048, 8, 64)),
     "qwen3-4b": (
         _QWEN._replace(hidden_size=2560, num_layers=36, num_heads=32, mlp_size=9728),
