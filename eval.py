@@ -33,7 +33,8 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.evaluation import evaluate, report
 from fgrpo_jax.evaluation.evaluate import Prediction
-from fgrpo_jax.files import check_writable, path_of, resolved
+from fgrpo_jax.evaluation.report_page.page import Beside
+from fgrpo_jax.files import check_writable, path_of, read_rows, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
@@ -100,7 +101,9 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         report.git_revision(),
         [note.text for note in dataset.notes],
     )
-    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits)
+    logs = {"": run_dir, **_prefixed(others)}
+    beside = Beside({prefix: read_rows(place / "metrics.jsonl") for prefix, place in logs.items()})
+    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
 
 
 # --------------------------------------------------------------------- which policies
