@@ -206,7 +206,7 @@ def test_same_inputs_same_bytes_and_an_old_evaluation_is_replaced_whole(tmp_path
     read = [{f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in "ab"]
     assert read[0] == read[1]
     assert set(read[0]) == {
-        "metrics.json", "per_query.jsonl", "qrels.trec", "manifest.json", "table.txt",
+        "metrics.json", "per_query.jsonl", "qrels.trec", "manifest.json", "table.txt", "report.html",
         "good.run.trec", "bad-method.run.trec",
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -72,7 +72,7 @@ def git_revision() -> str | None:
     folder = Path(fgrpo_jax.__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ("git", "-C", str(folder), *arguments)
+        command = ("git", "--no-optional-locks", "-C", str(folder), *arguments)  # it only looks
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
