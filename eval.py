@@ -39,6 +39,7 @@ from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
+from fgrpo_jax.run.prompting import answered
 from fgrpo_jax.run.validation import check_evaluation
 from fgrpo_jax.stages import from_start, stages
 from fgrpo_jax.types import RankingExample
@@ -65,7 +66,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     data = data or source_of_data(config)
     used, finished = _chosen(run_dir, config, data, settings or config.eval, split, others, mesh or config.mesh)
     settings, rows = used.eval, _rows(finished)
-    methods = [*settings.baselines, *finished, *rows]
+    methods = [*settings.baselines, *settings.prompted, *finished, *rows]
     if settings.versus not in methods:
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
     dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
@@ -83,6 +84,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
     runs = _opened(finished, dataset)
+    for name, predicted in answered(runs[""].experiment, settings.prompted, runs[""].shown).items():
+        predictions[name] = list(map(_reindexed, examples, runs[""].shown, predicted))
     said, parameters = _said(runs, rows, examples)
     predictions |= said
     rewards = rewards_of(runs[""], predictions)
