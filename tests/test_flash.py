@@ -18,6 +18,7 @@ from test_attention import (
     plain_causal,
     plain_shared_prefix,
     random,
+    windowed,
     with_gradients,
 )
 
@@ -29,18 +30,29 @@ from fgrpo_jax.policies.llm.files import attention_of
 causal = functools.partial(attention.causal, kind="flash")
 
 
-def shared_prefix(q, k, v, k_own, v_own):
-    return attention.shared_prefix(q, k, v, test_attention.LENGTHS, k_own, v_own, "flash")
-
-
+shared_prefix = functools.partial(test_attention.shared_prefix, kind="flash")
 CASES = {"causal": (causal, plain_causal, PROMPT), "shared": (shared_prefix, plain_shared_prefix, SHARED)}
+WINDOWED = {
+    "causal, window": (*windowed(attention.causal, plain_causal, 3, "flash"), PROMPT),
+    "shared, window": (*windowed(test_attention.shared_prefix, plain_shared_prefix, 4, "flash"), SHARED),
+}
 
 
-@pytest.mark.parametrize("case, lengths", [("causal", None), ("shared", [0, 13]), ("shared", [21, 16])])
+@pytest.mark.parametrize(
+    "case, lengths",
+    [
+        ("causal", None),
+        ("shared", [0, 13]),
+        ("shared", [21, 16]),
+        ("causal, window", None),
+        ("shared, window", [0, 13]),
+        ("shared, window", [21, 16]),
+    ],
+)
 def test_kernels_are_one_softmax(case, lengths, monkeypatch):
     """42 or 30 rows in blocks of 32, 21 keys in blocks of 16; of a prefix none, some, a block, all."""
     monkeypatch.setattr(test_attention, "LENGTHS", jnp.array(lengths or [21, 21]))
-    ours, one, args = CASES[case]
+    ours, one, args = (CASES | WINDOWED)[case]
     found, wanted = with_gradients(ours, args), with_gradients(one, args)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, wanted)
 
@@ -57,13 +69,13 @@ def test_bfloat16_is_near_float32(case):
 ROWS, KEYS, WIDTH = 50, 45, 24
 
 
-def part(last):
-    """(arguments of the forward, of the backward pass) whose rows see keys up to `last`."""
+def part(*limits):
+    """(arguments of the forward, of the backward pass) whose rows see keys up to `last`, perhaps from `first`."""
     q, d_out = (random((2, 2, ROWS, WIDTH), seed) for seed in (0, 1))
     k, v = (random((2, 2, KEYS, WIDTH), seed) for seed in (2, 3))
     q *= WIDTH**-0.5
     lse, delta = 3 + random((2, 2, ROWS), 4), random((2, 2, ROWS), 5)
-    return (q, k, v, last), (q, d_out, lse, delta, k, v, last)
+    return (q, k, v, *limits), (q, d_out, lse, delta, k, v, *limits)
 
 
 def kernels(forward, backward):
@@ -72,13 +84,15 @@ def kernels(forward, backward):
     return forward_now(*forward), backward_now(*backward)
 
 
-def test_rows_in_any_order_see_any_number_of_keys():
+@pytest.mark.parametrize("from_anywhere", [False, True])
+def test_rows_in_any_order_see_any_number_of_keys(from_anywhere):
     last = jnp.asarray(np.random.default_rng(6).integers(-1, KEYS, (2, 1, ROWS)), jnp.int32)
     last = last.at[1, 0, 32:].set(-1)  # a block that sees nothing at all
-    forward, backward = part(last)
+    first = last - np.random.default_rng(7).integers(-1, 20, last.shape) if from_anywhere else jnp.zeros_like(last)
+    forward, backward = part(last, first) if from_anywhere else part(last)
     (out, lse), grads = kernels(forward, backward)
     wanted_out, wanted_lse = quick_jit(functools.partial(attention._part_forward, False))(*forward)
-    sees = jnp.broadcast_to(last >= 0, lse.shape)
+    sees = jnp.broadcast_to((last >= 0) & (first <= last), lse.shape)
     np.testing.assert_allclose(out[sees], wanted_out[sees], atol=2e-5)
     np.testing.assert_allclose(lse[sees], wanted_lse[sees], atol=2e-5)
     assert np.isfinite(out).all() and (lse[~sees] < -1e29).all() and not np.any(grads[0][~sees])
@@ -98,6 +112,22 @@ def test_blocks_out_of_sight_are_not_visited():
     _, (_, d_k, d_v) = kernels((q, k, v, last), (q, d_out, lse, delta, *part(last)[0][1:3], last))
     assert np.isfinite(d_k[:, :, 32:]).all() and np.isfinite(d_v[:, :, 32:]).all()
     assert np.isnan(d_k[:, :, :8]).any()
+
+
+def test_blocks_before_a_window_are_not_visited():
+    """Rows 0 to 31 see keys 16 to 31 at most, the others keys 32 and more."""
+    row = jnp.arange(ROWS)
+    last = jnp.where(row < 32, 16 + row // 2, KEYS - 1)[None, None]
+    first = jnp.where(row < 32, 16, 32)[None, None]
+    (q, k, v, *_), (_, d_out, lse, delta, *_) = part(last, first)
+    far_k, far_v = (x.at[:, :, :16].set(jnp.nan) for x in (k, v))
+    limits = last, first
+    (out, _), (d_q, _, _) = kernels((q, far_k, far_v, *limits), (q, d_out, lse, delta, far_k, far_v, *limits))
+    assert np.isfinite(out).all() and np.isfinite(d_q).all()
+    q, d_out = (x.at[:, :, 32:].set(jnp.nan) for x in (q, d_out))
+    _, (_, d_k, d_v) = kernels((q, k, v, *limits), (q, d_out, lse, delta, k, v, *limits))
+    assert np.isfinite(d_k[:, :, :32]).all() and np.isfinite(d_v[:, :, :32]).all()
+    assert np.isnan(d_k[:, :, 32:]).any()
 
 
 @pytest.mark.parametrize("target", [flash.GPU, flash.TPU], ids=["gpu", "tpu"])

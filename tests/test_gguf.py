@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
     tokenizer = train_bpe([" ".join(WORDS)] * 3, 320)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     found = {}
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(gguf.FAMILIES):
         found[family] = tmp_path_factory.mktemp(family)
         spec = decoder.DecoderSpec(
             vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_size=96,
@@ -71,7 +71,7 @@ def load_tokenizer(name):
 # --------------------------------------------------------------------- the same model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", gguf.FAMILIES)
 def test_a_file_of_floats_is_the_directory(folders, family, tmp_path):
     """To the bit, rows of q and k included; and its config.json has the same fields."""
     path = write_gguf(tmp_path / "model.gguf", folders[family], family)
@@ -88,7 +88,7 @@ def logits(spec, params, prompt, prompt_len, actions):
     return head.logits(params, decoder.completions(spec, params, prompt, prompt_len, actions))
 
 
-@pytest.mark.parametrize("family, quantized", [*zip(FAMILIES, ["Q8_0", "Q4_1", "F16"])])
+@pytest.mark.parametrize("family, quantized", [*zip(gguf.FAMILIES, ["Q8_0", "Q4_1", "F16"])])
 def test_logits_equal_those_of_transformers_reading_the_same_file(folders, family, quantized, tmp_path):
     torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
     import transformers

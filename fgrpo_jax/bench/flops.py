@@ -3,7 +3,7 @@
 Useful work only. A multiplication with its addition counts two. Counted are matrix products
 of projections, attention and head; norms, softmax, rotary embedding and the optimizer are
 not. Counted once is what a step needs once: the prompt of a query (for its whole group),
-each pair of positions a causal mask lets through. Not counted is what it need not compute:
+each pair of positions a causal mask and a window let through. Not counted is what it need not compute:
 logits of the prompt, and queries, output projection and MLP of the prompt in the last layer,
 whose keys and values alone are needed. A backward pass is twice its forward pass; anything
 computed again there is not useful work.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fgrpo_jax.models.decoder import DecoderSpec
+from fgrpo_jax.models.decoder import LOCAL, DecoderSpec, layer_kinds
 
 
 class Shape(NamedTuple):
@@ -34,13 +34,20 @@ def _per_token(spec: DecoderSpec) -> tuple[int, int]:
     return keys_values, queries_output + 2 * 3 * spec.hidden_size * spec.mlp_size
 
 
+def _pairs(spec: DecoderSpec, first: int, tokens: int) -> list[int]:
+    """Pairs of query and key in every layer, of tokens at positions `first` and on; each sees itself too."""
+    seen = 1 + first + np.arange(tokens)
+    near = int(np.minimum(seen, spec.window).sum()) if LOCAL in spec.pattern else 0
+    return [near if kind == LOCAL else int(seen.sum()) for kind in layer_kinds(spec)]
+
+
 def prefill_flops(spec: DecoderSpec, shape: Shape) -> int:
     """The prompts' forward pass, each prompt once."""
     keys_values, rest = _per_token(spec)
-    pairs = shape.prompt * (shape.prompt + 1) // 2
+    pairs = sum(_pairs(spec, 0, shape.prompt)[:-1])
     per_pair = 4 * spec.num_heads * spec.head_dim
     inner = spec.num_layers - 1
-    one = spec.num_layers * shape.prompt * keys_values + inner * (shape.prompt * rest + pairs * per_pair)
+    one = spec.num_layers * shape.prompt * keys_values + inner * shape.prompt * rest + pairs * per_pair
     return shape.batch * one
 
 
@@ -51,10 +58,10 @@ def completion_flops(spec: DecoderSpec, shape: Shape) -> int:
     and its own T.
     """
     length = shape.length
-    pairs = length * (shape.prompt - 1) + length * (length + 1) // 2
-    layer = length * sum(_per_token(spec)) + pairs * 4 * spec.num_heads * spec.head_dim
+    pairs = sum(_pairs(spec, shape.prompt - 1, length))
+    layers = spec.num_layers * length * sum(_per_token(spec)) + pairs * 4 * spec.num_heads * spec.head_dim
     head = length * 2 * spec.hidden_size * spec.vocab_size
-    return shape.batch * shape.group * (spec.num_layers * layer + head)
+    return shape.batch * shape.group * (layers + head)
 
 
 def rollout_flops(spec: DecoderSpec, shape: Shape) -> int:
@@ -71,12 +78,14 @@ def repeated(shape: Shape) -> Shape:
 
 
 def decode_step_bytes(spec: DecoderSpec, shape: Shape) -> int:
-    """Bytes one decoding step reads: weights, prompt caches and, on average, half the own caches."""
+    """Bytes one decoding step reads: weights, prompt caches and half the own caches on average; of windows, theirs."""
     width = np.dtype(np.uint16 if spec.dtype == "bfloat16" else np.float32).itemsize
     keys_values, rest = _per_token(spec)
     weights = spec.num_layers * (keys_values + rest) // 2 + spec.hidden_size * spec.vocab_size
-    per_token = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers
-    cached = shape.batch * (shape.prompt + shape.group * shape.length // 2) * per_token
+    full = shape.prompt + shape.group * shape.length // 2
+    near = min(shape.prompt, spec.window) + shape.group * min(shape.length, 2 * spec.window) // 2
+    tokens = sum(near if kind == LOCAL else full for kind in layer_kinds(spec))
+    cached = shape.batch * tokens * 2 * spec.num_kv_heads * spec.head_dim
     return width * (weights + cached)
 
 

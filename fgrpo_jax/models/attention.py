@@ -3,12 +3,13 @@
 Three functions are all a model needs: `causal` within the prompt; `shared_prefix`, where
 every rollout attends to the one copy of its query's prompt and causally to itself; and
 `decode`, the same for one new token. All are grouped-query: J key/value heads, each serving
-R = H/J query heads. Softmax runs in float32.
+R = H/J query heads. Softmax runs in float32. With a `window`, a number that may be traced, a token sees
+no more than the last so many, itself included.
 
 The first two are the same computation: rows of queries attend to one or two *parts*, each a
-stretch of keys of which a row sees the first few. It is done in blocks of rows, so that the
-scores of one block exist at a time, and differentiated by hand: the backward pass makes the
-scores again from the log-sum-exp of each row, the only thing kept besides inputs and output
+stretch of keys of which a row sees the first few (or, in a window, some in the middle). It is done in
+blocks of rows, so that the scores of one block exist at a time, and differentiated by hand: the backward
+pass makes the scores again from the log-sum-exp of each row, the only thing kept besides inputs and output
 (FlashAttention-2, arXiv 2307.08691, at the grain of whole matrix products). Every part's
 backward pass needs only the row's output and log-sum-exp over *all* parts, so parts never
 have to be joined. On GPU and TPU the part that a group shares, where nearly all scores are, is
@@ -42,14 +43,15 @@ LEAST_ROWS = 256  # of a block all the same: of many queries, products of fewer 
 STRETCH, STRETCHES = 128, 8  # least positions and largest number of the stretches of `causal`
 
 
-def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array, kind: str = "auto") -> Array:
+def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array, kind: str = "auto", window: Array | int | None = None) -> Array:
     """Causal self-attention of right-padded prompts: [B,S,H,E]. `kind`: see `_implementation`.
 
     No length mask is needed: padding comes last, so only padded queries see padded keys.
     """
     q = _rows(q_BSHE[:, None], k_BSJE.shape[2])
     last = jnp.repeat(jnp.arange(q_BSHE.shape[1]), q_BSHE.shape[2] // k_BSJE.shape[2])
-    out = _attend(True, kind, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last[None, None]),))
+    first = None if window is None else (last - window + 1)[None, None]
+    out = _attend(True, kind, q, ((_heads_first(k_BSJE), _heads_first(v_BSJE), last[None, None], first),))
     return _unrows(out, q_BSHE[:, None].shape)[:, 0]
 
 
@@ -61,11 +63,12 @@ def shared_prefix(
     k_BGUJE: Array,
     v_BGUJE: Array,
     kind: str = "auto",
+    window: Array | int | None = None,
 ) -> Array:
     """Attention of rollouts to the shared prefix and causally to their own keys: [B,G,T,H,E].
 
-    Query t of a rollout sees prefix keys s < prefix_len and own keys u <= t. The prefix is
-    read in place: its scores are one matrix product per query and kv head, over the tokens
+    Query t of a rollout, at position prefix_len + t, sees prefix keys s < prefix_len and own keys u <= t.
+    The prefix is read in place: its scores are one matrix product per query and kv head, over the tokens
     of the whole group.
     """
     batch, group, length, heads, _ = q_BGTHE.shape
@@ -74,23 +77,29 @@ def shared_prefix(
     prefix = _heads_first(k_BSJE), _heads_first(v_BSJE), prefix_len_B[:, None, None] - 1
     last = jnp.repeat(jnp.arange(length), heads // kv_heads)
     own = _heads_first(k_BGUJE), _heads_first(v_BGUJE), last[None, None, None]
-    return _unrows(_attend(False, kind, q, (prefix, own)), q_BGTHE.shape)
+    first = first_own = None
+    if window is not None:
+        first_own = (last - window + 1)[None, None, None]
+        first = prefix_len_B[:, None, None] + jnp.tile(last - window + 1, group)
+    return _unrows(_attend(False, kind, q, ((*prefix, first), (*own, first_own))), q_BGTHE.shape)
 
 
 def decode(
-    q_BG1HE: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, k_BJGEU: Array, v_BJGUE: Array, t: Array
-) -> Array:
+    q_BG1HE: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, k_BJGEU: Array, v_BJGUE: Array, t: Array,
+    window: int | None = None,
+) -> Array:  # fmt: skip
     """Attention of every rollout's token t to the prompt's cache and own keys u <= t: [B,G,1,H,E].
 
     What `shared_prefix` gives, by one softmax instead of two. A rollout's own keys enter the
     prompt's softmax as one key more, in slot 0 (whose key and value are zero): its score is
     their log-sum-exp, its value their attention. Joining two softmaxes would need each row's
     maximum as a result; as it is only used inside, XLA CPU makes product, bias, maximum and
-    exponential in one pass.
+    exponential in one pass. The window of the prompt's keys is in `bias_BS`.
     """
     kv_heads, slots = k_BJES.shape[1], k_BJES.shape[3]
     q = _rows(q_BG1HE, kv_heads)  # [B,J,G,R,E]
-    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(jnp.arange(k_BJGEU.shape[-1]) <= t)
+    first = None if window is None else t - window + 1
+    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(_in_sight(jnp.arange(k_BJGEU.shape[-1]), t, first))
     peak = score.max(-1, keepdims=True)
     weight = jnp.exp(score - peak)
     total = weight.sum(-1, keepdims=True)
@@ -141,9 +150,9 @@ def _heads_first(x: Array) -> Array:
 def _attend(is_causal: bool, kind: str, q: Array, parts: tuple) -> Array:
     """Softmax attention of rows q [B,J,G,M,E] to the keys of all parts together.
 
-    A part is (k, v, last): keys and values [B,J,S,E] shared by the group or [B,J,G,U,E] of a
-    rollout, and the index of the last key a row sees, [B,J,M] or [B,J,G,M] with any axis 1
-    (-1: none).
+    A part is (k, v, last, first): keys and values [B,J,S,E] shared by the group or [B,J,G,U,E] of a
+    rollout, and the indices of the last key a row sees (before 0: none) and of the first (None: 0), both
+    [B,J,M] or [B,J,G,M] with any axis 1.
     `is_causal` promises that `last` of row m is m // (rows per key).
     """
     return _attend_forward(is_causal, kind, q, parts)[0]
@@ -151,9 +160,9 @@ def _attend(is_causal: bool, kind: str, q: Array, parts: tuple) -> Array:
 
 def _attend_forward(is_causal: bool, kind: str, q: Array, parts: tuple):
     some = []
-    for k, v, last in parts:
+    for k, v, last, first in parts:
         forward = _implementation(kind, is_causal, k, _part_forward, flash.part_forward)
-        out, lse = forward(_rows_like(q, k), k, v, last)
+        out, lse = forward(_rows_like(q, k), k, v, last, first)
         some.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
     out, lse = some[0]
     for other, other_lse in some[1:]:
@@ -168,13 +177,13 @@ def _attend_backward(is_causal: bool, kind: str, kept, d_out: Array):
     q, parts, out, lse = kept
     delta = jnp.einsum("...me,...me->...m", d_out, out, preferred_element_type=_WIDE)
     d_q, d_parts = jnp.zeros(q.shape, _WIDE), []
-    for k, v, last in parts:
+    for k, v, last, first in parts:
         rows = [_rows_like(x, k) for x in (q, d_out)]
         scalars = [x.reshape(rows[0].shape[:-1]) for x in (lse, delta)]
         backward = _implementation(kind, is_causal, k, _part_backward, flash.part_backward)
-        d_q_part, d_k, d_v = backward(*rows, *scalars, k, v, last)
+        d_q_part, d_k, d_v = backward(*rows, *scalars, k, v, last, first)
         d_q += d_q_part.reshape(q.shape)
-        d_parts.append((d_k.astype(k.dtype), d_v.astype(v.dtype), None))
+        d_parts.append((d_k.astype(k.dtype), d_v.astype(v.dtype), None, None))
     return d_q.astype(q.dtype), tuple(d_parts)
 
 
@@ -248,27 +257,38 @@ def _over_chunks(block, keys: int, by_row: list[Array], summed):
     return jax.tree.map(join, joined), total
 
 
-def _part_forward(is_causal: bool, q: Array, k: Array, v: Array, last: Array) -> tuple[Array, Array]:
+def _in_sight(key: Array, last: Array, first: Array | None) -> Array:
+    return key <= last if first is None else (key <= last) & (key >= first)
+
+
+def _cut_rows(start: int, end: int, *by_row: Array | None) -> list[Array]:
+    """Those that there are."""
+    return [x[..., start:end] for x in by_row if x is not None]
+
+
+def _part_forward(
+    is_causal: bool, q: Array, k: Array, v: Array, last: Array, first: Array | None = None
+) -> tuple[Array, Array]:
     """Attention to one part alone, and its log-sum-exp."""
     some = []
     for start, end, seen in _stretches(is_causal, q.shape[-2], k.shape[-2]):
         k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
 
-        def block(q, last):
+        def block(q, last, first=None):
             score = _product("...me,...ke->...mk", q, k_seen)
-            score += bias(jnp.arange(seen) <= last[..., None])
+            score += bias(_in_sight(jnp.arange(seen), last[..., None], None if first is None else first[..., None]))
             peak = score.max(-1, keepdims=True)
             weight = jnp.exp(score - peak)
             total = weight.sum(-1, keepdims=True)
             out = _product("...mk,...ke->...me", weight.astype(v_seen.dtype), v_seen) / total
             return (out, (peak + jnp.log(total))[..., 0]), ()
 
-        some.append(_over_chunks(block, seen, [q[..., start:end, :], last[..., start:end]], ())[0])
+        some.append(_over_chunks(block, seen, [q[..., start:end, :], *_cut_rows(start, end, last, first)], ())[0])
     out, lse = zip(*some)
     return jnp.concatenate(out, -2), jnp.concatenate(lse, -1)
 
 
-def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, Array, Array]:
+def _part_backward(is_causal, q, d_out, lse, delta, k, v, last, first=None) -> tuple[Array, Array, Array]:
     """Gradients of rows, keys and values of one part, from the log-sum-exp over all parts."""
     d_q, total = [], []
     keys = k.shape[-2]
@@ -276,9 +296,10 @@ def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, 
         k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
         k_across = jax.lax.optimization_barrier(jnp.swapaxes(k_seen, -1, -2))
 
-        def block(q, d_out, lse, delta, last):
+        def block(q, d_out, lse, delta, last, first=None):
             score = _product("...ke,...me->...km", k_seen, q)
-            score += bias(jnp.arange(seen)[:, None] <= last[..., None, :])
+            first = None if first is None else first[..., None, :]
+            score += bias(_in_sight(jnp.arange(seen)[:, None], last[..., None, :], first))
             weight = jnp.exp(score - lse[..., None, :])
             d_weight = _product("...ke,...me->...km", v_seen, d_out)
             d_score = (weight * (d_weight - delta[..., None, :])).astype(q.dtype)
@@ -289,7 +310,7 @@ def _part_backward(is_causal, q, d_out, lse, delta, k, v, last) -> tuple[Array, 
 
         zero = jnp.zeros(k_seen.shape, _WIDE)
         by_row = [q[..., start:end, :], d_out[..., start:end, :]]
-        by_row += [x[..., start:end] for x in (lse, delta, last)]
+        by_row += _cut_rows(start, end, lse, delta, last, first)
         rows, summed = _over_chunks(block, seen, by_row, (zero, zero))
         d_q.append(rows)
         total.append([jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, keys - seen), (0, 0)]) for x in summed])

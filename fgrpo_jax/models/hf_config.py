@@ -7,23 +7,17 @@ field and value.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.errors import ModelFilesError
-from fgrpo_jax.models import gguf
-from fgrpo_jax.models.decoder import DecoderSpec
+from fgrpo_jax.models import gguf, hf_rope
+from fgrpo_jax.models.decoder import LOCAL, DecoderSpec, layer_kinds, pattern_of
 from fgrpo_jax.models.families import FAMILIES, Family
+from fgrpo_jax.models.hf_rope import positive
 
 # Fields of config.json that, when present, must have one of these values, whatever the family.
 _FIXED = {"attention_dropout": (0, None), "partial_rotary_factor": (1.0, None), "quantization_config": (None,)}
-# Kinds of rotary embedding, and what each is given besides theta: DecoderSpec.rope_scaling.
-_SCALING = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 def read_config(checkpoint: str | Path) -> dict[str, Any]:
@@ -62,19 +56,24 @@ def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:
     if not isinstance(tied, bool):
         raise ModelFilesError(f"{path}: tie_word_embeddings={tied!r} must be true or false")
     width, heads = size("hidden_size"), size("num_attention_heads")
-    theta, scaling = _rope(config, family, path)
+    head_dim = size("head_dim", width // heads)
+    period = size("sliding_window_pattern") if config.get("sliding_window_pattern") is not None else None
+    pattern = _pattern(config, family, size("num_hidden_layers"), period, path)
+    scalar = positive(config.get("query_pre_attn_scalar", head_dim), "query_pre_attn_scalar", path)
     spec = DecoderSpec(
         vocab_size=size("vocab_size"),
         hidden_size=width,
         num_layers=size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", width // heads),
+        head_dim=head_dim,
         mlp_size=size("intermediate_size"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=_positive(_field(config, "rms_norm_eps", path), "rms_norm_eps", path),
+        pattern=pattern,
+        window=size("sliding_window") if LOCAL in pattern else 0,
+        query_scalar=None if scalar == head_dim else scalar,
+        norm_eps=positive(_field(config, "rms_norm_eps", path), "rms_norm_eps", path),
         tie_embeddings=tied,
+        **hf_rope.read(config, family, path),
         **family.spec,
         **numerics,
     )
@@ -100,56 +99,24 @@ def _family(config: dict[str, Any], path: Path) -> Family:
     for name, values in (_FIXED | family.fixed).items():
         if name in config and config[name] not in values:
             raise ModelFilesError(f"{path}: {name}={config[name]!r} is not supported, only {values[0]!r} is")
-    for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ModelFilesError(f"{path}: layer_types holds {kind!r}; only 'full_attention' is supported")
     return family
 
 
-def _rope(config: dict[str, Any], family: Family, path: Path) -> tuple[float, tuple[float, ...]]:
-    """theta and scaling, which must be the same wherever they are given."""
-    thetas, scalings = {}, {}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = config.get(name) or {}
-        if not isinstance(rope, dict):
-            raise ModelFilesError(f"{path}: {name}={rope!r} must be an object")
-        if rope:
-            scalings[name] = _scaling(rope, name, path)
-        if "rope_theta" in rope:
-            thetas[f"{name}.rope_theta"] = rope["rope_theta"]
-    if "rope_theta" in config:
-        thetas["rope_theta"] = config["rope_theta"]
-    if not thetas and "rope_theta" in family.optional:
-        thetas["rope_theta"] = family.optional["rope_theta"]
-    if not thetas:
-        raise ModelFilesError(f"{path} has neither rope_theta nor rope_parameters.rope_theta")
-    for given in (thetas, scalings):
-        if len(set(given.values())) > 1:
-            both = ", ".join(f"{k}={v!r}" for k, v in given.items())
-            raise ModelFilesError(f"{path} contradicts itself: {both}")
-    name, value = next(iter(thetas.items()))
-    return _positive(value, name, path), next(iter(scalings.values()), ())
-
-
-def _scaling(rope: dict[str, Any], where: str, path: Path) -> tuple[float, ...]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unscaled = kind == "default" and "factor" in rope
-    if kind not in _SCALING or rope.get("partial_rotary_factor", 1.0) != 1.0 or unscaled:
-        raise ModelFilesError(
-            f"{path}: {where}={rope!r} is not supported, only rope_type {', '.join(_SCALING)} of whole heads"
-        )
-    if missing := [name for name in _SCALING[kind] if name not in rope]:
-        raise ModelFilesError(f"{path}: {where}={rope!r} has no {missing[0]}")
-    scaling = tuple(_positive(rope[name], f"{where}.{name}", path) for name in _SCALING[kind])
-    if kind == "llama3" and scaling[2] <= scaling[1]:
-        raise ModelFilesError(f"{path}: {where}={rope!r}: high_freq_factor must exceed low_freq_factor")
-    return scaling
-
-
-def _positive(value: Any, name: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ModelFilesError(f"{path}: {name}={value!r} must be a positive number")
-    return float(value)
+def _pattern(config: dict[str, Any], family: Family, layers: int, period: int | None, path: Path) -> tuple[str, ...]:
+    """The kinds of layers that repeat, as few as can be; period: layers to the family's last kind."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = (*family.pattern[:1] * (period - 1), family.pattern[-1]) if period else family.pattern
+        kinds = [kinds[i % len(kinds)] for i in range(layers)]
+    if not isinstance(kinds, list):
+        raise ModelFilesError(f"{path}: layer_types={kinds!r} must be a list")
+    for kind in kinds:
+        if kind not in family.pattern:
+            known = " or ".join(repr(name) for name in dict.fromkeys(family.pattern))
+            raise ModelFilesError(f"{path}: layer_types holds {kind!r}; only {known} is supported")
+    if len(kinds) != layers:
+        raise ModelFilesError(f"{path}: layer_types are {len(kinds)}, num_hidden_layers={layers}")
+    return pattern_of(kinds)
 
 
 def _field(config: dict[str, Any], name: str, path: Path) -> Any:
@@ -188,14 +155,12 @@ def make_config(
     for stale in ("torch_dtype", "rope_scaling", "transformers_version", "_name_or_path"):
         config.pop(stale, None)
     name = _name(spec)
-    kind = next(kind for kind, names in _SCALING.items() if len(names) == len(spec.rope_scaling))
-    scaling = dict(zip(_SCALING[kind], (_number(x) for x in spec.rope_scaling), strict=True))
-    rope = {"rope_theta": spec.rope_theta, "rope_type": kind} | scaling
+    family = FAMILIES[name]
     return (
         config
-        | {field: values[0] for field, values in FAMILIES[name].fixed.items()}
+        | {field: values[0] for field, values in family.fixed.items()}
         | {
-            "architectures": [FAMILIES[name].architecture],
+            "architectures": [family.architecture],
             "model_type": name,
             "vocab_size": spec.vocab_size,
             "hidden_size": spec.hidden_size,
@@ -206,25 +171,26 @@ def make_config(
             "intermediate_size": spec.mlp_size,
             "rms_norm_eps": spec.norm_eps,
             "tie_word_embeddings": spec.tie_embeddings,
-            # transformers 4 reads the first (and the scaling), 5 the second.
-            "rope_theta": spec.rope_theta,
-            "rope_parameters": rope,
             "dtype": dtype,
         }
-        | ({"rope_scaling": rope} if scaling else {})
+        | hf_rope.write(spec)
+        | (_of_windows(spec) if LOCAL in family.pattern else {})
     )
+
+
+def _of_windows(spec: DecoderSpec) -> dict[str, Any]:
+    scalar = spec.head_dim if spec.query_scalar is None else spec.query_scalar
+    scalar = int(scalar) if float(scalar).is_integer() else scalar
+    config = {"layer_types": list(layer_kinds(spec)), "query_pre_attn_scalar": scalar}
+    return config | ({"sliding_window": spec.window} if LOCAL in spec.pattern else {})
 
 
 def _name(spec: DecoderSpec) -> str:
     """The `model_type` of the family that agrees with a spec."""
     fields = spec._asdict()
     for name, family in FAMILIES.items():
-        if all(fields[field] == value for field, value in family.spec.items()):
+        alike = all(fields[field] == value for field, value in family.spec.items())
+        if alike and set(spec.pattern) <= set(family.pattern):
             return name
-    found = ", ".join(f"{field}={fields[field]!r}" for field in FAMILIES["qwen3"].spec)
+    found = ", ".join(f"{field}={fields[field]!r}" for field in (*FAMILIES["qwen3"].spec, "pattern"))
     raise ModelFilesError(f"transformers has no family with {found}: such a model cannot be exported")
-
-
-def _number(x: float) -> float | int:
-    """As config.json writes it: lengths are whole numbers."""
-    return int(x) if x.is_integer() else x

@@ -1,4 +1,4 @@
-"""What every layer of the decoder is made of: RMS norm, rotary embedding, matrix product."""
+"""What every layer of the decoder is made of: RMS norm, rotary embedding, activations, matrix product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fgrpo_jax.types import Array
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
 @jax.custom_vjp

@@ -58,6 +58,7 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
                 f"{spec.vocab_size}: they do not belong together; set `tokenizer` to the checkpoint's directory"
             )
         return spec
+    family = FAMILIES[model.family]
     return decoder.DecoderSpec(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
@@ -70,7 +71,9 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         norm_eps=model.norm_eps,
         tie_embeddings=model.tie_embeddings,
         init_std=model.init_std,
-        **FAMILIES[model.family].spec,
+        pattern=decoder.pattern_of([family.pattern[i % len(family.pattern)] for i in range(model.num_layers)]),
+        window=model.window if decoder.LOCAL in family.pattern else 0,
+        **family.spec,
         **numerics,
     )
 

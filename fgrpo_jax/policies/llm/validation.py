@@ -62,7 +62,7 @@ def _model(m: ModelConfig) -> list[str]:
     if "://" in m.checkpoint:
         problems.append(f"model.checkpoint={m.checkpoint!r}: no address; copy the weights to all hosts")
     if not m.checkpoint:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "window"):
             if getattr(m, name) < 1:
                 problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
