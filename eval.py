@@ -33,11 +33,13 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.evaluation import evaluate, report
 from fgrpo_jax.evaluation.evaluate import Prediction
-from fgrpo_jax.files import check_writable, path_of, resolved
+from fgrpo_jax.evaluation.report_page.page import Beside
+from fgrpo_jax.files import check_writable, path_of, read_rows, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
+from fgrpo_jax.run.prompting import answered
 from fgrpo_jax.run.validation import check_evaluation
 from fgrpo_jax.stages import from_start, stages
 from fgrpo_jax.types import RankingExample
@@ -64,7 +66,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     data = data or source_of_data(config)
     used, finished = _chosen(run_dir, config, data, settings or config.eval, split, others, mesh or config.mesh)
     settings, rows = used.eval, _rows(finished)
-    methods = [*settings.baselines, *finished, *rows]
+    methods = [*settings.baselines, *settings.prompted, *finished, *rows]
     if settings.versus not in methods:
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
     dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
@@ -82,6 +84,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
     runs = _opened(finished, dataset)
+    for name, predicted in answered(runs[""].experiment, settings.prompted, runs[""].shown).items():
+        predictions[name] = list(map(_reindexed, examples, runs[""].shown, predicted))
     said, parameters = _said(runs, rows, examples)
     predictions |= said
     rewards = rewards_of(runs[""], predictions)
@@ -100,7 +104,9 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         report.git_revision(),
         [note.text for note in dataset.notes],
     )
-    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits)
+    logs = {"": run_dir, **_prefixed(others)}
+    beside = Beside({prefix: read_rows(place / "metrics.jsonl") for prefix, place in logs.items()})
+    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
 
 
 # --------------------------------------------------------------------- which policies

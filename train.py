@@ -33,7 +33,6 @@ from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_
 from fgrpo_jax.config_files import to_json
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.checkpoint import preemption
@@ -172,8 +171,8 @@ def run(config) -> int:
 
 
 def train_and_evaluate(experiment, run_dir: Path) -> int:
-    config, is_main = experiment.config, jax.process_index() == 0
-    log = MetricsLog(run_dir, config.tensorboard, is_main)
+    config = experiment.config
+    log = MetricsLog(run_dir, config.tensorboard, jax.process_index() == 0)
     with contextlib.closing(log), preemption() as stop:
         for name, stage in stages(config).items():
             done = not stage.steps or directory.is_done(run_dir, name)
@@ -181,8 +180,6 @@ def train_and_evaluate(experiment, run_dir: Path) -> int:
             if not done or stop():
                 print(f"stopped in {name}: saved; the same command resumes", flush=True)
                 return 0
-    if is_main and log.path.is_file():
-        report.curves(log.path, run_dir / "curves.png")
     if table := evaluation.evaluate_run(run_dir):
         print(table, flush=True)
     return 0

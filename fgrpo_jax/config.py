@@ -223,6 +223,9 @@ class EvalConfig:
     """Validation queries used while training (the first ones of the split); 0: all."""
     baselines: tuple[str, ...] = ("random", "popularity", "covisitation", "bm25")
     """Baselines that make no sense for the task are named and left out."""
+    prompted: tuple[Literal["zero_shot", "zero_shot_2"], ...] = ()
+    """Rows of model.checkpoint as it is, which is asked in words and answers in words, in one step or in two
+    (policies/llm/prompted.py)."""
     bootstrap: int = 2000
     """Resamples behind every 95 % interval."""
     versus: str = "sft"

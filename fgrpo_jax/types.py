@@ -277,6 +277,10 @@ class Policy(NamedTuple):
         is the one that the run ends on.
     files: how a run directory describes it.
     base: what it reads of its own and never trains.
+    write: (params, frozen, prompt [B,S] right-padded, prompt_len [B], most) -> [B,most] tokens that it goes on with,
+        greedily; as sources, but that `most` is a number; None where it writes no text.
+    prompted: by name, (examples, write) -> (slate, ranking, Outcome) of each, on the host: lists that its start, not
+        trained yet, gives when it is asked; there, write: (token ids of prompts, most) -> those of the answers.
     fit: of a model of feedback to lists that were shown: (params, frozen, query) -> (logit, feedback, shown),
         [B,J,T] each of J lists: of positive feedback as it sees them, what it was, and where there is a position.
     """
@@ -299,6 +303,8 @@ class Policy(NamedTuple):
     files: PolicyFiles
     fit: Callable | None = None
     base: Base | None = None
+    write: Callable | None = None
+    prompted: dict[str, Callable] | None = None
 
     def shapes(self) -> PyTree:
         """Its parameters as ShapeDtypeStructs."""

@@ -16,7 +16,6 @@ from tiny import changed, contents, rows, run_training, tiny_config
 import eval as evaluation
 import train
 from fgrpo_jax.config import DataConfig, TranscriptConfig
-from fgrpo_jax.evaluation import report
 from fgrpo_jax.run import experiment
 
 QUERIES = 1000  # of each evaluation split
@@ -82,10 +81,8 @@ def test_each_stage_compiles_its_step_once(run):
 def test_the_run_directory(run):
     found = {str(path.relative_to(run.directory)) for path in run.directory.iterdir()}
     assert found == {
-        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "curves.png", "sft", "rl",
-        "eval",
+        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "sft", "rl", "eval",
     }  # fmt: skip
-    assert (run.directory / "curves.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((run.directory / "data.json").read_text())
     assert set(data["fingerprints"]) == {"train", "validation", "test"} and len(data["catalogue"]) == 500
     for stage, steps in (("sft", 24), ("rl", 3)):
@@ -93,7 +90,7 @@ def test_the_run_directory(run):
         assert done["step"] == steps and 0 <= done["best_step"] <= steps
         assert (run.directory / stage / "checkpoints" / str(done["best_step"])).is_dir()
     assert {path.name for path in (run.directory / "eval" / "test").iterdir()} == {
-        "metrics.json", "per_query.jsonl", "manifest.json", "table.txt", "qrels.trec",
+        "metrics.json", "per_query.jsonl", "manifest.json", "table.txt", "qrels.trec", "report.html",
         *(f"{m}.run.trec" for m in ("random", "popularity", "covisitation", "sft", "rl")),
     }  # fmt: skip
 
@@ -148,7 +145,6 @@ def test_the_table_holds_known_numbers(run):
 def test_the_same_command_does_not_train_again(run, monkeypatch, capsys):
     before = contents(run.directory)
     monkeypatch.setattr(train, "train_stage", None)
-    monkeypatch.setattr(report, "curves", lambda *paths: None)
     assert run_training(run.config) == 0
     assert contents(run.directory) == before
     assert run.said.endswith(capsys.readouterr().out.split("\n", 6)[-1])

@@ -206,7 +206,7 @@ def test_same_inputs_same_bytes_and_an_old_evaluation_is_replaced_whole(tmp_path
     read = [{f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in "ab"]
     assert read[0] == read[1]
     assert set(read[0]) == {
-        "metrics.json", "per_query.jsonl", "qrels.trec", "manifest.json", "table.txt",
+        "metrics.json", "per_query.jsonl", "qrels.trec", "manifest.json", "table.txt", "report.html",
         "good.run.trec", "bad-method.run.trec",
     }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -255,50 +255,3 @@ def test_manifest_holds_what_was_passed_in_and_versions():
     manifest = report.manifest({"seed": 1}, {"seed": 1}, {"test": "ff"}, None)
     assert manifest["data"] == {"test": "ff"} and manifest["git"] is None
     assert set(manifest["versions"]) == {"fgrpo_jax", "jax", "numpy"}
-
-
-METRICS_ROWS = [
-    {"stage": "sft", "step": 10, "loss": 3.0},
-    {"stage": "sft", "step": 20, "eval/ndcg@5": 0.3, "eval/recall@5": 0.4, "eval/slate_recall": 0.6},
-    *({"stage": "rl", "step": s, "reward/slate": s / 99, "reward/rank": 0.2, "loss": 0.1} for s in range(9)),
-]
-
-
-def test_curves_are_the_same_bytes_and_forgive_a_line_being_written(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in METRICS_ROWS))
-    report.curves(log, tmp_path / "a.png")
-    log.write_text(log.read_text() + '{"stage": "rl", "st')
-    report.curves(log, tmp_path / "b.png")
-    picture = (tmp_path / "a.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and picture == (tmp_path / "b.png").read_bytes()
-
-
-def test_curves_draw_what_was_logged():
-    titles, drawn = [], {}
-
-    class Axes:
-        transAxes = None
-
-        def set_title(self, title):
-            titles.append(title)
-
-        def plot(self, steps, values, label, marker):
-            drawn[titles[-1], label] = dict(zip(steps, values))
-
-        set_xlabel = text = legend = lambda self, *_, **__: None
-
-    resumed = [*METRICS_ROWS, {"stage": "sft", "step": 10, "loss": 2.5}]
-    own = [row for row in resumed if row["stage"] == "sft"]
-    report._draw(Axes(), "loss", own, ("loss",))
-    assert drawn == {("loss", "loss"): {10: 2.5}}
-    assert report._shown(own) == ["eval/ndcg@5", "eval/recall@5", "eval/slate_recall"]
-
-
-def test_curves_are_of_the_stages_that_were_logged(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(report, "_draw", lambda axes, title, rows, names: drawn.append((title, len(rows))))
-    rows = [{"stage": stage, "step": 1, "loss": 1.0} for stage in ("evaluator", "goalrank", "evaluator")]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert drawn[::3] == [("evaluator: training reward", 2), ("goalrank: training reward", 1)]

@@ -10,13 +10,12 @@ LEGS = """
     sys.path[:0] = [{root!r}, {root!r} + "/tests"]
     import jax
     import eval as evaluation
-    from fgrpo_jax.evaluation import report
     from fgrpo_jax.run.stage import Stage
     from tiny import changed, run_training, tiny_config
 
     jax.config.update("jax_compilation_cache_dir", {cache!r})
     jax.config.update("jax_disable_most_optimizations", True)
-    report.curves = evaluation.evaluate_run = lambda *paths: None
+    evaluation.evaluate_run = lambda *paths: None
     devices, on_step = jax.devices(), Stage.on_step
     config = tiny_config({folder!r} + "/data", {folder!r} + "/prepared", {folder!r}, rl_steps=6)
 

@@ -23,7 +23,7 @@ from fgrpo_jax.run import directory as run
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_runs(curves=True):
+    with quick_runs():
         yield
 
 
@@ -70,7 +70,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(made, tmp_path)
     said = [line for line in child.stderr.splitlines() if line.startswith(("error: ", "returned "))]
     assert [line for line in said if line.startswith("returned")] == ["returned 2"] * len(limits), said
     stopped_at = [line.removeprefix(f"error: {tmp_path}/run/").split(" could")[0] for line in said[::2]]
-    expected = ["config.json", "sft/checkpoints", "sft/checkpoints", "curves.png"]
+    expected = ["config.json", "sft/checkpoints", "sft/checkpoints", "eval/validation"]
     assert stopped_at == expected, said
     assert all(
         line.endswith(
@@ -83,8 +83,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(made, tmp_path)
     assert not left
     assert run_training(config) == 0
     assert rows(tmp_path / "run") == rows(whole)
-    for part in ("sft/done.json", "curves.png"):
-        assert (tmp_path / "run" / part).read_bytes() == (whole / part).read_bytes()
+    assert (tmp_path / "run" / "sft" / "done.json").read_bytes() == (whole / "sft" / "done.json").read_bytes()
     assert contents(tmp_path / "run" / "eval") == contents(whole / "eval")
 
 

@@ -9,13 +9,14 @@ evaluation is taken away first, and manifest.json is written last):
     qrels.trec         gains of every candidate; <method>.run.trec: each method's rankings
     manifest.json      config, seeds, versions, data fingerprints, git revision
     table.txt          what the terminal showed
+    report.html        all of it to look at, with the training curves, in one file that needs no other (report_page)
 
-The same inputs give the same bytes: no times, no host names, sorted keys, rounded numbers.
+The same inputs give the same bytes: no times, no host names, sorted keys, rounded numbers. (The inputs of report.html
+are metrics.jsonl too, and with it how fast the training was.)
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -32,8 +33,10 @@ import numpy as np
 import fgrpo_jax
 from fgrpo_jax.evaluation.evaluate import DIGITS, Evaluation, counted
 from fgrpo_jax.evaluation.fit import lines
+from fgrpo_jax.evaluation.report_page import page
+from fgrpo_jax.evaluation.report_page.page import ALONE, Beside
 from fgrpo_jax.evaluation.table import table
-from fgrpo_jax.files import is_address, path_of, read_rows, storing, write_atomically
+from fgrpo_jax.files import is_address, path_of, storing, write_atomically
 from fgrpo_jax.types import RankingExample
 
 _NOTHING = "%00"  # stands in a run for an empty ranking; no candidate can be called that
@@ -69,7 +72,7 @@ def git_revision() -> str | None:
     folder = Path(fgrpo_jax.__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ("git", "-C", str(folder), *arguments)
+        command = ("git", "--no-optional-locks", "-C", str(folder), *arguments)  # it only looks
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -85,15 +88,17 @@ def write_evaluation(
     manifest: Mapping[str, object],
     left_out: Mapping[str, str],
     fits: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+    beside: Beside = ALONE,
 ) -> str:
     """Write the folder, replacing an older one whole, and return the text of table.txt.
 
-    `left_out` maps baselines that make no sense here to the reason, `fits` models to what `fit.fit` says. Raises
+    `left_out` maps baselines that make no sense here to the reason, `fits` models to what `fit.fit` says; `beside` is
+    for report.html. Raises
     StorageError when the folder cannot be written; an older evaluation is then still there, but for an address.
     """
     directory = path_of(directory)
     text = table(evaluation, left_out) + (f"\n{lines(fits)}\n" if fits else "")
-    contents = _contents(evaluation, manifest, left_out, fits, text)
+    contents = _contents(evaluation, manifest, left_out, fits, text, beside)
     if is_address(directory):
         with storing(directory, Exception):
             directory.rmtree(missing_ok=True)
@@ -107,7 +112,12 @@ def write_evaluation(
 
 
 def _contents(
-    evaluation: Evaluation, manifest: Mapping[str, object], left_out: Mapping[str, str], fits: Mapping, text: str
+    evaluation: Evaluation,
+    manifest: Mapping[str, object],
+    left_out: Mapping[str, str],
+    fits: Mapping,
+    text: str,
+    beside: Beside,
 ) -> Iterator[tuple[str, str]]:
     """Names and texts of the files, the manifest's last."""
     scale = gain_scale(evaluation.examples)
@@ -120,6 +130,7 @@ def _contents(
     yield "qrels.trec", qrels(evaluation.examples, scale)
     for method in evaluation.predictions:
         yield f"{method}.run.trec", run(evaluation, method)
+    yield "report.html", page.render(evaluation, manifest, left_out, fits, beside)
     yield "manifest.json", _json(manifest, indent=1)
 
 
@@ -215,58 +226,3 @@ def run(evaluation: Evaluation, method: str) -> str:
             points = len(items) - rank
             lines.append(f"{trec_id(example.query_id)} Q0 {item} {rank + 1} {points} {method}\n")
     return "".join(lines)
-
-
-# --------------------------------------------------------------------- training curves
-
-
-def curves(metrics_path: str | Path, png_path: str | Path) -> None:
-    """Draw rewards of both phases, loss and validation metrics of every stage; same rows, same bytes.
-
-    Where a run was resumed, the last row of a step counts. Raises what `read_rows` does.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
-    from matplotlib.figure import Figure
-
-    rows = read_rows(path_of(metrics_path))
-    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["nothing"]
-    figure = Figure(figsize=(12, 3.2 * len(stages)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(stages), 3, squeeze=False)
-    for line, stage in zip(axes, stages):
-        own = [row for row in rows if row["stage"] == stage]
-        _draw(line[0], f"{stage}: training reward", own, ("reward/slate", "reward/rank"))
-        _draw(line[1], f"{stage}: loss", own, ("loss",))
-        _draw(line[2], f"{stage}: validation", own, _shown(own))
-    # Without "Software": None the file would carry the version of matplotlib.
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    write_atomically(path_of(png_path), picture.getvalue())
-
-
-def _shown(rows: Sequence[dict]) -> list[str]:
-    """Of the validation metrics: nDCG and recall at their largest cut-off, and recall of the slate; or likelihood."""
-    names = {name for row in rows for name in row if name.startswith("eval/")}
-    if "eval/likelihood" in names:  # on another scale, and what chooses the checkpoint
-        return ["eval/likelihood"]
-    shown = []
-    for metric in ("eval/ndcg@", "eval/recall@"):
-        cutoffs = [int(name.removeprefix(metric)) for name in names if name.startswith(metric)]
-        shown += [f"{metric}{max(cutoffs)}"] if cutoffs else []
-    return shown + [name for name in ("eval/slate_recall",) if name in names]
-
-
-def _draw(ax, title: str, rows: Sequence[dict], names: Sequence[str]) -> None:
-    ax.set_title(title)
-    ax.set_xlabel("step")
-    drawn = False
-    for name in names:
-        points = dict(sorted({row["step"]: row[name] for row in rows if name in row}.items()))
-        if points:
-            marker = "." if len(points) < 30 else None
-            ax.plot(list(points), list(points.values()), label=name, marker=marker)
-            drawn = True
-    if drawn:
-        ax.legend()
-    else:
-        ax.text(0.5, 0.5, "not logged", ha="center", va="center", transform=ax.transAxes)

@@ -53,6 +53,11 @@ def preview(config: RunConfig, dataset: Dataset, count: int) -> Preview | None:
     return importlib.import_module(_PREVIEWS[config.SYSTEM]).preview(config, dataset, count)
 
 
+def unprompted(config: RunConfig) -> str:
+    """Why no model can be asked in words here; empty where one can."""
+    return _of(config).unprompted(config)
+
+
 def learned_rewards(config: RunConfig) -> frozenset[str]:
     """Names of the rewards that its policies have (Policy.rewards)."""
     return _of(config).REWARDS

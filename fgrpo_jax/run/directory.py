@@ -6,8 +6,7 @@ tokenizer/, ...   what its policies say of themselves: policies/llm/files.py, po
 start.json        the run that `start_from` named, and where it lies from here
 metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
 sft/, rl/, ...    of every stage: checkpoints/ and done.json (written when it is complete)
-curves.png        training curves
-eval/SPLIT/       evaluations
+eval/SPLIT/       evaluations, each with its report.html
 """
 
 from __future__ import annotations

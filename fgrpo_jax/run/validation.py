@@ -104,7 +104,7 @@ def check_data(config: RunConfig, known: Registries) -> None:
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
     problems = data_problems(config, known.datasets) + unread(config.data, ["pool"])
-    _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config)])
+    _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config), *_check_prompted(config)])
 
 
 def _refuse(problems: list[str]) -> None:
@@ -120,6 +120,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
         *own_data_problems(config),
         *_check_eval(config.eval, known),
         *_check_rewards(config),
+        *_check_prompted(config),
         *_check_reward(config.reward),
         *(line for name, stage in stages(config).items() for line in _check_stage(name, stage, known)),
         *_check_starts(config),
@@ -150,7 +151,7 @@ def _check_versus(config: RunConfig) -> list[str]:
     trained = [name for name, stage in stages(config).items() if stage.steps]
     here = {*trained, *from_start(config)}
     rows = [row for row, read in policies.selected(config).items() if here.issuperset(read)]
-    methods = [*here, *rows, *config.eval.baselines]
+    methods = [*here, *rows, *config.eval.baselines, *config.eval.prompted]
     return unknown("eval.versus", [config.eval.versus], frozenset(methods))
 
 
@@ -189,6 +190,11 @@ def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
     if not e.cutoffs or min(e.cutoffs) < 1:
         problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
     return problems
+
+
+def _check_prompted(config: RunConfig) -> list[str]:
+    why = policies.unprompted(config) if config.eval.prompted else ""
+    return [f"eval.prompted={config.eval.prompted}: {why}"] if why else []
 
 
 def _check_rewards(config: RunConfig) -> list[str]:

@@ -10,7 +10,7 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.models import decoder, hf, lora
-from fgrpo_jax.policies.llm import base, checks, exported, masks, sampling, serving, targets, transcript
+from fgrpo_jax.policies.llm import base, checks, exported, masks, prompted, sampling, serving, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
@@ -59,9 +59,13 @@ def make(
     def greedy(params, frozen, query):
         return sampling.sample(sampler, model(params, frozen), query, None, 1)
 
+    def write(params, frozen, prompt, prompt_len, most):
+        return prompted.write(spec, grammar.eos, model(params, frozen), prompt, prompt_len, most)
+
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
+    asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
     return Policy(
@@ -88,6 +92,8 @@ def make(
         check=functools.partial(checks.check_training, config, tokenizer, encoded),
         files=policy_files(config, spec, tokenizer, run_dir, ranking),
         base=Base(base_table, load_base) if spec.lora else None,
+        write=write,
+        prompted={name: functools.partial(method, asking) for name, method in prompted.METHODS.items()},
     )
 
 

@@ -11,10 +11,11 @@ from fgrpo_jax.policies.llm import buckets
 from fgrpo_jax.policies.llm.encode import prompt_tokens
 from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec
 from fgrpo_jax.policies.llm.policy import make
+from fgrpo_jax.policies.llm.prompted import unprompted
 from fgrpo_jax.policies.llm.validation import problems
 from fgrpo_jax.types import Policy, RankingExample, Selection
 
-__all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
+__all__ = ["REWARDS", "policies", "problems", "selected", "selections", "unprompted"]
 
 REWARDS = frozenset()
 

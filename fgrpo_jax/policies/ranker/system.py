@@ -93,6 +93,10 @@ def selected(config: RankerConfig) -> dict[str, tuple[str, ...]]:
     return {_row(count): ("generators", "evaluator") for count in config.selection.sizes}
 
 
+def unprompted(config: RankerConfig) -> str:
+    return "a ranker of items is asked nothing in words: leave it empty"
+
+
 def _row(count: int) -> str:
     return "g_e" if count == 1 else f"mg_e_{count}"
 
