@@ -49,6 +49,15 @@ def test_every_variant_of_the_studies_is_possible():
         load_file(f"{ROOT / 'configs' / 'jsonl.py'}:x")
 
 
+def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
+    pretrained, scratch = (load_file(f"{ROOT / 'configs' / 'smollm2.py'}{x}") for x in ("", ":scratch"))
+    validate(scratch, KNOWN)
+    assert {name.partition(".")[0] for name in differences(pretrained, scratch)} == {"run_dir", "model"}
+    assert pretrained.model.checkpoint == "smollm2" and not scratch.model.checkpoint
+    with pytest.raises(ConfigError, match="no variant 'x', only scratch"):
+        load_file(f"{ROOT / 'configs' / 'smollm2.py'}:x")
+
+
 def test_a_file_and_flags():
     assert parse_training([], "") == DEFAULT
     path = str(ROOT / "configs" / "lastfm.py")

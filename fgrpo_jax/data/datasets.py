@@ -33,6 +33,7 @@ DATASETS = {
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
     "interactions": "fgrpo_jax.data.interactions:Interactions",
     "ir": "fgrpo_jax.data.ir:Ir",
+    "categories": "fgrpo_jax.data.categories:Categories",
     "goalrank_world": "fgrpo_jax.data.goalrank_world:GoalrankWorld",
     "goalrank_ml1m": "fgrpo_jax.data.goalrank:GoalrankMl1m",
     "goalrank_book": "fgrpo_jax.data.goalrank:GoalrankBook",

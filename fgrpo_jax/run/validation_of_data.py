@@ -47,7 +47,7 @@ def data_problems(config: RunConfig, datasets: frozenset[str]) -> list[str]:
         problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
     if d.history_max < 1:
         problems.append(f"data.history_max={d.history_max} must be at least 1")
-    if d.name in datasets - {"synthetic", "goalrank_world"} and not d.manual_dir:
+    if d.name in datasets - {"synthetic", "categories", "goalrank_world"} and not d.manual_dir:
         problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
     return problems
 
