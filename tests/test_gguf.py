@@ -169,7 +169,7 @@ def test_a_run_needs_the_file_no_more(qwen3, tmp_path):
     assert files.make_spec(config.model, len(again), moved) == spec
     made = files.policy_files(config, spec, again, moved, lambda: {})
     made.check(moved)
-    made.export(tmp_path / "out", params)
+    made.exports["model"](tmp_path / "out", params, {})
     assert same(hf.load(tmp_path / "out", spec), params)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 777
 
