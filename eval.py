@@ -33,6 +33,7 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.evaluation import evaluate, report
 from fgrpo_jax.evaluation.evaluate import Prediction
+from fgrpo_jax.evaluation.report_page.browser import Step, chosen
 from fgrpo_jax.evaluation.report_page.page import Beside
 from fgrpo_jax.files import check_writable, path_of, read_rows, resolved
 from fgrpo_jax.run import directory
@@ -40,6 +41,7 @@ from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
 from fgrpo_jax.run.prompting import answered
+from fgrpo_jax.run.transcripts import steppable, transcripts
 from fgrpo_jax.run.validation import check_evaluation
 from fgrpo_jax.stages import from_start, stages
 from fgrpo_jax.types import RankingExample
@@ -90,6 +92,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     predictions |= said
     rewards = rewards_of(runs[""], predictions)
     fits = {prefix + name: found for prefix, one in runs.items() for name, found in fits_of(one).items()}
+    errors = {name: evaluate.errors_of(examples, found, max(settings.cutoffs)) for name, found in said.items()}
+    stepped = _stepped(runs, examples, chosen(errors, settings.transcripts))
     if jax.process_index():
         return ""
     evaluation = evaluate.compare(
@@ -105,7 +109,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         [note.text for note in dataset.notes],
     )
     logs = {"": run_dir, **_prefixed(others)}
-    beside = Beside({prefix: read_rows(place / "metrics.jsonl") for prefix, place in logs.items()})
+    rows_of = {prefix: read_rows(place / "metrics.jsonl") for prefix, place in logs.items()}
+    beside = Beside(rows_of, stepped) if settings.transcripts else Beside(rows_of)
     return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
 
 
@@ -242,10 +247,26 @@ def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, 
     return predictions, parameters
 
 
+def _stepped(runs, examples, queries) -> dict[str, dict[int, list[Step]]]:
+    """The transcripts of these queries by row, step by step, as indices into `examples`."""
+    found = {}
+    for prefix, one in runs.items() if queries else ():
+        index = {q: _places(examples[q], one.shown[q]) for q in queries}
+        for name in steppable(one):
+            steps = zip(queries, transcripts(one, name, queries), strict=True)
+            found[prefix + name] = {q: [step.about(index[q]) for step in of_query] for q, of_query in steps}
+    return found
+
+
+def _places(example: RankingExample, shown: RankingExample) -> list[int]:
+    """Where `example` has the candidates that are shown, in their order."""
+    place = {item: i for i, (item, _) in enumerate(example.candidates)}
+    return [place[item] for item, _ in shown.candidates]
+
+
 def _reindexed(example: RankingExample, shown: RankingExample, prediction: Prediction) -> Prediction:
     """A prediction about the candidates in the order shown, as indices into those of `example`."""
-    place = {item: i for i, (item, _) in enumerate(example.candidates)}
-    index = [place[item] for item, _ in shown.candidates]
+    index = _places(example, shown)
     slate, ranking = (tuple(index[c] for c in items) for items in (prediction.slate, prediction.ranking))
     return prediction._replace(slate=slate, ranking=ranking)
 

@@ -230,6 +230,8 @@ class EvalConfig:
     """Resamples behind every 95 % interval."""
     versus: str = "sft"
     """Method that paired differences are taken against."""
+    transcripts: int = 24
+    """Queries whose transcripts report.html shows step by step, some of every kind of error; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -268,7 +268,7 @@ class Policy(NamedTuple):
     turns: (query, rollout) -> Turns; None where actions write no lists.
     choices: (params, frozen, query, rollout) -> (as logprobs, the probability [B,G,T,C] that an action names
         each candidate: that of a token shared out evenly among the candidates it leaves possible); differentiable;
-        None where actions write no lists.
+        None where actions write no lists, or choices are not those of a grammar.
     rewards: learned ones by name, beside rewards.REWARDS: k -> (lists, query, frozen) -> [B,G].
     summary: its size in words, for the plan.
     sizes: (query) -> {"S": ..., "T": ...}: how long an encoded query and a rollout are.

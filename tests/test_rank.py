@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +21,7 @@ from helpers import quick_jit, quick_runs
 from tiny import ROOT, changed, run_training, tiny_config, write_world
 from tiny_lists import tiny_ranker, write_lists
 
+import eval as evaluation
 from fgrpo_jax import rank
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.data.batches import shown
@@ -104,6 +107,33 @@ def test_it_is_what_an_evaluation_writes(runs, rankers, system, stage):
         for name in ("slate", "ranking"):
             assert [row["candidates"][i]["id"] for i in line[f"{name}_index"]] == line[name]
         assert (line["logp"] is None) == (stage in ("evaluator", "g_e"))
+
+
+@pytest.mark.parametrize("system, stage", [("llm", "sft"), ("ranker", "imitation")])
+def test_a_transcript_step_by_step_in_the_report_is_that_list_with_its_probability(
+    runs, rankers, system, stage, tmp_path, capsys
+):
+    """Its steps name the items in order (where there was a choice), and their probabilities multiply to the list's."""
+    shutil.copytree(runs[system].run_dir, tmp_path / "run")
+    arguments = ["--split", "test", "--eval.transcripts", "4", "--eval.baselines", "random"]
+    assert evaluation.main([str(tmp_path / "run"), *arguments]) == 0
+    text = (tmp_path / "run" / "eval" / "test" / "report.html").read_text()
+    data = json.loads(re.search('id="data">(.*?)</script>', text).group(1))
+    written = stream(rankers[system, stage], queries(runs[system], "test"))
+    assert list(data["steps"]) == [stage] and len(data["steps"][stage]) == 4
+    for q, steps in data["steps"][stage].items():
+        line, pool = written[int(q)], data["queries"][int(q)][3]
+        assert line["query_id"] == data["queries"][int(q)][0]
+        for phase, name in (("slate", "slate"), ("rank", "ranking")):
+            own = [step for step in steps if step[0] == phase]
+            for _, place, named, probability, likely, others, literal in own:
+                (candidate,) = named
+                assert data["ids"][pool[candidate]] == line[name][place] and literal == others == 0
+                assert dict(likely)[candidate] == pytest.approx(probability, abs=1e-4)
+                assert sum(p for _, p in likely) == pytest.approx(1, abs=1e-3)
+            logp = sum(math.log(step[3]) for step in own)
+            assert logp == pytest.approx(line["logp"][phase], abs=1e-3 * max(len(own), 1))
+        assert steps[0][3] < 1
 
 
 def test_the_last_finished_stage_is_the_default(runs):

@@ -79,6 +79,7 @@ def tiny_config(data, prepared, run_dir, sft_steps=0, rl_steps=0):
             batch_queries=8,
             baselines=("random", "bm25"),
             bootstrap=20,
+            transcripts=0,  # a program of their own
             versus="sft" if sft_steps else "rl",
         ),
         checkpoint=CheckpointConfig(every=2),

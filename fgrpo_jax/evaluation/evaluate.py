@@ -176,6 +176,11 @@ def error_class(example: RankingExample, prediction: Prediction, k: int) -> str:
     return "rank_drop" if len(relevant.intersection(prediction.ranking[:k])) < n else "ok"
 
 
+def errors_of(examples: Sequence[RankingExample], predictions: Sequence[Prediction], k: int) -> list[str]:
+    """`error_class` of every query."""
+    return [error_class(example, prediction, k) for example, prediction in zip(examples, predictions)]
+
+
 def draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each of n queries is drawn, with replacement, in every resample: [up to 64, n] at a time."""
     rng, step = np.random.default_rng(seed), 64
@@ -258,11 +263,7 @@ def compare(
             raise ValueError(f"method {method!r}: use letters, digits and _ . + - only; it names a file")
     scores = {method: score(examples, predicted, cutoffs, names) for method, predicted in predictions.items()}
     scores = {method: found | dict(rewards.get(method, {})) for method, found in scores.items()}
-    k = max(cutoffs)
-    errors = {
-        method: [error_class(example, prediction, k) for example, prediction in zip(examples, predicted)]
-        for method, predicted in predictions.items()
-    }
+    errors = {method: errors_of(examples, predicted, max(cutoffs)) for method, predicted in predictions.items()}
     summary = summarise(scores, versus, resamples, seed)
     summary["cutoffs"] = sorted(set(cutoffs))
     if rewards:

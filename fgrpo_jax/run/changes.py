@@ -23,7 +23,7 @@ ALWAYS = {
     "model.attention", "model.remat", "model.logit_chunk", "network.remat",
     "selection.lists", "selection.sizes", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.metrics", "eval.batch_queries", "eval.baselines", "eval.bootstrap",
-    "eval.rewards", "eval.versus", "eval.prompted",
+    "eval.rewards", "eval.versus", "eval.prompted", "eval.transcripts",
     "checkpoint.every", "checkpoint.keep",
 }  # fmt: skip
 OF_A_STAGE = {"eval_every", "microbatches"}  # at any time

@@ -34,6 +34,10 @@ class Step(NamedTuple):
     others: float
     literal: float
 
+    def about(self, index: Sequence[int]) -> Step:
+        """The same of candidates in another order: the c-th is the index[c]-th there."""
+        return self._replace(named=tuple(index[c] for c in self.named), open=tuple((index[c], p) for c, p in self.open))
+
 
 Transcripts = Mapping[str, Mapping[int, Sequence[Step]]]  # method -> place of the query -> its steps
 
@@ -122,11 +126,13 @@ def _number(gain: float) -> float | int:
     return int(gain) if gain == int(gain) else round(gain, 4)
 
 
-def chosen(evaluation: Evaluation, methods: Sequence[str], limit: int) -> list[int]:
-    """Queries worth a look, at most `limit`: in turns the next one of each kind of error of each of these methods."""
+def chosen(errors_of: Mapping[str, Sequence[str]], limit: int) -> list[int]:
+    """Queries worth a look, at most `limit`: in turns the next one of each kind of error of each method.
+
+    errors_of: method -> a name of ERRORS per query.
+    """
     kinds: list[Iterator[int]] = []
-    for method in methods:
-        errors = evaluation.errors[method]
+    for errors in errors_of.values():
         for name in ERRORS:
             kinds.append(iter([q for q, error in enumerate(errors) if error == name]))
     found: dict[int, None] = {}

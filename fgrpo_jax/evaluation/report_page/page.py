@@ -25,12 +25,11 @@ class Beside(NamedTuple):
     """What the page shows beside the evaluation itself.
 
     logs: rows of metrics.jsonl, of the run ("") and of others by what their rows begin with.
-    transcripts: of some queries, step by step. why_none: where there are none, the reason.
+    transcripts: of some queries, step by step, by method; None where none were asked for.
     """
 
     logs: Mapping[str, training.Rows] = _NOTHING
-    transcripts: Transcripts = _NOTHING
-    why_none: str = "none were asked for (eval.transcripts=0)"
+    transcripts: Transcripts | None = None
 
 
 ALONE = Beside()
@@ -70,7 +69,7 @@ def render(
         script=script,
         contents="".join(tag("li", tag("a", title, href=f"#{name}")) for name, (title, _) in parts.items()),
         sections="\n".join(sections),
-        data=markup.data(browser.content(evaluation, metric, beside.transcripts)),
+        data=markup.data(browser.content(evaluation, metric, beside.transcripts or {})),
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair can be in JSON, not in a file
 
@@ -172,12 +171,17 @@ def _ceilings(evaluation: Evaluation) -> str:
 
 
 def _steps_said(beside: Beside) -> str:
+    if beside.transcripts is None:
+        return "No transcript is shown step by step: none were asked for (eval.transcripts=0)."
+    if not beside.transcripts:
+        return (
+            "No transcript is shown step by step: no method here writes lists by choices with probabilities "
+            "(a language model does with transcript.constrained)."
+        )
     places = {q for of_method in beside.transcripts.values() for q in of_method}
-    if not places:
-        return f"No transcript is shown step by step: {beside.why_none}."
     return (
-        f"{len(places)} queries, some of every kind of error, have their transcripts step by step "
-        f"({', '.join(beside.transcripts)}); the others do not."
+        f"Of {len(places)} queries, some of every kind of error, there are transcripts step by step "
+        f"({', '.join(beside.transcripts)}); eval.transcripts sets how many."
     )
 
 

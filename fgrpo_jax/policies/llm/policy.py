@@ -79,7 +79,7 @@ def make(
         logprobs=logprobs,
         greedy=greedy,
         turns=functools.partial(masks.turns, grammar),
-        choices=choices,
+        choices=choices if constrained else None,
         rewards={},
         summary=(
             f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
