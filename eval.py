@@ -85,6 +85,8 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     if settings.versus in left_out:
         raise ConfigError(f"eval.versus={settings.versus!r} makes no sense here ({left_out[settings.versus]})")
     on_first(lambda: check_writable(run_dir / "eval"))  # before the time is spent
+    places = {"": run_dir, **_prefixed(others)}
+    logs = {prefix: read_rows(place / "metrics.jsonl") for prefix, place in places.items()}
     runs = _opened(finished, dataset)
     for name, predicted in answered(runs[""].experiment, settings.prompted, runs[""].shown).items():
         predictions[name] = list(map(_reindexed, examples, runs[""].shown, predicted))
@@ -108,9 +110,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         report.git_revision(),
         [note.text for note in dataset.notes],
     )
-    logs = {"": run_dir, **_prefixed(others)}
-    rows_of = {prefix: read_rows(place / "metrics.jsonl") for prefix, place in logs.items()}
-    beside = Beside(rows_of, stepped) if settings.transcripts else Beside(rows_of)
+    beside = Beside(logs, stepped if settings.transcripts else None)
     return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
 
 

@@ -32,7 +32,7 @@ def flow(method: str, errors: Mapping[str, int]) -> str:
         low, leaves = _TOP + left / total * _THICK, count / total * _THICK
         edge += f" H{x:.1f} V{low:.1f}"
         if count:
-            branches.append(_branch(x, low, leaves, colour))
+            branches.append(_branch(x, low, max(leaves, 1.5), colour))
             branches.append(_label(x + _TURN + leaves / 2, _LOW + 14, said, _percent(count, total)))
     parts = [void("path", d=f"{edge} H{_END} V{_TOP} Z", class_="stream"), *branches]
     parts.append(void("rect", x=_END, y=_TOP, width=12, height=f"{left / total * _THICK:.1f}", class_="c2"))

@@ -1,7 +1,7 @@
 "use strict";
 // The browser of queries, and the read-out of figures. Everything shown is set as text, never as markup.
 (() => {
-  const PAGE = 50;
+  const PAGE = 50, NAMED = 4;
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const made = (name, properties = {}, ...children) => {
@@ -146,7 +146,10 @@
     return list;
   }
 
-  const named = (candidates, pool) => candidates.flatMap((c, n) => [n ? ", " : "", isolated(data.texts[pool[c]])]);
+  function named(candidates, pool) {
+    const most = candidates.slice(0, NAMED).flatMap((c, n) => [n ? ", " : "", isolated(data.texts[pool[c]])]);
+    return candidates.length > NAMED ? [...most, ` and ${candidates.length - NAMED} more`] : most;
+  }
 
   function poolTable(q, pool, gain) {
     const cell = (name, text, properties = {}) => made(name, { textContent: text, ...properties });

@@ -98,10 +98,10 @@ def _summary(evaluation: Evaluation, left_out: Mapping[str, str], fits: Mapping,
     summary = evaluation.summary
     heading = tables.heading(summary)
     parts = [_tiles(summary, metric), tag("p", escape(f"{heading}. The greatest of a column is bold."))]
-    for title, rows in tables.blocks(summary):
-        if title.startswith("difference"):
-            parts.append(_forest(summary, metric))
-        parts.append(markup.table(title or f"metrics: {', '.join(rows[0][1:])}", rows, best=not title))
+    blocks = [markup.table(t or f"metrics: {', '.join(r[0][1:])}", r, best=not t) for t, r in tables.blocks(summary)]
+    parts.append(tag("div", "".join(blocks), class_="tables"))
+    if summary["paired"]:
+        parts.append(_forest(summary, metric))
     notes = [f"left out: {name}: {reason}" for name, reason in left_out.items()]
     if parameters := summary.get("parameters"):
         notes.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in parameters.items()))

@@ -13,6 +13,7 @@ from fgrpo_jax.evaluation.report_page.charts import COLOURS, DASHES, Series, lin
 from fgrpo_jax.evaluation.report_page.markup import escape, tag
 
 Rows = Sequence[Mapping[str, object]]
+OPEN = 3  # stages whose figures are shown at once, the last ones
 MOST = 200  # points of a line; longer ones are shown by means of as many parts
 
 
@@ -108,5 +109,8 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def section(logs: Mapping[str, Rows]) -> str:
     """Markup of all stages; "" where nothing was logged."""
-    found = stages(logs)
-    return "".join(tag("section", tag("h3", escape(name)) + figures) for name, figures in found.items())
+    found, parts = stages(logs), []
+    for i, (name, figures) in enumerate(found.items()):
+        shown = {"open": ""} if len(found) - i <= OPEN else {}
+        parts.append(tag("details", tag("summary", escape(name)) + figures, **shown))
+    return "".join(parts)
