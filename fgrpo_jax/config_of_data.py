@@ -65,8 +65,8 @@ class IrConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "synthetic"
-    """Data set: interactions, ir and jsonl (your own), synthetic, categories, lastfm, musique, goalrank_world,
-    goalrank_ml1m or goalrank_book."""
+    """Data set: interactions, ir and jsonl (your own), synthetic, categories, lastfm, musique, hotpotqa,
+    goalrank_world, goalrank_ml1m or goalrank_book."""
     manual_dir: str = ""
     """Folder with the raw files of the data set (not used by synthetic, categories and goalrank_world)."""
     prepared_dir: str = "~/.cache/fgrpo_jax"

@@ -320,8 +320,8 @@ def test_all_problems_are_told_at_once(capsys):
     assert train.main(["--rl.group-size", "1", "--data.name", "nope", "--run-dir", "/nowhere/to/be/made"]) == 2
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
-        "  - data.name: 'nope' is not one of categories, goalrank_book, goalrank_ml1m, goalrank_world, interactions, "
-        "ir, jsonl, lastfm, musique, synthetic\n"
+        "  - data.name: 'nope' is not one of categories, goalrank_book, goalrank_ml1m, goalrank_world, hotpotqa, "
+        "interactions, ir, jsonl, lastfm, musique, synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )
 

@@ -101,7 +101,7 @@ def test_splits_read_like_lists(world):
 
 
 def test_unknown_names_and_unwritable_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="one of synthetic, lastfm, musique, jsonl"):
+    with pytest.raises(DataError, match="one of synthetic, lastfm, musique, hotpotqa, jsonl"):
         datasets.load(DataConfig(name="netflix"))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="set data.prepared_dir"):

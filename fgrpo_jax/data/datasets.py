@@ -30,6 +30,7 @@ DATASETS = {
     "synthetic": "fgrpo_jax.data.synthetic:Synthetic",
     "lastfm": "fgrpo_jax.data.lastfm:Lastfm",
     "musique": "fgrpo_jax.data.musique:Musique",
+    "hotpotqa": "fgrpo_jax.data.hotpotqa:Hotpotqa",
     "jsonl": "fgrpo_jax.data.jsonl:Jsonl",
     "interactions": "fgrpo_jax.data.interactions:Interactions",
     "ir": "fgrpo_jax.data.ir:Ir",
