@@ -133,6 +133,7 @@ def made(tmp_path_factory):
             "transcript.separator": " > ",
             "data.prompt_buckets": (256,),
             "eval.baselines": ("random",),
+            "eval.transcripts": 1,  # which read the base too
             "sft.eval_every": 2,
             "rl.eval_every": 2,
             "rl.group_size": 2,

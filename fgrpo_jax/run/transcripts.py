@@ -24,10 +24,10 @@ def steppable(run: Opened) -> list[str]:
 def transcripts(run: Opened, name: str, queries: Sequence[int]) -> list[list[Step]]:
     """The steps of the finished stage `name` for these of the queries, candidates in the order shown."""
     experiment, policy = _small(run.experiment, len(queries)), run.experiment.policy(name)
-    program, params = _program(experiment, policy), run.params(name)
+    program, params, frozen = _program(experiment, policy), run.params(name), experiment.base(policy)
     found: list[list[Step]] = []
     for start, part in batches_of(experiment, [run.shown[q] for q in queries]):
-        made = jax.device_get(program(params, encode(experiment, policy, part)))
+        made = jax.device_get(program(params, frozen, encode(experiment, policy, part)))
         for i in range(min(len(part), len(queries) - start)):
             found.append(_steps(len(part[i].candidates), *jax.tree.map(lambda x: x[i, 0], made)))
     return found
@@ -41,17 +41,14 @@ def _small(experiment: Experiment, queries: int) -> Experiment:
 
 
 def _program(experiment: Experiment, policy: Policy):
-    """(params, query) -> (Rollout, Turns, log-probabilities [B,1,T], probabilities [B,1,T,C])."""
+    """(params, frozen, query) -> (Rollout, Turns, log-probabilities [B,1,T], probabilities [B,1,T,C])."""
 
     def of_shard(params: PyTree, frozen: PyTree, query: PyTree):
         rollout, _ = policy.greedy(params, frozen, query)
         return rollout, policy.turns(query, rollout), *policy.choices(params, frozen, query, rollout)
 
-    of_shard = shards.by_query(experiment.mesh, policy.table, of_shard)
-    program = jax.jit(
-        lambda params, query: of_shard(params, {}, query), out_shardings=sharding.replicated(experiment.mesh)
-    )
-    return program
+    of_shard = shards.by_query(experiment.mesh, policy.table, of_shard, experiment.beside(policy))
+    return jax.jit(of_shard, out_shardings=sharding.replicated(experiment.mesh))
 
 
 def _steps(size: int, rollout: Rollout, turns: Turns, logp_T: np.ndarray, probability_TC: np.ndarray) -> list[Step]:
