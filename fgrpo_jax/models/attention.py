@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.models import flash
+from fgrpo_jax.models.packing import Packing, pick
 from fgrpo_jax.types import Array
 
 KEPT = "attention"  # checkpoint name of what the backward pass should find
@@ -96,22 +97,54 @@ def decode(
     maximum as a result; as it is only used inside, XLA CPU makes product, bias, maximum and
     exponential in one pass. The window of the prompt's keys is in `bias_BS`.
     """
-    kv_heads, slots = k_BJES.shape[1], k_BJES.shape[3]
-    q = _rows(q_BG1HE, kv_heads)  # [B,J,G,R,E]
-    first = None if window is None else t - window + 1
-    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(_in_sight(jnp.arange(k_BJGEU.shape[-1]), t, first))
+    q = _rows(q_BG1HE, k_BJES.shape[1])  # [B,J,G,R,E]
+    own, lse = (_rows_like(x, k_BJES) for x in _own(q, k_BJGEU, v_BJGUE, t, window))
+    out = _with_prompt(_rows_like(q, k_BJES), k_BJES, v_BJSE, bias_BS, own, lse)
+    return _unrows(out.astype(q.dtype).reshape(q.shape), q_BG1HE.shape)
+
+
+def decode_packed(
+    q_BNHE: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, k_BJGEU: Array, v_BJGUE: Array, packing: Packing,
+    window: int | None = None,
+) -> Array:  # fmt: skip
+    """`decode` for several tokens of a rollout: [B,N,H,E]. The own keys of all of them are in place."""
+    batch, size, heads, head = q_BNHE.shape
+    kv_heads, group, width = k_BJES.shape[1], *packing.column.shape[1:]
+    number_BGW = packing.first[..., None] + jnp.arange(width)
+    last = jnp.repeat(number_BGW, heads // kv_heads, -1)[:, None, :, :, None]  # [B,1,G,(W,R),1]
+    own, lse = _own(_rows(pick(q_BNHE, packing.column), kv_heads), k_BJGEU, v_BJGUE, last, window)
+    both = jnp.concatenate([own, lse], -1).reshape(batch, kv_heads, group * width, -1, head + 1)
+    both = jnp.moveaxis(pick(jnp.moveaxis(both, 2, 1), packing.place), 1, 2).reshape(batch, kv_heads, -1, head + 1)
+    q = _rows(q_BNHE[:, None], kv_heads)
+    out = _with_prompt(_rows_like(q, k_BJES), k_BJES, v_BJSE, bias_BS, both[..., :head], both[..., head:])
+    return _unrows(out.astype(q.dtype).reshape(q.shape), (batch, 1, size, heads, head))[:, 0]
+
+
+def _own(q: Array, k_BJGEU: Array, v_BJGUE: Array, last: Array, window: int | None) -> tuple[Array, Array]:
+    """Attention of rows [B,J,G,M,E] to own keys u <= last, and its log-sum-exp [B,J,G,M,1]."""
+    first = None if window is None else last - window + 1
+    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(_in_sight(jnp.arange(k_BJGEU.shape[-1]), last, first))
     peak = score.max(-1, keepdims=True)
     weight = jnp.exp(score - peak)
     total = weight.sum(-1, keepdims=True)
     own = _product("...ru,...ue->...re", weight.astype(v_BJGUE.dtype), v_BJGUE) / total
-    own, lse = (_rows_like(x, k_BJES) for x in (own, peak + jnp.log(total)))
+    return own, peak + jnp.log(total)
 
-    score = _product("...me,...es->...ms", _rows_like(q, k_BJES), k_BJES)
-    score += bias_BS[:, None, None] + (jnp.arange(slots) == 0) * lse
+
+def _with_prompt(q: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, own: Array, lse: Array) -> Array:
+    """Attention of rows [B,J,M,E] to the prompt, and to their own keys by what `_own` found for them.
+
+    bias_BS: of all tokens, or [B,X,S] of each.
+    """
+    if bias_BS.ndim == 2:
+        bias_BS = bias_BS[:, None]
+    else:
+        bias_BS = jnp.repeat(bias_BS, q.shape[2] // bias_BS.shape[1], 1)
+    score = _product("...me,...es->...ms", q, k_BJES)
+    score += bias_BS[:, None] + (jnp.arange(k_BJES.shape[3]) == 0) * lse
     weight = jnp.exp(score - score.max(-1, keepdims=True))
     out = _product("...ms,...se->...me", weight.astype(v_BJSE.dtype), v_BJSE) + weight[..., :1] * own
-    out = out / weight.sum(-1, keepdims=True)
-    return _unrows(out.astype(q.dtype).reshape(q.shape), q_BG1HE.shape)
+    return out / weight.sum(-1, keepdims=True)
 
 
 def bias(visible: Array) -> Array:

@@ -8,7 +8,7 @@ Three computations share one block:
 
     completions   prompt [B,S] and completions [B,G,T] together, differentiable
     prefill       keys and values of the prompt, for decoding
-    decode_step   one token of every rollout against both caches
+    decode_step   one token of every rollout against both caches; decode_packed: several
 
 The completion stream is fed `[last prompt token, a_0 .. a_{T-2}]`, so it starts at position
 `prompt_len - 1` and sees prompt keys strictly before that. Hence the prompt needs no logits,
@@ -23,7 +23,7 @@ sliding windows (arXiv 2503.19786). Norms and softmax run in float32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -44,6 +44,7 @@ from fgrpo_jax.models.layers import (
     rows_first,
 )
 from fgrpo_jax.models.lora import Lora, adapted
+from fgrpo_jax.models.packing import Packing, pick
 from fgrpo_jax.types import Array, Param, PyTree, is_param, map_params
 from fgrpo_jax.types import num_params as table_size
 
@@ -403,32 +404,85 @@ def decode_step(
 
     `params` comes from `unstack`. The prompt's cache is read in place, never tiled to G.
     """
-    batch, group = token_BG.shape
     position_BG = jnp.broadcast_to((prompt.prompt_len - 1 + t)[:, None], token_BG.shape)
-    ropes = _ropes(spec, position_BG.reshape(-1))
     bias_BS = {FULL: prompt.bias_BS, LOCAL: prompt.bias_BS + _beyond(spec, prompt, position_BG[:, 0])}
-    # Tokens on one axis, N = B*G: XLA CPU fuses activations into the products of plain matrices.
-    x_ND = _embed(spec, params, token_BG.reshape(-1))
 
-    def of_rollout(x_NHE: Array) -> Array:
-        return x_NHE.reshape(batch, group, 1, *x_NHE.shape[1:])
-
-    grown = []
-    kinds = layer_kinds(spec)
-    for i, (layer, (k_own, v_own)) in enumerate(zip(params["layers"], cache, strict=True)):
-        rope, window = _of_layer(spec, ropes, kinds[i] == LOCAL)
-        normed = _norm(spec, x_ND, layer["attn_norm"])
-        k, v = (of_rollout(x) for x in _keys_values(spec, layer, normed, rope))  # [B,G,1,J,E]
+    def attend(i: int, q: Array, k: Array, v: Array, k_own: Array, v_own: Array, window: int | None):
+        q, k, v = (x[:, :, None] for x in (q, k, v))  # [B,G,1,H,E] and [B,G,1,J,E]
         k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k.transpose(0, 3, 1, 4, 2), t, axis=4)
         v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v.transpose(0, 3, 1, 2, 4), t, axis=3)
-        q = of_rollout(_queries(spec, layer, normed, rope))
-        attended = attention.decode(q, prompt.k[i], prompt.v[i], bias_BS[kinds[i]], k_own, v_own, t, window)
-        x_ND = _finish_block(spec, layer, x_ND, attended.reshape(-1, *attended.shape[3:]))
-        grown.append((k_own, v_own))
-    return _norm(spec, x_ND, params["final_norm"]).reshape(batch, group, -1), grown
+        seen = prompt.k[i], prompt.v[i], bias_BS[layer_kinds(spec)[i]], k_own, v_own
+        return attention.decode(q, *seen, t, window)[:, :, 0], k_own, v_own
+
+    return _decode(spec, params, cache, token_BG, position_BG, attend)
 
 
-def _beyond(spec: DecoderSpec, prompt: PromptCache, position_B: Array) -> Array:
-    """As `attention.bias`, of the prompt's slots that have left the window of a token at this position."""
+def decode_packed(
+    spec: DecoderSpec, params: PyTree, prompt: PromptCache, cache: list, token_BN: Array, packing: Packing
+) -> tuple[Array, list]:
+    """Feed several tokens of every rollout: the hidden state [B,G,D] of its last one here, and the new cache.
+
+    Rollouts stand at different tokens; a key is written where the token's number says. (By a choice for every slot
+    of the cache: attention reads all of it anyway, and a scatter is a loop over the rollouts on CPU and TPU.)
+    """
+    position_BN = prompt.prompt_len[:, None] - 1 + packing.number
+    within_BGU = (jnp.arange(cache[0][0].shape[-1]) - packing.first[..., None])[:, None]
+    bias = {FULL: prompt.bias_BS, LOCAL: prompt.bias_BS[:, None] + _beyond(spec, prompt, position_BN)}
+
+    def write(own: Array, x: Array, slots: int) -> Array:
+        """x [B,N,J,E] into a cache whose axis `slots`, one of the two last, is that of tokens."""
+        x_BJGWE = jnp.moveaxis(pick(x, packing.column), 3, 1)
+        for w in range(packing.column.shape[2]):
+            here = jnp.expand_dims(within_BGU == w, -3 - slots)
+            own = jnp.where(here, jnp.expand_dims(x_BJGWE[..., w, :], slots), own)
+        return own
+
+    def attend(i: int, q: Array, k: Array, v: Array, k_own: Array, v_own: Array, window: int | None):
+        k_own, v_own = write(k_own, k, -1), write(v_own, v, -2)
+        seen, kind = (prompt.k[i], prompt.v[i]), layer_kinds(spec)[i]
+        if i < spec.num_layers - 1:
+            return attention.decode_packed(q, *seen, bias[kind], k_own, v_own, packing, window), k_own, v_own
+        last_BG11 = (packing.first + packing.count - 1)[:, None, :, None, None]
+        of_last = bias[kind] if kind == FULL else pick(bias[kind], packing.last)
+        return attention.decode(q[:, :, None], *seen, of_last, k_own, v_own, last_BG11, window)[:, :, 0], k_own, v_own
+
+    def last(x: Array) -> Array:
+        """Of [B*N,...], what belongs to the rollouts' last tokens: [B*G,...]."""
+        x = pick(x.reshape(*token_BN.shape, *x.shape[1:]), packing.last)
+        return x.reshape(-1, *x.shape[2:])
+
+    return _decode(spec, params, cache, token_BN, position_BN, attend, last)
+
+
+def _decode(
+    spec: DecoderSpec, params: PyTree, cache: list, token_BX: Array, position_BX: Array, attend: Callable,
+    wanted: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Array, list]:  # fmt: skip
+    """Tokens [B,X] through all layers: final hidden states [B,G,D] and the new cache.
+
+    attend: (layer, q [B,X,H,E], k, v [B,X,J,E], own keys, own values, window) -> [B,X,H,E], both caches with k and v.
+    wanted: of arrays of all tokens, what belongs to those whose hidden states are asked for; of the
+    others the last layer gives keys and values alone.
+    """
+    batch, kinds = len(token_BX), layer_kinds(spec)
+    ropes = _ropes(spec, position_BX.reshape(-1))
+    # Tokens on one axis: XLA CPU fuses activations into the products of plain matrices.
+    x_ND = _embed(spec, params, token_BX.reshape(-1))
+    grown = []
+    for i, (layer, own) in enumerate(zip(params["layers"], cache, strict=True)):
+        rope, window = _of_layer(spec, ropes, kinds[i] == LOCAL)
+        normed = _norm(spec, x_ND, layer["attn_norm"])
+        k, v = (x.reshape(batch, -1, *x.shape[1:]) for x in _keys_values(spec, layer, normed, rope))
+        if i == spec.num_layers - 1:
+            x_ND, normed, *rope = (wanted(x) for x in (x_ND, normed, *rope))
+        q = _queries(spec, layer, normed, rope)
+        attended, *own = attend(i, q.reshape(batch, -1, *q.shape[1:]), k, v, *own, window)
+        x_ND = _finish_block(spec, layer, x_ND, attended.reshape(-1, *attended.shape[2:]))
+        grown.append(tuple(own))
+    return _norm(spec, x_ND, params["final_norm"]).reshape(batch, -1, spec.hidden_size), grown
+
+
+def _beyond(spec: DecoderSpec, prompt: PromptCache, position: Array) -> Array:
+    """As `attention.bias`, of the prompt's slots that have left the window of a token at this position [B,...]."""
     token = jnp.arange(prompt.bias_BS.shape[1]) - 1
-    return attention.bias((token < 0) | (token > position_B[:, None] - spec.window))
+    return attention.bias((token < 0) | (token > position[..., None] - spec.window))

@@ -21,7 +21,11 @@ _BLOCK = 128  # choices
 
 def choose(logit_BGX: Array, key: Array | None) -> tuple[Array, Array]:
     """An index of the last axis and its log-probability, [B,G] each; the argmax where `key` is None."""
-    u = _numbers(logit_BGX, key)
+    return choose_by(logit_BGX, numbers(logit_BGX.shape, key))
+
+
+def choose_by(logit_BGX: Array, u: Array | None) -> tuple[Array, Array]:
+    """`choose`, by uniform numbers that were drawn before."""
     peak = logit_BGX.max(-1, keepdims=True)
     weight = jnp.exp(logit_BGX - peak)
     size = logit_BGX.shape[-1]
@@ -45,15 +49,15 @@ def choose_token(logit_BGV: Array, key: Array | None) -> tuple[Array, Array]:
         return choose(logit_BGV, key)
     parts, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
     together = shards.over_tensor(functools.partial(_choose_part, size), (parts, whole), (whole, whole))
-    return together(logit_BGV, _numbers(logit_BGV, key))
+    return together(logit_BGV, numbers(logit_BGV.shape, key))
 
 
-def _numbers(logit_BGX: Array, key: Array | None) -> Array | None:
-    """The uniform numbers of a draw: [B,G], or [2,B,G] for more than a block."""
+def numbers(shape: tuple[int, ...], key: Array | None) -> Array | None:
+    """The uniform numbers of a draw from logits [B,G,X]: [B,G], or [2,B,G] for more than a block."""
     if key is None:
         return None
-    lead = logit_BGX.shape[:-1]
-    few = logit_BGX.shape[-1] <= _BLOCK
+    lead = shape[:-1]
+    few = shape[-1] <= _BLOCK
     return shards.uniform(key, lead, axis=0) if few else shards.uniform(key, (2, *lead), axis=1)
 
 

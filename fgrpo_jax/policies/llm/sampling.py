@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrpo_jax.models import decoder, draw, head
-from fgrpo_jax.policies.llm import masks, transcript
+from fgrpo_jax.policies.llm import jump, masks, transcript
 from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.types import UNTRAINED, Array, Lists, PyTree, Rollout
 
@@ -24,6 +24,7 @@ class Sampler(NamedTuple):
     spec: decoder.DecoderSpec
     grammar: transcript.Grammar
     constrained: bool
+    ahead: bool = True  # read forced tokens at once (jump.py), where that takes fewer steps
 
 
 class _Loop(NamedTuple):
@@ -42,14 +43,16 @@ def sample(sampler: Sampler, params: PyTree, query: Query, key: Array | None, gr
     A token with a single allowed choice is labelled UNTRAINED: it carries no decision.
     The loop ends as soon as every rollout has ended.
     """
-    spec, grammar, _ = sampler
+    spec, grammar, constrained, ahead = sampler
+    if constrained and ahead and (pace := jump.pace(grammar, query.identifiers.shape[2], group)):
+        return jump.sample(spec, grammar, pace, params, query, key, group)[:2]
     params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, query.prompt, query.prompt_len)
     batch, n_candidates, width = query.identifiers.shape
     weights = decoder.unstack(spec, params, batch * group)
     length = grammar.length(n_candidates, width)
     options = masks.choices(grammar, query)
-    rows_BUD = head.choice_rows(params, options.tokens) if sampler.constrained else None
+    rows_BUD = head.choice_rows(params, options.tokens) if constrained else None
     last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
 
     def body(loop: _Loop) -> _Loop:
@@ -112,7 +115,7 @@ def logprobs(sampler: Sampler, params: PyTree, query: Query, rollout: Rollout) -
     With `constrained` the same masks apply as in sampling, found by reading the actions
     again: -inf where one was not allowed. 0 where the rollout is untrained.
     """
-    spec, grammar, constrained = sampler
+    spec, grammar, constrained, _ = sampler
     params = decoder.whole_ends(spec, params)
     hidden = decoder.completions(spec, params, query.prompt, query.prompt_len, rollout.actions)
     trained = rollout.phase != UNTRAINED
