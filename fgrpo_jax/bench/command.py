@@ -8,6 +8,7 @@
     python -m fgrpo_jax.bench ranker ...                      (ranker.py)
     python -m fgrpo_jax.bench credit RUN_DIR ...              (credit.py)
     python -m fgrpo_jax.bench trl ...                         (trl.py)
+    python -m fgrpo_jax.bench jump ...                        (jump.py)
 
 `shared` encodes each query's prompt once; `repeated` is the same code given every rollout's
 prompt separately (B*G queries with G = 1). `--scan` times both over prompt length and group
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax.bench import credit, flops, measure, plan, ranker, trl
+from fgrpo_jax.bench import credit, flops, jump, measure, plan, ranker, trl
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ModelConfig
@@ -246,6 +247,8 @@ def main(argv: list[str]) -> int:
         return credit.main(argv[1:])
     if argv[:1] == ["trl"]:
         return trl.main(argv[1:])
+    if argv[:1] == ["jump"]:
+        return jump.main(argv[1:])
     args, spec, shape = parse(argv)
     if args.keep_memory:
         keep_memory()

@@ -73,7 +73,7 @@ def sample(
         u = None if numbers is None else _at(numbers, loop.known - 1)
         loop = loop._replace(steps=loop.steps + 1, cache=cache, fed=fed)
         loop = _choose(grammar, query, options, loop, running & (fed == loop.known), logit, u)
-        return _follow(grammar, query, options, pace.most - 1, loop)
+        return _follow(grammar, query, pace.most - 1, loop)
 
     def unfinished(loop: _Loop) -> Array:
         return (loop.steps < length) & (loop.state.at != transcript.FINISHED).any()
@@ -91,7 +91,7 @@ def sample(
         known=jnp.ones(shape[:2], jnp.int32),
         fed=jnp.zeros(shape[:2], jnp.int32),
     )
-    first = _follow(grammar, query, options, pace.most - 1, first)
+    first = _follow(grammar, query, pace.most - 1, first)
     done = jax.lax.while_loop(unfinished, body, first)
     return Rollout(done.tokens[..., 1:], done.phase, done.logp), transcript.finish(done.state), done.steps
 
@@ -104,29 +104,27 @@ def _choose(
     pick, logp = draw.choose_by(jnp.where(mask, logit, -jnp.inf), u)
     trained = when & (mask.sum(-1) > 1)
     here = (jnp.arange(loop.phase.shape[-1]) == loop.known[..., None] - 1) & trained[..., None]
-    loop, label = _read(grammar, query, loop, when, pick)
+    due_BGM = masks.due_tokens(grammar, query, loop.state)
+    token = jnp.take_along_axis(due_BGM, pick[..., None], -1)[..., 0]
+    loop, label = _read(grammar, query, loop, when, token)
     return loop._replace(
         phase=jnp.where(here, label[..., None], loop.phase), logp=jnp.where(here, logp[..., None], loop.logp)
     )
 
 
-def _follow(grammar: Grammar, query: Query, options: masks.Choices, most: int, loop: _Loop) -> _Loop:
+def _follow(grammar: Grammar, query: Query, most: int, loop: _Loop) -> _Loop:
     """Read what must come next, up to `most` tokens: they stay untrained, as the buffers begin."""
 
     def one(_: int, loop: _Loop) -> _Loop:
-        mask = masks.allowed(grammar, query, options, loop.state)
-        forced = (mask.sum(-1) == 1) & (loop.state.at != transcript.FINISHED)
-        only = jnp.where(mask, jnp.arange(mask.shape[-1]), 0).sum(-1)
-        return _read(grammar, query, loop, forced, only)[0]
+        forced, token = masks.forced(grammar, query, loop.state)
+        return _read(grammar, query, loop, forced & (loop.state.at != transcript.FINISHED), token)[0]
 
     cache, loop = loop.cache, loop._replace(cache=())
     return jax.lax.fori_loop(0, most, one, loop)._replace(cache=cache)
 
 
-def _read(grammar: Grammar, query: Query, loop: _Loop, when: Array, pick: Array) -> tuple[_Loop, Array]:
-    """Take a choice [B,G] for the next token, `when`; and the token's phase."""
-    due_BGM = masks.due_tokens(grammar, query, loop.state)
-    token = jnp.take_along_axis(due_BGM, pick[..., None], -1)[..., 0]
+def _read(grammar: Grammar, query: Query, loop: _Loop, when: Array, token: Array) -> tuple[_Loop, Array]:
+    """Take a token [B,G] for the next one, `when`; and its phase."""
     after, label = transcript.advance(grammar, query, loop.state, token)
 
     def where(new: Array, old: Array) -> Array:

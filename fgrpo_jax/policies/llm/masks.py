@@ -67,6 +67,20 @@ def allowed(grammar: Grammar, query: Query, options: Choices, state: transcript.
 
     No two of those allowed are the same token.
     """
+    going_on_BGC, literal_BGX = _possible(grammar, query, state)
+    return jnp.concatenate([_distinct(query, options, state, going_on_BGC), literal_BGX], -1)
+
+
+def forced(grammar: Grammar, query: Query, state: transcript.State) -> tuple[Array, Array]:
+    """Whether a single token is allowed next, and which, [B,G] each; far cheaper than `allowed` to find."""
+    possible_BGM = jnp.concatenate(_possible(grammar, query, state), -1)
+    tokens_BGM = due_tokens(grammar, query, state)
+    token_BG = jnp.where(possible_BGM, tokens_BGM, -1).max(-1)
+    return (~possible_BGM | (tokens_BGM == token_BG[..., None])).all(-1), token_BG
+
+
+def _possible(grammar: Grammar, query: Query, state: transcript.State) -> tuple[Array, Array]:
+    """`allowed`, with all candidates [B,G,C] that the next token may go on naming; and the literals [B,G,X]."""
     low, high = transcript.limits(grammar, query, state)
     lengths = transcript.lengths(query)[:, None]
     at_identifier = state.at == transcript.IDENTIFIER
@@ -89,16 +103,13 @@ def allowed(grammar: Grammar, query: Query, options: Choices, state: transcript.
         return literal(tokens, may) & ~(may_separate[..., None] & np.array(shared))
 
     at_eos = (state.at == transcript.END) | (state.at == transcript.FINISHED)
-    return jnp.concatenate(
-        [
-            _distinct(query, options, state, open_BGC & (lengths > state.pos[..., None])),
-            literal(grammar.separator, may_separate),
-            close(grammar.slate_close, may_close & (state.phase == SLATE)),
-            close(grammar.rank_close, may_close & (state.phase == RANK)),
-            at_eos[..., None],
-        ],
-        axis=-1,
-    )
+    literals = [
+        literal(grammar.separator, may_separate),
+        close(grammar.slate_close, may_close & (state.phase == SLATE)),
+        close(grammar.rank_close, may_close & (state.phase == RANK)),
+        at_eos[..., None],
+    ]
+    return open_BGC & (lengths > state.pos[..., None]), jnp.concatenate(literals, -1)
 
 
 def _open(grammar: Grammar, query: Query, state: transcript.State) -> Array:
