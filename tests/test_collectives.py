@@ -18,7 +18,7 @@ FREE = {"transcript__constrained": False, "rl__objective__kl_weight": 0.1, "rl__
 CASES = {  # data, fsdp, tensor
     "data 8": ((8, 1, 1), {}),
     "fsdp 8": ((1, 8, 1), PARTS),
-    "fsdp 4 x tensor 2": ((1, 4, 2), PARTS),
+    "fsdp 4 x tensor 2, jumping ahead": ((1, 4, 2), PARTS | {"tokenizer": "words", "data__prompt_buckets": (32,)}),
     "data 2 x fsdp 2 x tensor 2, free, with a reference": ((2, 2, 2), FREE),
 }
 BATCH = 16
@@ -43,6 +43,7 @@ from fgrpo_jax.run.experiment import encode, initial_params, random_key
 from fgrpo_jax.types import Param, TrainState
 
 sizes, batch, fields = json.loads(sys.argv[1])
+fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 mesh = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
 model = dict(model__hidden_size=16, model__num_layers=3, model__mlp_size=24)
 with TemporaryDirectory() as folder:
