@@ -41,6 +41,7 @@ def folders(tmp_path_factory):
         spec = decoder.DecoderSpec(
             vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_size=96,
             rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=bool(number % 2), **FAMILIES[family].spec,
+            rope_scaling=(32.0, 1.0, 4.0, 8192.0) if family == "llama" else (),
         )  # fmt: skip
         rng = np.random.default_rng(number)
         params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), decoder.shapes(spec))
@@ -96,7 +97,7 @@ def test_logits_equal_those_of_transformers_reading_the_same_file(folders, famil
     torch.set_num_threads(1)
     path = write_gguf(tmp_path / "model.gguf", folders[family], family, quantized)
     assert any(t.tensor_type.name == quantized for t in library.GGUFReader(path).tensors)
-    # transformers takes Qwen3's head size to be 128, whatever the file says.
+    # transformers takes Qwen3's head size to be 128, and Llama 3's rotary embedding to be unscaled, whatever it says.
     config = transformers.AutoConfig.from_pretrained(folders[family])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, config=config
@@ -222,11 +223,26 @@ def test_truncated_anywhere(qwen3, tmp_path):
         ({"more": [("qwen3.rope.dimension_count", 16)], "leave_out": ["rope.dimension_count"]}, "a part of a head"),
         ({"more": [("qwen3.attention.value_length", 16)], "leave_out": ["attention.value_length"]}, "another length"),
         ({"more": [("qwen3.rope.scaling.type", "yarn")]}, "'yarn'"),
+        ({"more": [("qwen3.attention.sliding_window", 64)]}, "qwen3.attention.sliding_window is not supported"),
+        (
+            {"more": [("qwen3.attention.head_count", 0)], "leave_out": ["attention.head_count"]},
+            "attention.head_count=0 must be one positive number",
+        ),
+        (
+            {"more": [("qwen3.block_count", "two")], "leave_out": ["block_count"]},
+            "block_count='two' must be one positive number",
+        ),
     ],
 )
 def test_models_that_are_refused(qwen3, tmp_path, options, complaint):
     path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3", **options)
     assert complaint in refusal(hf.read_spec, path, **NUMERICS)
+
+
+def test_another_scaling_than_llama_3s_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("write_gguf.llama3_factors", lambda *_, **__: np.linspace(1, 32, 16, dtype=np.float32))
+    path = write_gguf(tmp_path / "model.gguf", folders["llama"], "llama")
+    assert "rope_freqs.weight scales rotary embedding otherwise than Llama 3" in refusal(hf.read_config, path)
 
 
 def test_another_family_is_refused(qwen3, tmp_path):

@@ -70,6 +70,8 @@ def add_tensors(writer, directory, config, family, quantized, leave_out):
     names = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(names[family], config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config["head_dim"], **config["rope_parameters"]))
     for file in sorted(directory.glob("*.safetensors")):
         for name, array in safetensors.numpy.load_file(file).items():
             stem, kind = name.rsplit(".", 1)
@@ -83,3 +85,21 @@ def add_tensors(writer, directory, config, family, quantized, leave_out):
             its = quantized if array.ndim == 2 and array.shape[-1] % block == 0 else "F32"
             its = gguf.GGMLQuantizationType[its]
             writer.add_tensor(stored, gguf.quants.quantize(array.astype(np.float32), its), raw_dtype=its)
+
+
+def llama3_factors(
+    head_dim, rope_theta, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, rope_type
+):
+    """By wave lengths: long ones are stretched, short ones are not, and between them the number of turns decides."""
+    found = []
+    for i in range(0, head_dim, 2):
+        length = 2 * np.pi * rope_theta ** (i / head_dim)
+        turns = original_max_position_embeddings / length
+        if turns > high_freq_factor:
+            found.append(1.0)
+        elif turns < low_freq_factor:
+            found.append(factor)
+        else:
+            smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)

@@ -42,6 +42,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_ROPE = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 
 
@@ -123,49 +124,66 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = open_file(path)
     family = file.get("general.architecture")
 
-    def given(name: str) -> Any:
-        if (value := file.get(f"{family}.{name}")) is None:
+    def number(name: str, left_out: float | None = None) -> Any:
+        value = file.get(f"{family}.{name}", left_out)
+        if value is None:
             raise ModelFilesError(f"{file.path} has no {family}.{name}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ModelFilesError(f"{file.path}: {family}.{name}={value!r} must be one positive number")
         return value
 
-    heads = given("attention.head_count")
-    width = file.get(f"{family}.attention.key_length") or given("embedding_length") // heads
-    if file.get(f"{family}.attention.value_length", width) != width:
+    heads = number("attention.head_count")
+    width = number("attention.key_length", number("embedding_length") // heads)
+    if number("attention.value_length", width) != width:
         raise ModelFilesError(f"{file.path}: values of another length than keys are not supported")
-    if file.get(f"{family}.rope.dimension_count", width) != width:
+    if number("rope.dimension_count", width) != width:
         raise ModelFilesError(f"{file.path}: rotary embedding of a part of a head is not supported")
+    if file.get(f"{family}.attention.sliding_window"):
+        raise ModelFilesError(f"{file.path}: {family}.attention.sliding_window is not supported")
     if (embedding := file.tensors.get("token_embd.weight")) is None:
         raise ModelFilesError(f"{file.path} has no tensor token_embd.weight")
     config = {
         "model_type": family,
         "vocab_size": int(embedding.shape[-1]),
-        "hidden_size": given("embedding_length"),
-        "num_hidden_layers": given("block_count"),
+        "hidden_size": number("embedding_length"),
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.get(f"{family}.attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": width,
-        "intermediate_size": given("feed_forward_length"),
+        "intermediate_size": number("feed_forward_length"),
         "hidden_act": "silu",
-        "rms_norm_eps": _short(given("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _rope(file, family),
+        "rms_norm_eps": _short(number("attention.layer_norm_rms_epsilon")),
+        "rope_parameters": _rope(file, family, _short(number("rope.freq_base", 10_000.0)), width),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "max_position_embeddings": given("context_length"),
+        "max_position_embeddings": number("context_length"),
     }
-    if file.get(f"{family}.attention.sliding_window") and family == "llama":
-        config["use_sliding_window"] = True  # refused, as in any config.json
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := file.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = token
     return config
 
 
-def _rope(file: Gguf, family: str) -> dict[str, Any]:
-    """rope_parameters: the kind of scaling and its numbers are passed on, to be computed or refused by name."""
-    rope = {"rope_type": "default", "rope_theta": _short(file.get(f"{family}.rope.freq_base", 10_000.0))}
+def _rope(file: Gguf, family: str, theta: float, width: int) -> dict[str, Any]:
+    """rope_parameters: the kind of scaling and its numbers are passed on, to be computed or refused by name.
+
+    Converters write Llama 3's as what every frequency is divided by; its other three numbers are the same in all its
+    models, and are checked.
+    """
+    rope = {"rope_type": "default", "rope_theta": theta}
     kind = file.get(f"{family}.rope.scaling.type", "none")
     if kind != "none":
         rope |= {"rope_type": kind, "factor": _short(file.get(f"{family}.rope.scaling.factor", 1.0))}
-    return rope
+    if (tensor := file.tensors.get(_ROPE)) is None:
+        return rope
+    low, high, length = 1.0, 4.0, 8192
+    frequency = theta ** (-np.arange(0, width, 2) / width)
+    kept = np.clip((length * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
+    factor = _short(np.max(tensor.data, initial=1.0))
+    divided_by = 1 / (kept + (1 - kept) / factor)
+    if tensor.data.shape != divided_by.shape or not np.allclose(tensor.data, divided_by, rtol=1e-4):
+        raise ModelFilesError(f"{file.path}: {_ROPE} scales rotary embedding otherwise than Llama 3: not supported")
+    llama3 = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return rope | {"rope_type": "llama3", "original_max_position_embeddings": length} | llama3
 
 
 def _short(value: float) -> float:
@@ -182,7 +200,7 @@ class Tensors:
     def __init__(self, file: Gguf):
         """Raises ModelFilesError for a type of values that the library cannot dequantize."""
         self._file, self._library = file, _library(file.path)
-        self._stored = {_hf_name(name): tensor for name, tensor in file.tensors.items()}
+        self._stored = {_hf_name(name): tensor for name, tensor in file.tensors.items() if name != _ROPE}
         config = read_config(file.path)
         self._heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         self._reordered = config["model_type"] == "llama"
