@@ -58,6 +58,23 @@ def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
         load_file(f"{ROOT / 'configs' / 'smollm2.py'}:x")
 
 
+@pytest.mark.parametrize("name", ["ml1m", "hotpotqa", "musique"])
+def test_it_is_configured_for_real_data_on_either_machine(name):
+    path = ROOT / "configs" / "smollm2_real.py"
+    cores, gpu = (load_file(f"{path}:{name}{machine}") for machine in ("", "_gpu"))
+    for config in (cores, gpu):
+        validate(config, KNOWN)
+        assert config.reward.k == config.transcript.rank_max and config.model.lora.rank
+    changes = {"run_dir", "model.dtype", "model.lora.base_dtype", "eval.batch_queries", "eval.train_queries"}
+    sizes = {f"{stage}.{field}" for stage in ("sft", "rl") for field in STAGE_SIZES}
+    assert set(differences(cores, gpu)) <= changes | sizes
+    with pytest.raises(ConfigError, match="no variant 'films', only ml1m, hotpotqa, musique, and each with _gpu"):
+        load_file(f"{path}:films")
+
+
+STAGE_SIZES = ("steps", "batch_queries", "microbatches", "eval_every")
+
+
 def test_a_file_and_flags():
     assert parse_training([], "") == DEFAULT
     path = str(ROOT / "configs" / "lastfm.py")
