@@ -1,9 +1,19 @@
 """Shared by all tests: the CPU, a cache of compiled programs, and one tiny world."""
 
 import os
+import subprocess
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The newer code generator of XLA for CPUs takes three times as long as the older one, which is not in every version.
+OLDER = "--xla_cpu_use_fusion_emitters=false"
+READ_FLAGS = "from jaxlib.xla_client import CompileOptions; CompileOptions().executable_build_options.debug_options"
+if OLDER not in (flags := os.environ.get("XLA_FLAGS", "")):  # as it is where a worker of pytest-xdist begins
+    env = os.environ | {"XLA_FLAGS": OLDER}
+    if subprocess.run([sys.executable, "-c", READ_FLAGS], env=env, stderr=subprocess.DEVNULL).returncode == 0:
+        os.environ["XLA_FLAGS"] = f"{flags} {OLDER}"
 
 import jax
 import jax.numpy as jnp

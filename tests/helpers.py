@@ -41,6 +41,11 @@ def quick_jit(function, **options):
     return jax.jit(function, compiler_options=_known_options(), **options)
 
 
+def simulated(devices):
+    """XLA_FLAGS of a process with so many simulated devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 def environments(count, devices):
     """What makes `count` processes on this machine one run, of so many simulated devices each."""
     with socket.socket() as free:
@@ -48,7 +53,7 @@ def environments(count, devices):
         port = free.getsockname()[1]
     common = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": simulated(devices),
         "FGRPO_COORDINATOR": f"localhost:{port}",
         "FGRPO_NUM_PROCESSES": str(count),
     }
@@ -75,8 +80,9 @@ def two_processes(command, devices=1, **environ):
 
 
 def run_on_8_devices(script):
-    """Words that a script prints in a process with 8 simulated devices."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    """Words that a script prints in a process with 8 simulated devices, whose programs are compiled quickly."""
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**os.environ, "XLA_FLAGS": simulated(8), **quick}
     script = textwrap.dedent(script)
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

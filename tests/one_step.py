@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import simulated
 
 SCALARS = 1024  # bytes: sums of rewards, losses, norms
 PARTS = {"rl__microbatches": 2}
@@ -23,10 +24,7 @@ CASES = {  # data, fsdp, tensor
 }
 BATCH = 16
 # Machine code that is quick to make; what devices exchange is decided before.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
+FLAGS = f"{simulated(8)} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 SCRIPT = """
 import dataclasses, json, sys

@@ -77,7 +77,7 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh():
         one = step(phase, logp, old, reward)
         for sizes in ((8, 1, 1), (2, 2, 2)):
             many = step(*shard_batch(make_mesh(*sizes), (phase, logp, old, reward), B))
-            np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+            np.testing.assert_allclose(many[0], one[0], rtol=1e-5, atol=1e-7)  # a sum of advantages, which cancel
             np.testing.assert_allclose(many[1], one[1], rtol=1e-5, atol=1e-8)
         print("fine")
     """)
