@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import quick_jit, quick_runs, recorded_states
+from tiny import run_training
+from tiny_lists import tiny_ranker, write_lists
 
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm.query import Query
@@ -93,14 +95,16 @@ def query():
 @pytest.fixture(scope="module")
 def states():
     """(stage, step) -> the train state after it, of whatever is trained in this process."""
-    from fgrpo_jax.run.stage import Stage
-
-    found, on_step = {}, Stage.on_step
-
-    def record(self, state, metrics, examples, stopping):
-        found[self.name, self._step + 1] = jax.device_get(state)
-        return on_step(self, state, metrics, examples, stopping)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "on_step", record)
+    with recorded_states() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def ranker_run(tmp_path_factory):
+    """A ranker's run of every stage: its configuration, and its train states; read by several files, never changed."""
+    folder = tmp_path_factory.mktemp("ranker")
+    (folder / "data").mkdir()
+    config = tiny_ranker(write_lists(folder / "data"), folder / "prepared", folder / "run")
+    with quick_runs(), recorded_states() as found:
+        assert run_training(config) == 0
+    return config, found

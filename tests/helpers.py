@@ -14,6 +14,7 @@ from tiny import quick_programs
 
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.evaluation.report_page import training
+from fgrpo_jax.run.stage import Stage
 
 # Programs of tests run a few times only: most of the time would go into optimising them.
 WISHES = {
@@ -87,6 +88,20 @@ def run_on_8_devices(script):
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
+
+
+@contextlib.contextmanager
+def recorded_states():
+    """(stage, step) -> the train state after it, of whatever is trained inside."""
+    found, on_step = {}, Stage.on_step
+
+    def record(self, state, metrics, examples, stopping):
+        found[self.name, self._step + 1] = jax.device_get(state)
+        return on_step(self, state, metrics, examples, stopping)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "on_step", record)
+        yield found
 
 
 @contextlib.contextmanager

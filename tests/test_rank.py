@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import quick_jit, quick_runs
-from tiny import ROOT, changed, run_training, tiny_config, write_world
-from tiny_lists import tiny_ranker, write_lists
+from tiny import ROOT, run_training, tiny_config, write_world
 
 import eval as evaluation
 from fgrpo_jax import rank
@@ -34,8 +33,6 @@ from fgrpo_jax.rank import Ranker, rank_stream
 from fgrpo_jax.types import TRAINED, UNTRAINED, Rollout
 
 STAGES = {"llm": ("sft",), "ranker": ("evaluator", "imitation", "g_e")}
-SKIPPED = ("pointwise", "dlcm", "prm", "two_phase", "goalrank", "grpo", "fgrpo")
-FEWER = {f"{name}.steps": 0 for name in SKIPPED} | {"selection.generators": 1, "selection.sizes": (1,)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,21 +42,13 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, ranker_run):
     """A run of each system, by its name; shared and never changed."""
     folder = tmp_path_factory.mktemp("rank")
-    made = {}
-    for system in STAGES:
-        (folder / system / "data").mkdir(parents=True)
-        where = folder / system / "data", folder / system / "prepared", folder / system / "run"
-        if system == "llm":
-            write_world(where[0])
-            made[system] = tiny_config(*where, sft_steps=2)
-        else:
-            write_lists(where[0])
-            made[system] = changed(tiny_ranker(*where, steps=2), FEWER | {"eval.versus": "imitation"})
-        assert run_training(made[system]) == 0
-    return made
+    (folder / "data").mkdir()
+    config = tiny_config(write_world(folder / "data"), folder / "prepared", folder / "run", sft_steps=2)
+    assert run_training(config) == 0
+    return {"llm": config, "ranker": ranker_run[0]}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +126,7 @@ def test_a_transcript_step_by_step_in_the_report_is_that_list_with_its_probabili
 
 
 def test_the_last_finished_stage_is_the_default(runs):
-    assert Ranker.open(runs["ranker"].run_dir).name == "generators"
+    assert Ranker.open(runs["ranker"].run_dir).name == "fgrpo"
 
 
 def trained_logp(ranker, row, written):

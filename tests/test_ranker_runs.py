@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import quick_runs
 from tiny import changed, rows, run_training, write_world
-from tiny_lists import tiny_ranker, write_lists
+from tiny_lists import write_lists
 
 import eval as evaluation
 from fgrpo_jax.config_files import from_json, to_json
@@ -29,15 +29,9 @@ def quickly():
         yield
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, states):
-    """A run of every stage, and the train states on its way."""
-    folder = tmp_path_factory.mktemp("ranker")
-    (folder / "data").mkdir()
-    write_lists(folder / "data")
-    config = tiny_ranker(folder / "data", folder / "prepared", folder / "run")
-    assert run_training(config) == 0
-    return config, dict(states)
+@pytest.fixture
+def whole(ranker_run):
+    return ranker_run
 
 
 def scores(run_dir):

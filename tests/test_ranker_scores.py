@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import quick_jit, quick_runs
-from tiny import changed, contents, run_training
-from tiny_lists import tiny_ranker, write_lists
+from tiny import changed, contents
 
 import eval as evaluation
 from fgrpo_jax.data import datasets
@@ -22,6 +21,7 @@ from fgrpo_jax.run.validation import problems_of
 from fgrpo_jax.stages import stages
 
 TRAINED = ("evaluator", "pointwise", "generators", "goalrank")
+REWARDED = ("--eval.rewards", "reward_model", "--eval.versus", "g_e")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,15 +31,15 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranker")
-    (folder / "data").mkdir()
-    config = tiny_ranker(write_lists(folder / "data"), folder / "prepared", folder / "run")
-    fields = {f"{name}.steps": 0 for name in stages(config) if name not in TRAINED}
-    fields |= {"reward.k": 2, "eval.rewards": ("reward_model",), "eval.versus": "g_e", "selection.sizes": (1,)}
-    config = changed(config, fields)
-    assert run_training(config) == 0
-    return config
+def whole(ranker_run, tmp_path_factory):
+    """The configuration of a run of four stages, evaluated by the reward model too; never changed."""
+    run_dir = tmp_path_factory.mktemp("scores") / "run"
+    others = shutil.ignore_patterns(*[name for name in stages(ranker_run[0]) if name not in TRAINED])
+    shutil.copytree(ranker_run[0].run_dir, run_dir, ignore=others)
+    assert evaluation.main([str(run_dir), *REWARDED]) == 0
+    fields = {f"{name}.steps": 0 for name in stages(ranker_run[0]) if name not in TRAINED}
+    fields |= {"run_dir": str(run_dir), "eval.rewards": ("reward_model",), "eval.versus": "g_e"}
+    return changed(ranker_run[0], fields)
 
 
 def written(run_dir, name="metrics.json"):
@@ -64,7 +64,7 @@ def test_every_methods_lists_are_scored_by_the_reward_model(whole):
     examples = evaluation_examples(dataset, whole, "validation")
     of_lists = quick_jit(scorers.reward_of_lists, static_argnums=(0, 4))
     rows, summary = per_query(whole.run_dir), written(whole.run_dir)
-    methods = ["random", "retrieval", *TRAINED, "g_e"]
+    methods = ["random", "retrieval", *TRAINED, "g_e", "mg_e_3"]
     assert set(summary["methods"]) == set(rows[0]["methods"]) == set(methods)
     for example, row in zip(examples, rows, strict=True):
         place = {item: i for i, (item, _) in enumerate(example.candidates)}
@@ -122,7 +122,7 @@ def test_what_is_not_there_is_said_before_anything_is_predicted(whole, tmp_path,
     run_dir = tmp_path / "run"
     shutil.copytree(whole.run_dir, run_dir)
     capsys.readouterr()
-    assert evaluation.main([str(run_dir), "--eval.batch-queries", "5"]) == 0
+    assert evaluation.main([str(run_dir), *REWARDED, "--eval.batch-queries", "5"]) == 0
     for name in ("metrics.json", "fit.json"):  # how many are predicted at once changes nothing
         ours, theirs = (_numbers(written(place, name)) for place in (run_dir, whole.run_dir))
         assert ours == pytest.approx(theirs, abs=2e-6)
@@ -131,12 +131,12 @@ def test_what_is_not_there_is_said_before_anything_is_predicted(whole, tmp_path,
     before = contents(run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.evaluate, "run_baselines", lambda *given: pytest.fail("predicts"))
-        assert evaluation.main([str(run_dir), "--eval.versus", "g_e"]) == 2
+        assert evaluation.main([str(run_dir), *REWARDED]) == 2
     said = capsys.readouterr()
     assert "note: no row g_e: it reads evaluator, not finished here\n" in said.out
     assert "eval.versus='g_e' is not evaluated here; choose one of random, retrieval, pointwise" in said.err
     assert contents(run_dir) == before
-    assert evaluation.main([str(run_dir), "--eval.versus", "pointwise"]) == 0
+    assert evaluation.main([str(run_dir), *REWARDED, "--eval.versus", "pointwise"]) == 0
     assert "note: no column reward_model: goalrank reads it from evaluator, not finished" in capsys.readouterr().out
     assert "reward_model" not in written(run_dir)["methods"]["random"] and list(written(run_dir, "fit.json")) == [
         "pointwise"
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_said_before_anything_is_predicted(whole, tmp_path,
         ({"eval.rewards": ("ndcg",)}, "eval.rewards: 'ndcg' is not one of alpha_ndcg, pointwise_reward, reward_model"),
         ({"eval.rewards": ("pointwise_reward",)}, "eval.rewards: no stage that is trained has 'pointwise_reward'"),
         ({"goalrank.steps": 0}, "eval.rewards: no stage that is trained has 'reward_model' in its credit.terms"),
-        ({"eval.versus": "mg_e_3"}, "eval.versus: 'mg_e_3' is not one of evaluator, g_e, generators, goalrank, poi"),
+        ({"eval.versus": "mg_e_2"}, "eval.versus: 'mg_e_2' is not one of evaluator, g_e, generators, goalrank, mg_"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(whole, fields, message):
