@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, quick_runs, recorded_states
+from helpers import quick_runs, random_params, recorded_states
 from tiny import run_training
 from tiny_lists import tiny_ranker, write_lists
 
@@ -66,7 +66,7 @@ def grammar():
 def params(spec):
     """Random weights; the norms are moved away from one, so that leaving one out shows."""
     rng = np.random.default_rng(0)
-    made = quick_jit(decoder.init, static_argnums=0)(spec, jax.random.key(0))
+    made = random_params(spec)
     return jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), x.dtype), made)
 
 

@@ -14,6 +14,7 @@ from tiny import quick_programs
 
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.evaluation.report_page import training
+from fgrpo_jax.models import decoder
 from fgrpo_jax.run.stage import Stage
 
 # Programs of tests run a few times only: most of the time would go into optimising them.
@@ -40,6 +41,11 @@ def _known_options():
 def quick_jit(function, **options):
     """`jax.jit` that compiles quickly to slow code; only for the outermost function."""
     return jax.jit(function, compiler_options=_known_options(), **options)
+
+
+def random_params(spec, seed=0):
+    """Of a decoder. Called as it is, its `init` compiles a program for every operation."""
+    return quick_jit(decoder.init, static_argnums=0)(spec, jax.random.key(seed))
 
 
 def simulated(devices):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import quick_jit, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_ranker import SPEC, make_params, make_query
@@ -63,8 +63,8 @@ class Llm:
     names = ((10, 12), (10, 13), (11, 12), (14, -1))
     grammar = Grammar((3, 4), (3, 5), (3, 6), eos=1, slate_min=1, slate_max=SIZE, rank_min=1, rank_max=SIZE)
 
-    def __init__(self, gains, params):
-        self.params, prompt = params, jnp.asarray([[7, 8, 9]], jnp.int32)
+    def __init__(self, gains):
+        self.params, prompt = random_params(LLM), jnp.asarray([[7, 8, 9]], jnp.int32)
         names, gains, count = jnp.asarray([self.names]), jnp.asarray([gains], jnp.float32), jnp.asarray([POOL])
         self.query = Query(prompt, jnp.asarray([3]), names, gains, count)
         slates = [slate for n in (1, 2) for slate in itertools.permutations(range(POOL), n)]
@@ -84,9 +84,8 @@ class Llm:
         return sampling.choices(sampling.Sampler(LLM, self.grammar, True), params, query, rollout)
 
 
-LLM_PARAMS = decoder.init(LLM, jax.random.key(0))
 WORLDS = {("ranker", gains): (Ranker, GAINS[gains]) for gains in GAINS}
-WORLDS[("llm", "graded")] = functools.partial(Llm, params=LLM_PARAMS), GAINS["graded"]
+WORLDS[("llm", "graded")] = Llm, GAINS["graded"]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import optax
 import pytest
 import safetensors.numpy
 from bpe import train_bpe
-from helpers import quick_jit
+from helpers import quick_jit, random_params
 
 from fgrpo_jax.config import ModelConfig
 from fgrpo_jax.models import decoder, head, hf
@@ -200,7 +200,7 @@ def test_what_is_read_is_what_is_written(torch, case, tokenizer, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_weights_of_a_family_are_exported_as_that(family, tokenizer, tmp_path):
     spec = files.make_spec(ModelConfig(family=family), SIZES["vocab_size"], tmp_path)
-    tensors = saved(tmp_path / "out", spec, decoder.init(spec, jax.random.key(0)), None, tokenizer)
+    tensors = saved(tmp_path / "out", spec, random_params(spec), None, tokenizer)
     config = hf.read_config(tmp_path / "out")
     assert config["model_type"] == family and config["architectures"] == [FAMILIES[family].architecture]
     assert hf.read_spec(tmp_path / "out", **NUMERICS | {"logit_chunk": 4096, "rows_first": True}) == spec._replace(
@@ -222,7 +222,7 @@ def test_families_are_told_apart_by_their_specs():
 def test_a_model_of_no_family_is_not_exported(tokenizer, tmp_path):
     spec = decoder.DecoderSpec(300, 8, 1, 1, 1, 8, 8, qk_norm=True, qkv_bias=True)
     with pytest.raises(hf.ModelFilesError, match="no family with qk_norm=True, qkv_bias=True"):
-        hf.save(tmp_path / "out", spec, decoder.init(spec, jax.random.key(0)), None, tokenizer)
+        hf.save(tmp_path / "out", spec, random_params(spec), None, tokenizer)
 
 
 BASE = {
@@ -313,6 +313,6 @@ def test_gemma_as_transformers_4_writes_it(tmp_path):
 
 def test_weights_of_another_family_are_refused(tokenizer, tmp_path):
     spec = decoder.DecoderSpec(300, 8, 1, 1, 1, 8, 8)
-    hf.save(tmp_path / "out", spec, decoder.init(spec, jax.random.key(0)), None, tokenizer)
+    hf.save(tmp_path / "out", spec, random_params(spec), None, tokenizer)
     with pytest.raises(hf.ModelFilesError, match="no place: model.layers.0.self_attn.k_norm.weight"):
         hf.load(tmp_path / "out", spec._replace(qk_norm=False))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from bpe import train_bpe
+from helpers import random_params
 
 from fgrpo_jax.models import decoder, hf
 
@@ -40,7 +41,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory):
     """(params, directory with several files) of a random untied model."""
-    params = decoder.init(SPEC, jax.random.key(0))
+    params = random_params(SPEC)
     folder = tmp_path_factory.mktemp("saved") / "model"
     hf.save(folder, SPEC, params, None, tokenizer, max_file_bytes=200_000)
     return params, folder

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bpe import train_bpe
-from helpers import quick_jit, quick_runs, run_on_8_devices
+from helpers import quick_jit, quick_runs, random_params, run_on_8_devices
 from tiny import changed, run_training, tiny_config, write_world
 
 import eval as evaluation
@@ -120,7 +120,7 @@ def made(tmp_path_factory):
     write_world(folder / "data", train=8, validation=4, test=1)
     tokenizer = train_bpe(["bytes alone"], SPEC.vocab_size)
     for name, seed in (("first", 0), ("other", 1)):
-        params = decoder.init(SPEC, jax.random.key(seed))
+        params = random_params(SPEC, seed)
         hf.save(folder / name, SPEC, params, {"model_type": "qwen3"}, tokenizer)
     config = changed(
         tiny_config(folder / "data", folder / "prepared", folder / "run", sft_steps=2, rl_steps=4),

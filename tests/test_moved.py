@@ -3,10 +3,9 @@
 import json
 import shutil
 
-import jax
 import pytest
 from bpe import train_bpe
-from helpers import quick_runs
+from helpers import quick_runs, random_params
 from tiny import changed, run_training, tiny_config, write_world
 from write_gguf import write_gguf
 
@@ -35,7 +34,7 @@ def made(tmp_path_factory):
     write_world(folder / "data", train=8, validation=4, test=1)
     tokenizer = train_bpe(["bytes alone"], SPEC.vocab_size)
     source = {"model_type": "qwen3", "max_position_embeddings": 777}
-    hf.save(folder / "qwen", SPEC, decoder.init(SPEC, jax.random.key(0)), source, tokenizer)
+    hf.save(folder / "qwen", SPEC, random_params(SPEC), source, tokenizer)
     write_gguf(folder / "qwen.gguf", folder / "qwen", "qwen3")
     config = changed(
         tiny_config(folder / "data", folder / "prepared", "runs/first", sft_steps=2),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bpe import train_bpe
-from helpers import quick_jit
+from helpers import quick_jit, random_params
 
 from fgrpo_jax.algorithm import objectives, rewards
 from fgrpo_jax.algorithm.advantages import make_batch
@@ -95,7 +95,7 @@ OPTIMIZER = make_optimizer(1e-3, 10, 0, "constant", 0.9, 0.98, 1e-8, 0.0, 1.0, T
 
 @pytest.fixture(scope="module")
 def start():
-    params = decoder.init(SPEC, jax.random.key(0))
+    params = random_params(SPEC)
     return TrainState(jnp.int32(0), params, OPTIMIZER.init(params))
 
 

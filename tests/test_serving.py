@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from bpe import train_bpe
-from helpers import quick_runs
+from helpers import quick_runs, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rank import queries, stream
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
     (folder / "data").mkdir()
     write_world(folder / "data", train=8, validation=8)
     tokenizer = train_bpe(TEXTS * 9 + ["[1] > [12]</SLATE><RANK>", "Candidates:", "History:"] * 9, SPEC.vocab_size)
-    hf.save(folder / "qwen", SPEC, decoder.init(SPEC, jax.random.key(0)), {"model_type": "qwen3"}, tokenizer)
+    hf.save(folder / "qwen", SPEC, random_params(SPEC), {"model_type": "qwen3"}, tokenizer)
     fields = {
         "model.checkpoint": str(folder / "qwen"),
         "tokenizer": str(folder / "qwen"),
