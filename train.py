@@ -1,11 +1,12 @@
 """Train a policy to choose and rank: config -> stages -> one loop, here.
 
-    python train.py [configs/NAME.py] [--rl.optim.learning-rate 3e-6 ...]
+    python train.py [configs/NAME.py] [--dry-run] [--rl.optim.learning-rate 3e-6 ...]
 
 A configuration lists stages, and all run the same loop: SFT is the loop whose rollouts are written
 from the relevance labels and whose objective is the negative log-likelihood; GRPO, F-GRPO and GDPO are
 the loop with sampled rollouts and different credit; GoalRank is the loop with sampled and proposed
 lists and a learned reward. Stopping it (SIGTERM) saves and exits 0; the same command resumes, bit for bit.
+--dry-run tells what would run, with memory, shapes and an example, and runs nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import sys
 from pathlib import Path
 
 from fgrpo_jax.errors import UserError
-from fgrpo_jax.run.command import parse_or_exit, parse_training, refuse
+from fgrpo_jax.run.command import parse_or_exit, parse_run, refuse
 
 if __name__ == "__main__":  # before what takes seconds to import, so that --help and a typing error answer at once
-    CONFIG = parse_or_exit(parse_training, sys.argv[1:], __doc__)
+    COMMAND = parse_or_exit(parse_run, sys.argv[1:], __doc__)
 
 import jax
 
@@ -30,10 +31,10 @@ from fgrpo_jax.algorithm import advantages, rewards
 from fgrpo_jax.algorithm.credit import SCHEMES
 from fgrpo_jax.algorithm.objectives import OBJECTIVES, options, with_values
 from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
-from fgrpo_jax.config_files import to_json
+from fgrpo_jax.config_files import as_dict, to_json
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.run import directory
+from fgrpo_jax.run import directory, dry_run
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.checkpoint import preemption
 from fgrpo_jax.run.checks import check_training
@@ -82,8 +83,8 @@ def make_step(experiment, policy, stage):
             batch = batch.replace(ref_logp=logprobs(frozen["reference"], frozen, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
         dead_BP = advantages.dead_groups(rewards.outcome_rewards(reward_BGR, credit, lists, broken), credit)
-        seen = describe(lists, batch, reward_BGP, dead_BP, policy.outcomes)
-        return batch, {} if stage.source == "logged" else seen
+        seen = describe(lists, batch, reward_BGP, dead_BP, policy.outcomes, sampled=stage.source == "sampled")
+        return batch, seen if stage.source != "logged" else {"tokens_trained": seen["tokens_trained"]}
 
     objective = OBJECTIVES[loss.name](**{name: getattr(loss, name) for name in options(loss.name)})
     objective, read = (with_values(objective), policy.choices) if scheme.exact else (objective, policy.logprobs)
@@ -106,6 +107,7 @@ def train_stage(experiment, name: str, run_dir: Path, log, stop) -> bool:
     collect, update, optimizer, state_at = make_step(experiment, policy, stage)
     with Stage(experiment, name, optimizer, state_at, run_dir, log) as keeper:
         state, frozen = keeper.state, keeper.frozen
+        collect, update = keeper.compiling("rollouts", collect), keeper.compiling("the update", update)
         for step in keeper.remaining():
             examples = batches.batch_at(step)
             query = encode(experiment, policy, examples)
@@ -121,25 +123,25 @@ def train_stage(experiment, name: str, run_dir: Path, log, stop) -> bool:
 
 def main(argv: list[str]) -> int:
     try:
-        config = parse_training(argv, __doc__)
+        command = parse_run(argv, __doc__)
     except UserError as error:
         return refuse(error)
-    return start(config)
+    return start(*command)
 
 
-def start(config) -> int:
+def start(config, dry: bool = False) -> int:
     """The exit code of a run; with several processes of one, of all of them."""
 
     def attempt() -> int:
         try:
-            return run(config)
+            return run(config, dry)
         except (UserError, OSError) as error:
             return refuse(error)
 
     return end_together(attempt)
 
 
-def run(config) -> int:
+def run(config, dry: bool) -> int:
     """Everything between a configuration and its evaluation table."""
     validate(config, experiments.KNOWN)
     run_dir = directory.check(config)
@@ -151,6 +153,9 @@ def run(config) -> int:
     experiment = experiments.assemble(config, dataset, run_dir)
     check_training(experiment, run_dir)
     plan = experiments.plan(experiment)
+    if dry:
+        on_first(lambda: rehearse(experiment, plan))
+        return 0
     data = run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue
     directory.check_data(*data, write=False)  # before anything is
     with contextlib.ExitStack() as held:
@@ -170,9 +175,17 @@ def run(config) -> int:
         return train_and_evaluate(experiment, run_dir)
 
 
+def rehearse(experiment, plan: str) -> None:
+    """Say what would run; nothing is compiled."""
+    trained = {name: stage for name, stage in stages(experiment.config).items() if stage.steps}
+    steps = {name: make_step(experiment, experiment.policy(name), stage)[2:] for name, stage in trained.items()}
+    for line in (plan, *dry_run.lines(experiment, steps)):
+        print(line, flush=True)
+
+
 def train_and_evaluate(experiment, run_dir: Path) -> int:
     config = experiment.config
-    log = MetricsLog(run_dir, config.tensorboard, jax.process_index() == 0)
+    log = MetricsLog(run_dir, config.trackers, jax.process_index() == 0, as_dict(config))
     with contextlib.closing(log), preemption() as stop:
         for name, stage in stages(config).items():
             done = not stage.steps or directory.is_done(run_dir, name)
@@ -186,7 +199,7 @@ def train_and_evaluate(experiment, run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    if exit_code := start(CONFIG):
+    if exit_code := start(*COMMAND):
         # At once: after a checkpoint that failed, threads of Orbax wait minutes for what never comes.
         sys.stdout.flush()
         sys.stderr.flush()

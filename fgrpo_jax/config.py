@@ -284,8 +284,8 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     log_every: int = 10
     """Steps between progress lines and metrics.jsonl rows."""
-    tensorboard: bool = False
-    """Also write TensorBoard files (needs the `log` extra)."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics and samples go beside the run directory (needs the `log` extra)."""
     compilation_cache: str = "~/.cache/fgrpo_jax/xla"
     """Where compiled programs are kept between runs; empty: nowhere."""
     keep_memory: bool = True

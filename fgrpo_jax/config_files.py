@@ -75,6 +75,8 @@ def _read(text: str) -> tuple[RunConfig, list[str]]:
     unknown: list[str] = []
     # The name is not there in files of an earlier version, when there was one system.
     system = value.pop("system", Config.SYSTEM) if isinstance(value, dict) else Config.SYSTEM
+    if isinstance(value, dict) and isinstance(value.get("tensorboard"), bool):  # of an earlier version
+        value["trackers"] = ["tensorboard"] if value.pop("tensorboard") else []
     config = _build(system_class(system)(), value, "", lacking, unknown)
     if unknown:
         raise ConfigError(

@@ -17,7 +17,7 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,18 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, `{"stage", "step", name: number, ...}` each, in file order; none where there is no file.
+def is_of_a_step(row: Any) -> bool:
+    """Whether it is `{"stage", "step", ...}`, as a row of samples.jsonl."""
+    return isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("stage"), str)
+
+
+def is_metrics(row: Any) -> bool:
+    """Whether it is `{"stage", "step", name: number, ...}`, as a row of metrics.jsonl."""
+    return is_of_a_step(row) and all(type(value) in (int, float) for name, value in row.items() if name != "stage")
+
+
+def read_rows(path: Path, is_row: Callable[[Any], bool] = is_metrics) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl or samples.jsonl, in file order; none where there is no file.
 
     A last line without its end is being written, or was when the run was killed, and is left out.
     Raises ConfigError, naming the line, where any other line is not such a row.
@@ -192,22 +202,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
         try:
             row = json.loads(line.decode("utf-8"))
-            fits = _is_row(row)
+            fits = is_row(row)
         except ValueError:  # of json, and of a text that is no UTF-8
             fits = False
         if not fits:
             raise ConfigError(
-                f"{path}, line {number}, is not a row of metrics: {line[:60]!r}; copy the file again from where the "
-                "run was made, or remove the line"
+                f"{path}, line {number}, is not a row of {path.stem}: {line[:60]!r}; copy the file again from where "
+                "the run was made, or remove the line"
             )
         rows.append(row)
     return rows
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("stage"), str):
-        return False
-    return all(type(value) in (int, float) for name, value in row.items() if name != "stage")
 
 
 def partial_of(path: Path) -> Path:

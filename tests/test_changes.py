@@ -216,12 +216,12 @@ def test_a_run_of_an_earlier_version_goes_on(base, tmp_path, capsys):
     assert run_training(config) == 0
     saved = tmp_path / "run" / "config.json"
     old = json.loads(to_json(config))
-    del old["sft"]["optim"]["eps"], old["tensorboard"]
+    del old["sft"]["optim"]["eps"], old["trackers"]
     saved.write_text(json.dumps(old))
     shutil.rmtree(tmp_path / "run" / "eval")
     capsys.readouterr()
     assert run_training(changed(config, {"log_every": 5})) == 0
     said = capsys.readouterr().out
-    note = f"note: {saved} is of an earlier version, and gets the defaults of tensorboard, sft.optim.eps\n"
+    note = f"note: {saved} is of an earlier version, and gets the defaults of trackers, sft.optim.eps\n"
     assert said.startswith(note + "changed   log_every: 3 -> 5\n") and "validation ndcg" not in said
     assert run.read_config(tmp_path / "run").log_every == 5

@@ -111,8 +111,8 @@ def test_flags_that_do_not_exist_or_do_not_fit(flags, message, capsys):
         ("def get_config():\n    return 3", r"get_config\(\) returned int, not a Config"),
         ("from fgrpo_jax.config import *\ndef get_config():\n    return Config(sed=1)", "unexpected keyword .*'sed'"),
         (
-            "from fgrpo_jax.config import *\ndef get_config():\n    return Config(seed='one', tensorboard=1)",
-            "seed='one' must be of type int\n  - tensorboard=1 must be of type bool",
+            "from fgrpo_jax.config import *\ndef get_config():\n    return Config(seed='one', keep_memory=1)",
+            "seed='one' must be of type int\n  - keep_memory=1 must be of type bool",
         ),
     ],
 )

@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -181,14 +179,14 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
 
 
 def test_a_log_forgets_what_came_after_a_checkpoint(tmp_path):
-    log = log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=True)
+    log = log_lib.MetricsLog(tmp_path, (), is_main=True)
     log.forget_after("rl", -1)  # there is none yet
     for stage, step in (("sft", 0), ("sft", 2), ("sft", 4), ("rl", 0), ("rl", 2), ("rl", 4)):
         log.write(stage, step, {"loss": step / 4})
     with log.path.open("a") as file:
         file.write('{"stage": "rl", "st')  # killed while writing
     assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
-    log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=False).forget_after("rl", 2)  # another host
+    log_lib.MetricsLog(tmp_path, (), is_main=False).forget_after("rl", 2)  # another host
     assert [row["step"] for row in log.rows("rl")] == [0, 2, 4]
     log.forget_after("rl", 2)
     log.write("rl", 4, {"loss": 5.0})
@@ -211,7 +209,7 @@ def test_a_log_forgets_what_came_after_a_checkpoint(tmp_path):
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     """By all who read it; at its end a run does, too late to say so first."""
-    log = log_lib.MetricsLog(tmp_path, tensorboard=False, is_main=True)
+    log = log_lib.MetricsLog(tmp_path, (), is_main=True)
     log.write("rl", 2, {"loss": 1.0})
     log.path.write_bytes(log.path.read_bytes() + line + b"\n" + log.path.read_bytes())
     before = log.path.read_bytes()
@@ -223,40 +221,3 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
             f"{log.path}, line 2, is not a row of metrics: {line!r}; copy the file again"
         )
     assert log.path.read_bytes() == before
-
-
-def test_tensorboard_is_written_where_asked_for(tmp_path, monkeypatch):
-    class Writer:
-        def __init__(self, folder):
-            self.folder, self.scalars, self.closed = folder, [], False
-
-        def add_scalar(self, *values):
-            self.scalars.append(values)
-
-        def close(self):
-            self.closed = True
-
-    fake = types.ModuleType("tensorboardX")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    log = log_lib.MetricsLog(tmp_path, tensorboard=True, is_main=True)
-    log.write("sft", 1, {"loss": 2.0})
-    log.close()
-    board = log._board
-    assert board.folder == str(tmp_path / "tensorboard")
-    assert board.scalars == [("sft/loss", 2.0, 1)] and board.closed
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match="needs the `log` extra: pip install"):
-        log_lib.MetricsLog(tmp_path, tensorboard=True, is_main=True)
-
-
-def test_progress_is_one_line_for_people_and_for_files(capsys, monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 11.0])
-    monkeypatch.setattr(log_lib.time, "monotonic", lambda: next(clock))
-    progress = log_lib.Progress("rl", 0, 100, 8, is_main=True)
-    rate = progress.rate(10)
-    assert rate == 40
-    progress.line(10, {"loss": 0.5, "reward/slate": 0.25}, rate)
-    progress.skip(10)  # eight seconds of evaluation
-    assert progress.rate(15) == 40
-    assert capsys.readouterr().out == "rl 10/100  loss 0.5000  reward/slate 0.2500  40 queries/s  ETA 0:00:18\n"

@@ -130,7 +130,7 @@ def rows(run_dir, stage=None):
     """metrics.jsonl without the clock."""
     found = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in row.items() if name != "queries_per_s"}
+        {name: value for name, value in row.items() if name not in ("queries_per_s", "tokens_per_s")}
         for row in found
         if stage in (None, row["stage"])
     ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fgrpo_jax.types import PHASES, UNTRAINED, Array, Batch, Lists, Mean, Outcome, PyTree, TrainState
+from fgrpo_jax.types import PHASES, TRAINED, UNTRAINED, Array, Batch, Lists, Mean, Outcome, PyTree, TrainState
 
 
 def make_optimizer(
@@ -156,12 +156,13 @@ def make_update(
 
 
 def describe(
-    lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array, outcomes: Sequence[Outcome]
+    lists: Lists, batch: Batch, reward_BGP: Array, dead_BP: Array, outcomes: Sequence[Outcome], sampled: bool = True
 ) -> dict[str, Mean]:
-    """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths.
+    """What the rollouts of a step were like: rewards, dead groups, outcomes, lengths, entropy of a choice.
 
     reward_BGP: coverage and utility by what they measure (rewards.phase_rewards), so that
-    runs of different credit log comparable numbers.
+    runs of different credit log comparable numbers. sampled: whether the policy wrote all of them; then minus the
+    mean log-probability of what it chose estimates the entropy of a choice, in nats.
     """
     metrics = {}
 
@@ -171,6 +172,11 @@ def describe(
     for p, phase in enumerate(PHASES):
         mean(f"reward/{phase}", reward_BGP[..., p])
         mean(f"dead_groups/{phase}", dead_BP[:, p])
+    for phase, label in zip(PHASES, TRAINED) if sampled else ():
+        chosen = batch.rollout.phase == label
+        metrics[f"entropy/{phase}"] = Mean(
+            -jnp.where(chosen, batch.rollout.logp, 0.0).sum(), chosen.sum(dtype=jnp.float32)
+        )
     for code, outcome in enumerate(outcomes):
         mean(f"outcome/{outcome.name}", lists.outcome == code)
     mean("tokens_trained", (batch.rollout.phase != UNTRAINED).sum(-1))

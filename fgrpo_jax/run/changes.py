@@ -19,7 +19,7 @@ from fgrpo_jax.config_files import differences
 from fgrpo_jax.stages import stages, start_of
 
 ALWAYS = {
-    "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "tensorboard",
+    "run_dir", "data.manual_dir", "data.prepared_dir", "compilation_cache", "keep_memory", "log_every", "trackers",
     "model.attention", "model.remat", "model.logit_chunk", "network.remat",
     "selection.lists", "selection.sizes", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "eval.split", "eval.cutoffs", "eval.metrics", "eval.batch_queries", "eval.baselines", "eval.bootstrap",

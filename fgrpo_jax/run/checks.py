@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.run import trackers
 from fgrpo_jax.run.checkpoint import steps_in
 from fgrpo_jax.run.directory import is_done
 from fgrpo_jax.run.experiment import Experiment
@@ -16,10 +17,11 @@ from fgrpo_jax.stages import from_start, stages, start_of
 def check_training(experiment: Experiment, run_dir: Path) -> None:
     """Refuse what these data, this mesh and this machine cannot train.
 
-    Raises ConfigError for batches that do not fit the mesh, for a start that does not fit and for what a
-    policy refuses (Policy.check), DataError for splits that are not there.
+    Raises ConfigError for trackers that are not installed, batches that do not fit the mesh, a start that does not
+    fit and for what a policy refuses (Policy.check), DataError for splits that are not there.
     """
     config, dataset = experiment.config, experiment.dataset
+    trackers.check(config.trackers)
     has = f"data set {dataset.name!r} has only {', '.join(dataset.splits)}: add its raw file, or"
     for name, stage in stages(config).items():
         if stage.steps:

@@ -33,6 +33,12 @@ def parse_training(argv: list[str], description: str, prog: str = "train.py") ->
     return tyro.cli(type(default), default=default, args=rest, prog=prog, description=description)
 
 
+def parse_run(argv: list[str], description: str) -> tuple[RunConfig, bool]:
+    """The configuration of a training, and whether `--dry-run` is among the arguments."""
+    rest = [argument for argument in argv if argument != "--dry-run"]
+    return parse_training(rest, description), len(rest) < len(argv)
+
+
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """Where the queries and candidates come from."""

@@ -5,6 +5,7 @@ data.json         fingerprints of the data splits, and the catalogue's items
 tokenizer/, ...   what its policies say of themselves: policies/llm/files.py, policies/ranker/files.py
 start.json        the run that `start_from` named, and where it lies from here
 metrics.jsonl     one row per logged step: {"stage", "step", name: value, ...}
+samples.jsonl     lists of a few validation queries, at every evaluation
 sft/, rl/, ...    of every stage: checkpoints/ and done.json (written when it is complete)
 eval/SPLIT/       evaluations, each with its report.html
 """
@@ -159,7 +160,7 @@ def _reopen(run_dir: Path, config: RunConfig) -> None:
         (run_dir / name / "done.json").unlink(missing_ok=True)
         unpin(run_dir / name / "checkpoints")
         logged, evaluated = (here.latest % every != 0 for every in (before.log_every, stage.eval_every))
-        MetricsLog(run_dir, False, True).forget_last(name, here.latest, logged, evaluated)
+        MetricsLog(run_dir, (), True).forget_last(name, here.latest, logged, evaluated)
         print(f"{name}: goes on from step {here.latest}")
 
 

@@ -167,7 +167,7 @@ class Predictor:
         def decode(params: PyTree, frozen: PyTree, query: PyTree) -> Lists:
             return of_shard(params, frozen, query)[1]
 
-        self._greedy = decode
+        self.program = decode
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
         """One Prediction per example."""
@@ -175,7 +175,7 @@ class Predictor:
         frozen = self._experiment.base(self._policy)
         for start, part in batches_of(self._experiment, examples):
             query = encode(self._experiment, self._policy, part)
-            lists = jax.tree.map(np.asarray, self._greedy(params, frozen, query))
+            lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
             for i in range(min(len(part), len(examples) - start)):
                 found.append(
                     Prediction(

@@ -13,9 +13,12 @@ from fgrpo_jax.errors import TrainingError
 from fgrpo_jax.evaluation.evaluate import score
 from fgrpo_jax.run.experiment import Experiment, Predictor
 from fgrpo_jax.run.likelihood import Likelihood
-from fgrpo_jax.run.log import MetricsLog, Progress
+from fgrpo_jax.run.log import MetricsLog, sample
+from fgrpo_jax.run.progress import Progress
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample
+
+SAMPLES = 4  # validation queries whose lists are logged at every evaluation, the first ones
 
 
 class Meter:
@@ -27,6 +30,7 @@ class Meter:
 
     def __init__(self, experiment: Experiment, name: str, log: MetricsLog, progress: Progress):
         self._name, self._every, self._log, self.progress = name, experiment.config.log_every, log, progress
+        self._queries = stages(experiment.config)[name].batch_queries
         self._last: tuple[int, dict[str, Mean], Sequence[RankingExample]] | None = None
         self._since: list[dict[str, Mean]] = []
 
@@ -52,7 +56,8 @@ class Meter:
         """Of the steps since the last row: sums and counts, added one step after the other."""
         total: dict[str, Mean] = {}
         for metrics in jax.device_get(self._since):
-            total = {name: total[name] + mean for name, mean in metrics.items()} if total else metrics
+            # An earlier version may have saved sums of fewer metrics.
+            total = {name: total[name] + mean if name in total else mean for name, mean in metrics.items()}
         self._since = [total] if total else []
         return total
 
@@ -66,23 +71,26 @@ class Meter:
 
     def write(self, step: int) -> None:
         """A row, and a line on the terminal."""
-        values = {name: mean.value() for name, mean in self.total().items()}
+        total = self.total()
+        values = {name: mean.value() for name, mean in total.items()}
         if step % self._every == 0:  # or the row is there only because the step is the last
             self._since = []
         rate = self.progress.rate(step)
-        values["queries_per_s"] = round(rate, 1)
+        tokens = rate * total["tokens_trained"].sum / (total["grad_norm"].count * self._queries)
+        values |= {"queries_per_s": float(f"{rate:.3g}"), "tokens_per_s": float(f"{tokens:.3g}")}
         self._log.write(self._name, step, values)
-        shown = {name: values[name] for name in ("loss", "reward/slate", "reward/rank") if name in values}
-        self.progress.line(step, shown, rate)
+        shown = [name for name in ("reward/slate", "reward/rank") if name in values] or ["loss"]
+        self.progress.line({name: values[name] for name in shown}, rate, tokens)
 
 
 class Validation:
     """The policy on its way, on the validation split; without such a split it measures nothing."""
 
-    def __init__(self, experiment: Experiment, name: str, log: MetricsLog):
+    def __init__(self, experiment: Experiment, name: str, log: MetricsLog, progress: Progress):
         self._config, self._name, self._log = experiment.config, name, log
         self._stage = stages(experiment.config)[name]
         self._predict = Predictor(experiment, experiment.policy(name))
+        self._predict.program = progress.compiling("validation", self._predict.program, changing=2)
         self._likelihood = Likelihood(experiment, name) if self._stage.metric == "likelihood" else None
         self.metric = self._stage.metric or experiment.config.eval.metric
         self.examples = _examples(experiment)
@@ -99,12 +107,13 @@ class Validation:
         """Evaluate and log; the metric that chooses the best checkpoint. Raises what `Likelihood` does."""
         if not self.examples:
             return None
-        settings = self._config.eval
-        scores = score(self.examples, self._predict(params, self.examples), settings.cutoffs, settings.metrics)
+        settings, predicted = self._config.eval, self._predict(params, self.examples)
+        scores = score(self.examples, predicted, settings.cutoffs, settings.metrics)
         values = {f"eval/{name}": float(np.mean(value)) for name, value in scores.items()}
         if self._likelihood:
             values["eval/likelihood"] = self._likelihood(params, frozen, self.examples)
         self._log.write(self._name, step, values)
+        self._log.write_samples(self._name, step, list(map(sample, self.examples[:SAMPLES], predicted)))
         self.measured[step] = values[f"eval/{self.metric}"]
         if jax.process_index() == 0:
             names = dict.fromkeys((self.metric, settings.metric, f"recall@{max(settings.cutoffs)}", "slate_recall"))

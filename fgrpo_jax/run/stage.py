@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from fgrpo_jax.files import write_atomically
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment, initial_params
 from fgrpo_jax.run.finished import best_params, frozen_params, source_of
-from fgrpo_jax.run.log import MetricsLog, Progress
+from fgrpo_jax.run.log import MetricsLog
 from fgrpo_jax.run.meter import Meter, Validation
+from fgrpo_jax.run.progress import Progress
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainState
 
@@ -47,7 +48,6 @@ class Stage:
         self._config, self._run_dir, self._dir, self._log = experiment.config, run_dir, run_dir / name, log
         self._optimizer, self._state_at = optimizer, state_at
         self._is_main = jax.process_index() == 0
-        self._validation = Validation(experiment, name, log)
         self.finished = False
 
     def __enter__(self) -> Stage:
@@ -62,8 +62,10 @@ class Stage:
             latest = self._checkpoints.latest_step()
             self.state, self.frozen = self._start(latest)
             self._step = int(self.state.step)
-            self._validation.resume(latest)
             progress = Progress(self.name, self._step, self.stage.steps, self.stage.batch_queries, self._is_main)
+            stack.callback(progress.close)
+            self._validation = Validation(self._experiment, self.name, self._log, progress)
+            self._validation.resume(latest)
             self._meter = Meter(self._experiment, self.name, self._log, progress)
             if latest is not None:
                 self._meter.restore(self._checkpoints.meta(latest).get("unlogged", {}))
@@ -80,6 +82,10 @@ class Stage:
     def remaining(self) -> range:
         """The steps the loop has still to make."""
         return range(self._step, self._step if self.finished else self.stage.steps)
+
+    def compiling(self, what: str, program: Callable) -> Callable:
+        """A program of the loop, (.., .., the batch, ...), that says when it compiles."""
+        return self._meter.progress.compiling(what, program, changing=2)
 
     # ------------------------------------------------------------------ starting
 
@@ -121,6 +127,7 @@ class Stage:
         """
         self._step = step = self._step + 1
         self._check_finite()
+        self._meter.progress.stepped(step)
         self._meter.add(step, metrics, examples)
         last = step == self.stage.steps
         logging = step % self._config.log_every == 0 or last

@@ -142,8 +142,8 @@ def _check_places(config: RunConfig) -> list[str]:
             problems.append(f"{name}={place!r}: only a folder or a gs:// address can be one")
     if "://" in config.data.manual_dir:
         problems.append(f"data.manual_dir={config.data.manual_dir!r}: no address; copy the raw files to all hosts")
-    if config.tensorboard and is_address(config.run_dir):
-        problems.append("tensorboard writes to no address: set tensorboard=False, or run_dir to a folder")
+    if config.trackers and is_address(config.run_dir):
+        problems.append(f"trackers={config.trackers} write to no address: leave them out, or set run_dir to a folder")
     return problems
 
 
