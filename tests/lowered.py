@@ -98,7 +98,7 @@ def programs(config):
         state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)
         batch = on_queries(experiment.mesh, lowered.out_info[0])
         texts[f"{name} update"] = update.lower(placed(state, places), frozen, batch).as_text()
-    texts["greedy"] = Predictor(experiment, policy)._greedy.lower(params, experiment.base(policy), query).as_text()
+    texts["greedy"] = Predictor(experiment, policy).program.lower(params, experiment.base(policy), query).as_text()
     return texts
 
 

@@ -11,9 +11,9 @@ many kills as asked for. Of two processes both are killed, or one, and then the 
 by itself within a minute and say what to do. Each run is compared with the first one:
 
     checkpoints     every array of those that the first run kept, and what was saved beside, to the bit
-    metrics.jsonl   every row, but for queries_per_s, which is the clock's
+    metrics.jsonl   every row, but for what the clock says
     sft/, rl/, ...  of every stage: done.json, to the byte
-    eval/           every file, to the byte, but for the git revision in manifest.json
+    eval/           every file, to the byte, but for report.html, and the git revision in manifest.json
 
 Prints figures, and ends with 1 where something differs or a start does not go well. The first kills
 come while programs are compiled for the first time. --slow needs strace (Linux).
@@ -216,7 +216,8 @@ def _beside(checkpoint):
 
 
 def _evaluation(folder):
-    found = contents(folder)
+    """Without report.html, which shows how fast the training was."""
+    found = {name: content for name, content in contents(folder).items() if not name.endswith("report.html")}
     for name in found:
         if name.endswith("manifest.json"):
             found[name] = json.loads(found[name]) | {"git": ""}

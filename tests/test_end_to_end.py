@@ -19,6 +19,7 @@ from fgrpo_jax.config import DataConfig, TranscriptConfig
 from fgrpo_jax.run import experiment
 
 QUERIES = 1000  # of each evaluation split
+PROGRAMS = ("validation", "rollouts", "the update")  # of a stage, in the order of their first use
 
 
 class Run(NamedTuple):
@@ -81,7 +82,8 @@ def test_each_stage_compiles_its_step_once(run):
 def test_the_run_directory(run):
     found = {str(path.relative_to(run.directory)) for path in run.directory.iterdir()}
     assert found == {
-        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "sft", "rl", "eval",
+        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "samples.jsonl", "sft", "rl",
+        "eval",
     }  # fmt: skip
     data = json.loads((run.directory / "data.json").read_text())
     assert set(data["fingerprints"]) == {"train", "validation", "test"} and len(data["catalogue"]) == 500
@@ -104,6 +106,7 @@ def test_what_was_logged(run):
     assert losses[-1] < losses[0] - 0.1, losses  # 20 candidates: ln 20 = 3.0 for the first one
     (row,) = (row for row in rl if "loss" in row)
     assert {"grad_norm", "nonfinite", "drift", "tokens_trained", "outcome/ok", "dead_groups/rank"} <= row.keys()
+    assert 0 < row["entropy/slate"] < np.log(20) and 0 < row["entropy/rank"] < np.log(5)
     assert 4 <= row["slate_length"] <= 5 and 2 <= row["rank_length"] <= 3
     assert rl[0]["eval/slate_recall"] == max(row["eval/slate_recall"] for row in sft if is_best(run, row))
 
@@ -123,9 +126,11 @@ def test_what_was_said(run):
     assert plan["data"].endswith("synthetic: train 16,000, validation 1,000, test 1,000 queries")
     tokens = 8 * (40 + 4 * 11)
     assert f"3 steps of [B 8, G 4, S 40, T 11], {tokens:,} tokens a step (sampled, clipped_pg)" in plan["rl"]
-    assert any(line.startswith("sft 3/24  loss ") and " queries/s  ETA 0:" in line for line in lines)
-    assert any(line.startswith("rl 3/3  loss ") and "  reward/slate 0." in line for line in lines)
+    assert any(line.startswith("sft 3/24  loss ") and " tokens/s  ETA 0:" in line for line in lines)
+    assert any(line.startswith("rl 3/3  reward/slate 0.") and " queries/s  " in line for line in lines)
     assert any(line.startswith("rl 2: validation ndcg@2 0.") for line in lines)
+    compiling = [line for line in lines if "compiling" in line]
+    assert compiling == [f"{stage}: compiling {what} ..." for stage in ("sft", "rl") for what in PROGRAMS]
     table = (run.directory / "eval" / "test" / "table.txt").read_text()
     assert run.said.endswith(table + "\n") and table.startswith(f"{QUERIES} queries, percent")
     assert "difference to sft, paired" in table
