@@ -1,6 +1,7 @@
 """Jumping ahead of what the grammar forces: the same rollouts as token by token, in fewer steps."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from tiny import ROOT
 from transcript_cases import CASES, make_query
 
+from fgrpo_jax.bench import command
+from fgrpo_jax.bench import jump as bench
 from fgrpo_jax.models import decoder, packing
 from fgrpo_jax.policies.llm import jump, masks, sampling, transcript
 from fgrpo_jax.types import UNTRAINED
@@ -198,3 +201,20 @@ def test_rollouts_do_not_depend_on_the_mesh():
         print("fine")
     """)
     assert out == ["fine"]
+
+
+def test_the_bench_counts_steps(tmp_path, capsys, monkeypatch):
+    """Of both ways, in one run: fewer than tokens, no fewer than decisions, and the rollouts are the same."""
+    monkeypatch.setattr(bench, "jit", quick_jit)
+    path = tmp_path / "jump.json"
+    given = ["--batch", "2", "--group", "2", "--prompt", "8", "--repeats", "1", "--json", str(path)]
+    assert command.main(["jump", "--workload", "titles", *given]) == 0
+    found = json.loads(path.read_text())
+    steps = found["steps"]
+    assert found["decisions"]["most"] <= steps["jumping"] < steps["by_token"] / 2
+    assert found["same"] == 1 and set(found["seconds"]) == set(found["cpu_s"]) == {"prefill", "by_token", "jumping"}
+    out = capsys.readouterr().out
+    assert f"{steps['by_token'] / steps['jumping']:.2f} times fewer steps" in out
+    digits = bench.names("smollm2", 49_152, 1)[0]
+    assert [len(name) for name in digits] == [3] * 9 + [4] * 11
+    assert bench.WORKLOADS["smollm2"].grammar.length(bench.POOL, 4) == 72
