@@ -238,11 +238,25 @@ class PolicyFiles(NamedTuple):
 class Base(NamedTuple):
     """Parameters of a policy that no stage trains: `frozen` holds them as "base", whatever the stage.
 
-    table: a tree of Param. load: (shardings) -> the parameters, in their places.
+    table: a tree of Param. dtype: of the stored ones. load: (shardings) -> the parameters, in their places.
     """
 
     table: PyTree
+    dtype: str
     load: Callable
+
+
+class Footprint(NamedTuple):
+    """What a policy knows of the memory that it needs beside parameters and moments, of one device.
+
+    beside: (an encoded query, queries of a device, group size, microbatches, size of the tensor axis) -> bytes of
+        "activations" that an update keeps, and of "caches" that sampling keeps; estimates.
+    lighter_state, lighter_step: settings of its own that make parameters and moments, or the rest, smaller.
+    """
+
+    beside: Callable
+    lighter_state: str
+    lighter_step: str
 
 
 class Policy(NamedTuple):
@@ -281,6 +295,7 @@ class Policy(NamedTuple):
         greedily; as sources, but that `most` is a number; None where it writes no text.
     prompted: by name, (examples, write) -> (slate, ranking, Outcome) of each, on the host: lists that its start, not
         trained yet, gives when it is asked; there, write: (token ids of prompts, most) -> those of the answers.
+    footprint: the memory that a step needs; None where it is small beside what a device has.
     fit: of a model of feedback to lists that were shown: (params, frozen, query) -> (logit, feedback, shown),
         [B,J,T] each of J lists: of positive feedback as it sees them, what it was, and where there is a position.
     """
@@ -305,6 +320,7 @@ class Policy(NamedTuple):
     base: Base | None = None
     write: Callable | None = None
     prompted: dict[str, Callable] | None = None
+    footprint: Footprint | None = None
 
     def shapes(self) -> PyTree:
         """Its parameters as ShapeDtypeStructs."""

@@ -120,8 +120,8 @@ def is_best(run, row):
 def test_what_was_said(run):
     """The plan before, a line per log interval and evaluation meanwhile, the table at the end."""
     lines = run.said.splitlines()
-    plan = {line.split()[0]: line for line in lines[:6]}
-    assert list(plan) == ["devices", "model", "data", "sft", "rl", "output"]
+    plan = {line.split()[0]: line for line in lines[:8]}
+    assert list(plan) == ["devices", "model", "data", "sft", "memory", "rl", "output"]
     assert "mesh data 1 x fsdp 1 x tensor 1" in plan["devices"] and "vocabulary 509" in plan["model"]
     assert plan["data"].endswith("synthetic: train 16,000, validation 1,000, test 1,000 queries")
     tokens = 8 * (40 + 4 * 11)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh
 
 from fgrpo_jax import shards
@@ -20,6 +19,7 @@ from fgrpo_jax.bench import flops
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.models import decoder
+from fgrpo_jax.models.memory import activations, caches, width
 from fgrpo_jax.types import is_param
 
 
@@ -105,10 +105,6 @@ def plans(spec: decoder.DecoderSpec, shape: Shape, chips: int) -> Iterator[Plan]
 # --------------------------------------------------------------------- weights
 
 
-def _width(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-
-
 class _Weights(NamedTuple):
     """Numbers in the weights of one tensor shard: those split over fsdp too, and the others."""
 
@@ -146,7 +142,7 @@ def traffic(
     results of two products a layer, and of the embedding, summed over the tensor axis, and the
     gradients of the inputs of as many.
     """
-    weights, compute, stored = _weights(spec, plan.mesh), _width(spec.dtype), _width(spec.param_dtype)
+    weights, compute, stored = _weights(spec, plan.mesh), width(spec.dtype), width(spec.param_dtype)
     here, layers = plan.local(shape), spec.num_layers
     own = here.batch * here.group * here.length
     both = here.batch * here.prompt + own
@@ -192,20 +188,16 @@ def memory(spec: decoder.DecoderSpec, shape: Shape, plan: Plan) -> dict[str, flo
 
     A compiler needs more; it is there to choose what to compile.
     """
-    weights, compute, stored = _weights(spec, plan.mesh), _width(spec.dtype), _width(spec.param_dtype)
+    weights, compute, stored = _weights(spec, plan.mesh), width(spec.dtype), width(spec.param_dtype)
     here = plan.local(shape)
     kept = weights.split / plan.fsdp + weights.others
-    per_token = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers / plan.tensor
-    caches = here.batch * (here.prompt + here.group * here.length) * per_token
-    tokens = here.batch // plan.microbatches * (here.prompt + here.group * here.length)
-    projections = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + 2 * spec.mlp_size
-    of_layer = spec.hidden_size + (0 if spec.remat else spec.hidden_size + projections / plan.tensor)
+    part = here._replace(batch=here.batch // plan.microbatches)
     largest = 2 * weights.layers / spec.num_layers + weights.ends
     accumulated = kept * stored * (1 if plan.microbatches == 1 else 2)
     return {
         "state": 3 * kept * stored,
-        "rollout": (weights.split + caches) * compute,
-        "update": accumulated + largest * (compute + stored) + tokens * of_layer * spec.num_layers * compute,
+        "rollout": weights.split * compute + caches(spec, *here, plan.tensor),
+        "update": accumulated + largest * (compute + stored) + activations(spec, *part, plan.tensor),
     }
 
 
@@ -221,8 +213,8 @@ def seconds_on_chip(spec: decoder.DecoderSpec, shape: Shape, plan: Plan, chip: C
     """
     here, chips = plan.local(shape), plan.data * plan.fsdp * plan.tensor
     weights = _weights(spec, plan.mesh)
-    read = weights.split * _width(spec.dtype)
-    kept = (weights.split / plan.fsdp + weights.others) * _width(spec.param_dtype)
+    read = weights.split * width(spec.dtype)
+    kept = (weights.split / plan.fsdp + weights.others) * width(spec.param_dtype)
     phases = {
         "prefill": (flops.prefill_flops(spec, shape), read),
         "decode": (

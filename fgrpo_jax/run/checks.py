@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgrpo_jax.data.datasets import DataError
-from fgrpo_jax.run import trackers
+from fgrpo_jax.run import memory, trackers
 from fgrpo_jax.run.checkpoint import steps_in
 from fgrpo_jax.run.directory import is_done
 from fgrpo_jax.run.experiment import Experiment
@@ -18,7 +18,7 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
     """Refuse what these data, this mesh and this machine cannot train.
 
     Raises ConfigError for trackers that are not installed, batches that do not fit the mesh, a start that does not
-    fit and for what a policy refuses (Policy.check), DataError for splits that are not there.
+    fit and for what a policy refuses (Policy.check) or no device has room for, DataError for splits that are not there.
     """
     config, dataset = experiment.config, experiment.dataset
     trackers.check(config.trackers)
@@ -26,6 +26,7 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
     for name, stage in stages(config).items():
         if stage.steps:
             check_divisible(experiment.mesh, stage.batch_queries, stage.microbatches, name)
+            memory.check(experiment, name)
         if stage.steps and stage.patience and "validation" not in dataset.splits:
             raise DataError(f"{name}.patience needs a validation split, and {has} set {name}.patience=0")
     if config.eval.split not in dataset.splits:

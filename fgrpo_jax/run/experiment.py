@@ -23,11 +23,11 @@ from fgrpo_jax.algorithm.credit import SCHEMES
 from fgrpo_jax.algorithm.rewards import REWARDS, SUMS
 from fgrpo_jax.config import ConfigError, RunConfig, StageConfig
 from fgrpo_jax.data import datasets
-from fgrpo_jax.data.batches import make_batches, seed_of
+from fgrpo_jax.data.batches import Batches, make_batches, seed_of
 from fgrpo_jax.evaluation.baselines import BASELINES
 from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE, WHOLE, Prediction
 from fgrpo_jax.files import path_of
-from fgrpo_jax.run import processes, sharding
+from fgrpo_jax.run import memory, processes, sharding
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
 from fgrpo_jax.stages import stages
@@ -201,14 +201,17 @@ def plan(experiment: Experiment) -> str:
     ]
     lines += [f"note      {note.text}" for note in experiment.dataset.notes]
     for name, stage in stages(c).items():
-        lines.append(f"{name:9} {_shapes(experiment, name, stage) if stage.steps else 'skipped (steps = 0)'}")
+        if not stage.steps:
+            lines.append(f"{name:9} skipped (steps = 0)")
+            continue
+        batches, policy = make_batches(experiment.dataset, c, "plan", stage), experiment.policy(name)
+        query = policy.encode(batches.batch_at(0))
+        lines.append(f"{name:9} {_shapes(batches, stage, policy.sizes(query))}")
+        lines.append(f"{'':9} {memory.of_stage(experiment, name, query)}")
     return "\n".join([*lines, f"output    {c.run_dir}"])
 
 
-def _shapes(experiment: Experiment, name: str, stage: StageConfig) -> str:
-    policy = experiment.policy(name)
-    batches = make_batches(experiment.dataset, experiment.config, "plan", stage)
-    sizes = policy.sizes(policy.encode(batches.batch_at(0)))
+def _shapes(batches: Batches, stage: StageConfig, sizes: dict[str, int]) -> str:
     b, g = stage.batch_queries, stage.group_size
     tokens = b * (sizes["S"] + g * sizes["T"])
     return (

@@ -33,12 +33,15 @@ MOST = 6  # tokens of a rollout: more cost a CPU more time, in wider grids, than
 
 
 def pace(grammar: Grammar, width: int, group: int) -> Pace | None:
-    """For identifiers of up to `width` tokens; None where they have one and nothing between them is forced.
+    """For identifiers of up to `width` tokens; None where these and the literals have one, so that little is forced.
 
-    Rollouts seldom all have the most tokens at once: a row has room for three fifths of that.
+    Rollouts seldom all have an item's most tokens at once: a row has room for three fifths of that.
     """
-    most = min(width + len(grammar.separator), MOST)
-    return Pace(most, -(-3 * most // 5) * group) if most > 1 else None
+    of_item = width + len(grammar.separator)
+    most = max(of_item, len(grammar.slate_close), len(grammar.rank_close))
+    if most == 1:
+        return None
+    return Pace(min(most, MOST), max(2, -(-3 * min(of_item, MOST) // 5)) * group)
 
 
 class _Loop(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
-from fgrpo_jax.models import decoder, hf, lora
+from fgrpo_jax.models import decoder, hf, lora, memory
 from fgrpo_jax.policies.llm import base, checks, exported, masks, prompted, sampling, serving, targets, transcript
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
-from fgrpo_jax.types import Base, Policy, PyTree, num_params
+from fgrpo_jax.types import Base, Footprint, Policy, PyTree, num_params
 
 
 def make(
@@ -65,6 +65,14 @@ def make(
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
+    def beside(query: Query, queries: int, group: int, microbatches: int, tensor: int) -> dict[str, float]:
+        prompt, length = sizes(query).values()
+        rest = prompt, group, length, tensor
+        return {
+            "activations": memory.activations(spec, queries // microbatches, *rest),
+            "caches": memory.caches(spec, queries, *rest),
+        }
+
     asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
@@ -91,8 +99,9 @@ def make(
         sizes=sizes,
         check=functools.partial(checks.check_training, config, tokenizer, encoded),
         files=policy_files(config, spec, tokenizer, run_dir, ranking),
-        base=Base(base_table, load_base) if spec.lora else None,
+        base=Base(base_table, config.model.lora.base_dtype, load_base) if spec.lora else None,
         write=write,
+        footprint=Footprint(beside, "model.param_dtype='bfloat16'", "model.remat=True"),
         prompted={name: functools.partial(method, asking) for name, method in prompted.METHODS.items()},
     )
 

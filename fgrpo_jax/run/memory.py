@@ -1,0 +1,98 @@
+"""The memory that a stage needs of every device, against what there is: told before anything compiles.
+
+Parameters, moments and gradients are counted; what a step keeps beside them is the policy's estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.run import sharding
+from fgrpo_jax.stages import stages
+from fgrpo_jax.types import PyTree, is_param
+
+if TYPE_CHECKING:
+    from fgrpo_jax.run.experiment import Experiment
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def of_device(device: jax.Device) -> int | None:
+    """Bytes that programs may use of a device; of the machine's available memory, a CPU device's share of
+    it. None where nobody says."""
+    if stats := device.memory_stats():
+        return stats.get("bytes_limit")
+    if device.platform == "cpu" and _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // jax.local_device_count()
+    return None
+
+
+def state(experiment: Experiment, name: str) -> dict[str, int]:
+    """Bytes of a device that a stage's parameters take, trained and frozen ones, and the optimizer's two moments."""
+    policy, stage = experiment.policy(name), stages(experiment.config)[name]
+    trained = _bytes(experiment, policy.table, policy.dtype)
+    frozen = trained * bool(stage.objective.kl_weight)
+    frozen += sum(_bytes(experiment, p.table, p.dtype) for p in map(experiment.policy, stage.frozen_from))
+    if policy.base:
+        frozen += _bytes(experiment, policy.base.table, policy.base.dtype)
+    return {"parameters": trained + frozen, "moments": 2 * trained}
+
+
+def _bytes(experiment: Experiment, table: PyTree, dtype: str) -> int:
+    places = jax.tree.leaves(sharding.param_shardings(experiment.mesh, table))
+    shapes = [p.shape for p in jax.tree.leaves(table, is_leaf=is_param)]
+    numbers = sum(math.prod(place.shard_shape(shape)) for place, shape in zip(places, shapes, strict=True))
+    return numbers * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+
+
+def check(experiment: Experiment, name: str) -> None:
+    """Raises ConfigError where not even parameters and moments of a stage fit a device."""
+    has, need = of_device(experiment.mesh.local_devices[0]), state(experiment, name)
+    if has is None or sum(need.values()) <= has:
+        return
+    footprint = experiment.policy(name).footprint
+    own = f"{footprint.lighter_state}, or " if footprint else ""
+    raise ConfigError(
+        f"{name}: {_told(need)} take {_size(sum(need.values()))} of every device, which has {_size(has)}: set "
+        f"{own}a larger mesh.fsdp (now {experiment.mesh.shape['fsdp']}; it splits them over devices)"
+    )
+
+
+def of_stage(experiment: Experiment, name: str, query: PyTree) -> str:
+    """A line for the plan. query: an encoded batch, which gives the sizes."""
+    stage, policy, mesh = stages(experiment.config)[name], experiment.policy(name), experiment.mesh
+    need = state(experiment, name)
+    gradients = need["moments"] // 2 * (2 if stage.microbatches > 1 else 1)
+    beside = {"activations": 0.0, "caches": 0.0}
+    if policy.footprint:
+        queries = stage.batch_queries // sharding.query_shards(mesh)
+        beside = policy.footprint.beside(query, queries, stage.group_size, stage.microbatches, mesh.shape["tensor"])
+    if stage.source == "logged":
+        beside["caches"] = 0.0
+    # Either a rollout runs or an update.
+    total = sum(need.values()) + max(gradients + beside["activations"], beside["caches"])
+    has = of_device(mesh.local_devices[0])
+    of = "" if has is None else f" of {_size(has)}"
+    told = _told(need | {"gradients": gradients}) + (f"; estimated: {_told(beside)}" if policy.footprint else "")
+    line = f"memory of a device: about {_size(total)}{of} ({told})"
+    if has is not None and total > has:
+        lighter = f", {policy.footprint.lighter_step}" if policy.footprint else ""
+        line += f"; may not fit: more {name}.microbatches, fewer {name}.batch_queries{lighter}"
+    return line
+
+
+def _told(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+
+
+def _size(size: float) -> str:
+    unit, name = next(((2**p, name) for p, name in ((30, "GiB"), (20, "MiB")) if size >= 2**p), (2**10, "KiB"))
+    return f"{size / unit:.{0 if size >= 10 * unit else 1}f} {name}"

@@ -1,0 +1,102 @@
+"""The memory that a stage needs: counted as arrays take it, told in the plan, refused where it is not there."""
+
+import types
+from pathlib import Path
+
+import jax
+import pytest
+from one_step import build
+from tiny import changed
+
+import train
+from fgrpo_jax.config import ConfigError
+from fgrpo_jax.run import memory
+from fgrpo_jax.run.checks import check_training
+from fgrpo_jax.run.experiment import assemble, plan
+from fgrpo_jax.types import num_params
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("memory"))
+
+
+def having(patch, size):
+    patch.setattr(memory, "of_device", lambda device: size)
+
+
+def with_fields(experiment, **fields):
+    config = changed(experiment.config, {name.replace("__", "."): value for name, value in fields.items()})
+    return assemble(config, experiment.dataset, Path(config.run_dir))
+
+
+@pytest.mark.parametrize("dtype, kl_weight", [("float32", 0.0), ("bfloat16", 0.1)])
+def test_parameters_and_moments_are_counted_as_they_lie(experiment, dtype, kl_weight):
+    """Against the train state itself."""
+    experiment = with_fields(experiment, model__param_dtype=dtype, rl__objective__kl_weight=kl_weight)
+    policy = experiment.policy("rl")
+    *_, optimizer, _ = train.make_step(experiment, policy, experiment.config.rl)
+    state = jax.eval_shape(optimizer.init, policy.shapes())
+    moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+    parameters = num_params(policy.table) * jax.numpy.dtype(dtype).itemsize
+    assert memory.state(experiment, "rl") == {
+        "parameters": parameters * (2 if kl_weight else 1),
+        "moments": moments,
+    }
+
+
+def test_parameters_are_split_over_fsdp(experiment):
+    """A device of four holds a quarter of what is split, and all of the norms."""
+    mesh = jax.sharding.AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    table = experiment.policy("rl").table
+    here, norms = memory.state(experiment._replace(mesh=mesh), "rl"), 0
+    for name, p in table["layers"].items():
+        norms += 4 * int(jax.numpy.prod(jax.numpy.array(p.shape))) if "norm" in name else 0
+    norms += 4 * table["final_norm"].shape[0]
+    whole = 4 * num_params(table)
+    assert here["parameters"] == (whole - norms) // 4 + norms
+
+
+def test_what_does_not_fit_is_refused_with_the_fields_that_help(experiment, tmp_path, monkeypatch):
+    need = sum(memory.state(experiment, "sft").values())
+    having(monkeypatch, need)
+    check_training(experiment, tmp_path)
+    having(monkeypatch, need - 1)
+    with pytest.raises(ConfigError, match=r"sft: parameters .*set model.param_dtype='bfloat16', or a larger mesh.fsdp"):
+        check_training(experiment, tmp_path)
+    having(monkeypatch, None)  # a device that does not tell
+    check_training(experiment, tmp_path)
+
+
+def test_the_plan_tells(experiment, monkeypatch):
+    having(monkeypatch, 2**30)
+    told = [line.strip() for line in plan(experiment).splitlines() if "memory of a device" in line]
+    assert len(told) == 2 and all(" of 1.0 GiB (parameters " in line for line in told)
+    assert "caches" not in told[0] and "caches" in told[1]  # nothing is decoded in SFT
+    having(monkeypatch, 2**10)
+    assert "may not fit: more sft.microbatches, fewer sft.batch_queries, model.remat=True" in plan(experiment)
+
+
+def test_microbatches_and_remat_lessen_what_is_kept(experiment):
+    query = experiment.policy("rl").encode(experiment.dataset.splits["train"][1:9])
+
+    def kept(microbatches=1, **fields):
+        return with_fields(experiment, **fields).policy("rl").footprint.beside(query, 8, 4, microbatches, 1)
+
+    usual = kept()
+    assert kept(4)["activations"] == usual["activations"] / 4 and kept(4)["caches"] == usual["caches"]
+    assert kept(model__remat=True)["activations"] < usual["activations"] / 2
+    tokens, of_token = 8 * (16 + 4 * 8), 2 * 2 * 4  # keys and values of two heads of four
+    assert usual["caches"] == tokens * of_token * 4
+
+
+def test_a_cpu_has_what_is_available(monkeypatch, tmp_path):
+    path = tmp_path / "meminfo"
+    path.write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", path)
+    cpu = jax.devices()[0]
+    assert memory.of_device(cpu) == 1000 * 1024 // jax.local_device_count()
+    path.unlink()
+    assert memory.of_device(cpu) is None
+    told = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7}, platform="gpu")
+    assert memory.of_device(told) == 7
