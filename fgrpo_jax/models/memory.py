@@ -23,11 +23,13 @@ def caches(spec: DecoderSpec, queries: int, prompt: int, group: int, length: int
 
 
 def activations(spec: DecoderSpec, queries: int, prompt: int, group: int, length: int, tensor: int = 1) -> float:
-    """What the forward pass of these queries (a microbatch's) keeps for the backward pass.
+    """What the forward pass of these queries (a microbatch's) keeps for the backward pass, and what that makes.
 
-    Of every layer its input, and, without spec.remat, the results of its projections.
+    Of every layer its input, and, without spec.remat, the results of its projections. The backward pass makes
+    these again for one layer at a time, with activations and MLP between them, and the gradient of each.
     """
     tokens = queries * (prompt + group * length)
     projections = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + 2 * spec.mlp_size
     of_layer = spec.hidden_size + (0 if spec.remat else spec.hidden_size + projections / tensor)
-    return tokens * of_layer * spec.num_layers * width(spec.dtype)
+    at_once = 2 * (2 * spec.hidden_size + (projections + spec.mlp_size) / tensor)
+    return tokens * (of_layer * spec.num_layers + at_once) * width(spec.dtype)
