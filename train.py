@@ -177,9 +177,7 @@ def run(config, dry: bool) -> int:
 
 def rehearse(experiment, plan: str) -> None:
     """Say what would run; nothing is compiled."""
-    trained = {name: stage for name, stage in stages(experiment.config).items() if stage.steps}
-    steps = {name: make_step(experiment, experiment.policy(name), stage)[2:] for name, stage in trained.items()}
-    for line in (plan, *dry_run.lines(experiment, steps)):
+    for line in (plan, *dry_run.lines(experiment)):
         print(line, flush=True)
 
 

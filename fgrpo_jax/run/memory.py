@@ -61,7 +61,7 @@ def check(experiment: Experiment, name: str) -> None:
     footprint = experiment.policy(name).footprint
     own = f"{footprint.lighter_state}, or " if footprint else ""
     raise ConfigError(
-        f"{name}: {_told(need)} take {_size(sum(need.values()))} of every device, which has {_size(has)}: set "
+        f"{name}: {_told(need)} take {size(sum(need.values()))} of every device, which has {size(has)}: set "
         f"{own}a larger mesh.fsdp (now {experiment.mesh.shape['fsdp']}; it splits them over devices)"
     )
 
@@ -80,9 +80,9 @@ def of_stage(experiment: Experiment, name: str, query: PyTree) -> str:
     # Either a rollout runs or an update.
     total = sum(need.values()) + max(gradients + beside["activations"], beside["caches"])
     has = of_device(mesh.local_devices[0])
-    of = "" if has is None else f" of {_size(has)}"
+    of = "" if has is None else f" of {size(has)}"
     told = _told(need | {"gradients": gradients}) + (f"; estimated: {_told(beside)}" if policy.footprint else "")
-    line = f"memory of a device: about {_size(total)}{of} ({told})"
+    line = f"memory of a device: about {size(total)}{of} ({told})"
     if has is not None and total > has:
         lighter = f", {policy.footprint.lighter_step}" if policy.footprint else ""
         line += f"; may not fit: more {name}.microbatches, fewer {name}.batch_queries{lighter}"
@@ -90,9 +90,13 @@ def of_stage(experiment: Experiment, name: str, query: PyTree) -> str:
 
 
 def _told(parts: dict[str, float]) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
 
 
-def _size(size: float) -> str:
-    unit, name = next(((2**p, name) for p, name in ((30, "GiB"), (20, "MiB")) if size >= 2**p), (2**10, "KiB"))
-    return f"{size / unit:.{0 if size >= 10 * unit else 1}f} {name}"
+def size(count: float) -> str:
+    """`1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
