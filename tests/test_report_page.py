@@ -302,3 +302,15 @@ def test_texts_are_cut_to_a_budget(texts, budget):
 def test_data_hold_no_markup(value):
     text = markup.data(value)
     assert json.loads(text) == value and not set("<>&\u2028\u2029") & set(text)
+
+
+def test_runs_that_are_compared_are_averaged_by_stage():
+    examples = [RankingExample(f"q{i}", "", (("a", "a"), ("b", "b")), (1.0, 0.0)) for i in range(4)]
+    right, wrong = Prediction((0, 1), (0, 1)), Prediction((0, 1), (1, 0))
+    methods = {"random": [wrong] * 4, "rl": [right] * 4, "s1.rl": [right, wrong] * 2, "s1.sft": [wrong] * 4}
+    found = evaluate.compare(examples, methods, (1,), "rl", resamples=2, names=("recall",))
+    found.summary["parameters"] = dict.fromkeys(("rl", "s1.rl", "s1.sft"), 5)
+    beside = Beside({"": [], "s1.": []})
+    read = Reader(page.render(found, {}, {}, beside=beside))
+    assert ["rl, 2 runs", "75.0 ±35.4", "87.5 ±17.7", "100.0 ±0.0"] in read.rows
+    assert not any("runs" in cell for row in Reader(page.render(found, {}, {})).rows for cell in row)

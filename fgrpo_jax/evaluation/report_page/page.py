@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from types import MappingProxyType
 from typing import NamedTuple
+
+import numpy as np
 
 from fgrpo_jax.evaluation import fit
 from fgrpo_jax.evaluation import table as tables
@@ -46,7 +48,7 @@ def render(
     summary, config = evaluation.summary, manifest.get("config", {})
     metric = main_metric(evaluation, config)
     parts = {
-        "summary": ("Summary", _summary(evaluation, left_out, fits, metric)),
+        "summary": ("Summary", _summary(evaluation, left_out, fits, metric, tuple(beside.logs))),
         "training": ("Training", training.section(beside.logs)),
         "errors": ("Where queries are lost", _errors(evaluation)),
         "ceilings": ("What was within reach", _ceilings(evaluation)),
@@ -94,12 +96,17 @@ def _hash(text: str) -> str:
 # --------------------------------------------------------------------- sections
 
 
-def _summary(evaluation: Evaluation, left_out: Mapping[str, str], fits: Mapping, metric: str) -> str:
+def _summary(
+    evaluation: Evaluation, left_out: Mapping[str, str], fits: Mapping, metric: str, prefixes: Sequence[str]
+) -> str:
     summary = evaluation.summary
     heading = tables.heading(summary)
     parts = [_tiles(summary, metric), tag("p", escape(f"{heading}. The greatest of a column is bold."))]
     blocks = [markup.table(t or f"metrics: {', '.join(r[0][1:])}", r, best=not t) for t, r in tables.blocks(summary)]
     parts.append(tag("div", "".join(blocks), class_="tables"))
+    if rows := _over_runs(evaluation, prefixes):
+        said = "mean of the compared runs that have this stage ± their standard deviation, percent"
+        parts.append(markup.table(f"{said} (whatever they differ in)", rows))
     if summary["paired"]:
         parts.append(_forest(summary, metric))
     notes = [f"left out: {name}: {reason}" for name, reason in left_out.items()]
@@ -112,6 +119,22 @@ def _summary(evaluation: Evaluation, left_out: Mapping[str, str], fits: Mapping,
     if fits:
         parts.append(tag("h3", "Fit of the models of feedback") + tag("pre", escape(fit.lines(fits)), tabindex=0))
     return "".join(parts) + tag("ul", "".join(tag("li", escape(note)) for note in notes), class_="notes")
+
+
+def _over_runs(evaluation: Evaluation, prefixes: Sequence[str]) -> list[list[str]]:
+    """Of stages that several runs have: how much a metric varies with the run, a seed for example."""
+    methods = evaluation.summary["methods"]
+    own = [name for name in evaluation.summary.get("parameters", {}) if prefixes and name in methods]
+    alike = {name: [p + name for p in prefixes if p + name in own] for name in own}
+    alike = {name: found for name, found in alike.items() if len(found) > 1}
+    rewards = evaluation.summary.get("rewards", {})
+    names = [name for name in methods[evaluation.summary["versus"]] if name not in rewards]
+    rows = []
+    for name, found in alike.items():
+        means = np.array([[100 * methods[one][metric]["mean"] for metric in names] for one in found])
+        cells = [f"{m:.1f} ±{s:.1f}" for m, s in zip(means.mean(0), means.std(0, ddof=1))]
+        rows.append([f"{name}, {len(found)} runs", *cells])
+    return [["", *names], *rows] if rows else []
 
 
 def _tiles(summary: Mapping, metric: str) -> str:

@@ -86,7 +86,10 @@ def _series(panel: Panel, runs: Mapping[str, Rows]) -> list[Series]:
         for m, name in enumerate(panel.names(logged)):
             colour, dash = (m, 0) if len(runs) == 1 else (r % COLOURS, min(m, len(DASHES) - 1))
             said = name.split("/")[-1].replace("_", " ")
-            if points := thinned(points_of(rows, name)):
+            points = thinned(points_of(rows, name))
+            if name.startswith("entropy/") and not any(y for _, y in points):
+                continue  # a phase that this policy does not have
+            if points:
                 run = prefix.rstrip(".") or "this run"
                 series.append(Series(said if len(runs) == 1 else f"{run}: {said}", points, colour, dash))
     return series
@@ -112,5 +115,5 @@ def section(logs: Mapping[str, Rows]) -> str:
     found, parts = stages(logs), []
     for i, (name, figures) in enumerate(found.items()):
         shown = {"open": ""} if len(found) - i <= OPEN else {}
-        parts.append(tag("details", tag("summary", escape(name)) + figures, **shown))
+        parts.append(tag("details", tag("summary", tag("h3", escape(name))) + figures, **shown))
     return "".join(parts)
