@@ -152,7 +152,7 @@ def test_the_same_command_does_not_train_again(run, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_stage", None)
     assert run_training(run.config) == 0
     assert contents(run.directory) == before
-    assert run.said.endswith(capsys.readouterr().out.split("\n", 6)[-1])
+    assert run.said.endswith(capsys.readouterr().out.split("\n", 8)[-1])
 
 
 # --------------------------------------------------------------------- eval.py
