@@ -4,8 +4,8 @@
     python train.py configs/smollm2.py
     python train.py configs/smollm2.py:scratch     # the same architecture and SFT from random weights
 
-Low-rank adapters are trained; from random weights everything is, at a lower rate. 300 test queries, seed 0, after SFT:
-NDCG@3 63.5 (Random 22.5, from random weights 22.8). SFT takes 13 minutes of CPU time.
+Low-rank adapters are trained; from random weights everything is, at a lower rate. 300 test queries, seed 0: NDCG@3
+66.0 after SFT, 68.3 after F-GRPO from its step 50 (Random 22.5; how it was measured is in README.md).
 """
 
 import dataclasses
