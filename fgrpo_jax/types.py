@@ -38,7 +38,7 @@ class Param(NamedTuple):
     """A parameter, declared once: initialisation, optimizer, shardings and files all read it here.
 
     shape: of the whole array. axes: a logical axis (shards.RULES) for each dimension.
-    init: "normal", "ones" or "zeros". decay: whether weight decay applies to it.
+    init: "normal", "ones", "zeros" or "log_uniform". decay: whether weight decay applies to it.
     """
 
     shape: tuple[int, ...]

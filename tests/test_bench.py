@@ -12,6 +12,7 @@ from fgrpo_jax.bench import flops, measure
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.models import decoder
 
+HYBRID = {"pattern": (decoder.DELTA, decoder.FULL), "delta": (2, 4, 3, 5, 4), "attention_gate": True}
 SHAPE = Shape(batch=2, prompt=8, group=2, length=3)
 
 
@@ -23,13 +24,33 @@ def counted(spec, shape):
         nonlocal total
         total += 2 * rows * columns
 
+    def recurrent_token(only_state):
+        keys, values, key_width, value_width, _ = spec.delta
+        for _ in range(keys):
+            product(spec.hidden_size, key_width)
+        for _ in range(values):
+            product(spec.hidden_size, value_width)
+            product(spec.hidden_size, 2)  # decay and rate
+            for _ in range(2 if only_state else 3):  # what the state says of the key, what is added; the query
+                product(key_width, value_width)
+        if only_state:
+            return
+        for _ in range(keys):
+            product(spec.hidden_size, key_width)
+        for _ in range(2 * values):  # gate, output
+            product(spec.hidden_size, value_width)
+        for _ in range(3):
+            product(spec.hidden_size, spec.mlp_size)
+
     def token(layer, keys, only_keys_values=False):
+        if decoder.layer_kinds(spec)[layer] == decoder.DELTA:
+            return recurrent_token(only_keys_values)
         keys = min(keys, spec.window) if decoder.layer_kinds(spec)[layer] == decoder.LOCAL else keys
         for _ in range(2):
             product(spec.hidden_size, spec.num_kv_heads * spec.head_dim)
         if only_keys_values:
             return
-        for _ in range(2):  # queries, output
+        for _ in range(3 if spec.attention_gate else 2):  # queries and their gates, output
             product(spec.hidden_size, spec.num_heads * spec.head_dim)
         for _ in range(3):
             product(spec.hidden_size, spec.mlp_size)
@@ -50,7 +71,7 @@ def counted(spec, shape):
 
 @pytest.mark.parametrize("shape", [SHAPE, flops.repeated(SHAPE), Shape(1, 1, 1, 1)])
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("kinds", [{}, {"pattern": (decoder.LOCAL, decoder.FULL), "window": 4}])
+@pytest.mark.parametrize("kinds", [{}, {"pattern": (decoder.LOCAL, decoder.FULL), "window": 4}, HYBRID])
 def test_flops_are_those_counted_token_by_token(spec, shape, layers, kinds):
     spec = spec._replace(num_layers=layers, **kinds)
     assert flops.rollout_flops(spec, shape) == counted(spec, shape)

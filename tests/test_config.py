@@ -195,6 +195,12 @@ def test_values_of_the_wrong_type():
         (dict(prompt__chat=True), "prompt.chat needs a tokenizer with a chat template"),
         (dict(model__num_heads=3), "model.num_heads=3 must be a multiple of num_kv_heads=2"),
         (dict(model__head_dim=5), "model.head_dim=5 must be even"),
+        (dict(model__head_dim=12, model__family="qwen3_5_text"), "head_dim=12 of which 0.25 is rotated must be even"),
+        (
+            dict(model__delta=(3, 4, 16, 16)),
+            r"model.delta=\(3, 4, 16, 16\): at least 1 each, and heads of values a multiple",
+        ),
+        (dict(model__window=0), "model.window=0 must be at least 1"),
         (dict(model__mlp_size=0), "model.mlp_size=0 must be at least 1"),
         (dict(model__init_std=0.0), "model.init_std=0.0 must be positive"),
         (dict(model__logit_chunk=0), "model.logit_chunk must be at least 1"),

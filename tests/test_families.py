@@ -15,7 +15,7 @@ from helpers import quick_jit, random_params
 
 from fgrpo_jax.config import ModelConfig
 from fgrpo_jax.models import decoder, head, hf
-from fgrpo_jax.models.decoder import FULL, LOCAL
+from fgrpo_jax.models.decoder import DELTA, FULL, LOCAL
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm import files
 
@@ -52,6 +52,18 @@ CASES = {
             "rope_scaling": (4.0,), "local_rope_theta": 1e3, "tie_embeddings": True,
         },
     ),
+    "qwen 3.5": (  # two repeats are scanned over, and one layer is left
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 16, "num_hidden_layers": 5, "layer_types": [*([DELTA, FULL] * 2), DELTA],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12, "rope_theta": 5e4, "initializer_range": 0.1,
+        },
+        {
+            "pattern": (DELTA, FULL), "delta": (2, 4, 8, 12, 4), "attention_gate": True, "norm_plus_one": True,
+            "rotary_fraction": 0.25, "rope_theta": 5e4, "tie_embeddings": False,
+        },
+    ),
 }  # fmt: skip
 LENGTHS = np.array([1, 5, 9])  # of 9: the first prompt is all padding but one token
 GROUP, LENGTH, RATE = 2, 12, 0.03
@@ -82,6 +94,8 @@ def case(request, torch, tmp_path_factory):
         for name, weight in model.named_parameters():
             if "norm" in name or "bias" in name:
                 weight.add_(0.2 * torch.randn_like(weight))
+            if name.endswith("A_log"):  # states that last
+                weight.copy_(torch.log(0.02 + 0.3 * torch.rand_like(weight)))
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return model, folder, expected
@@ -206,7 +220,7 @@ def test_random_weights_of_a_family_are_exported_as_that(family, tokenizer, tmp_
     assert hf.read_spec(tmp_path / "out", **NUMERICS | {"logit_chunk": 4096, "rows_first": True}) == spec._replace(
         attention="auto"
     )
-    assert all((x == 0).all() for name, x in tensors.items() if name.endswith("bias"))
+    assert all((x == 0).all() for name, x in tensors.items() if name.endswith("proj.bias"))
     assert sum(x.size for x in tensors.values()) == decoder.num_params(spec)
 
 
@@ -214,7 +228,7 @@ def test_families_are_told_apart_by_their_specs():
     assert typing.get_args(typing.get_type_hints(ModelConfig)["family"]) == tuple(FAMILIES)
     rows = [family.spec for family in FAMILIES.values()]
     assert all(row.keys() == rows[0].keys() for row in rows) and len({tuple(row.values()) for row in rows}) == len(rows)
-    bare = decoder.DecoderSpec(8, 8, 1, 1, 1, 8, 8, tie_embeddings=False)
+    bare = decoder.DecoderSpec(8, 8, 2, 1, 1, 8, 8, tie_embeddings=False, pattern=(DELTA, FULL), delta=(1, 1, 1, 1, 1))
     every = [hf.flatten_dict(decoder.param_table(bare._replace(**row)), sep="/") for row in rows]
     assert hf.TENSORS.keys() <= set().union(*every)
 
@@ -246,6 +260,7 @@ def spec_of(folder, fields):
         ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported, only False is"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu' is"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0 is"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'rope_type': 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no low_freq_factor"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor=0 must be a positive"),
@@ -309,6 +324,58 @@ def test_gemma_as_transformers_4_writes_it(tmp_path):
     spec = spec_of(tmp_path, fields | {"rope_theta": "remove"})
     assert spec.pattern == (LOCAL,) * 5 + (FULL,) and spec.window == 512 and spec.tie_embeddings
     assert (spec.rope_theta, spec.rope_scaling, spec.local_rope_theta) == (1e6, (), 1e4)
+
+
+HYBRID = {"model_type": "qwen3_5_text", "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_num_key_heads": 2}
+HYBRID |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        ({"linear_key_head_dim": "remove"}, "has no field 'linear_key_head_dim'"),
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads=3 is not a multiple of linear_num_key_heads=2"),
+        ({"head_dim": 20}, "head_dim=20 times partial_rotary_factor=0.25 must be even"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=[1.5] must be one number up to 1"),
+        ({"layer_types": [FULL, LOCAL]}, "layer_types holds 'sliding_attention'; only 'linear_attention' or 'full"),
+        ({"attention_bias": True}, "attention_bias=True is not supported, only False is"),
+        ({"full_attention_interval": "4"}, "full_attention_interval='4' must be a positive integer"),
+    ],
+)
+def test_hybrids_that_are_refused(tmp_path, fields, complaint):
+    with pytest.raises(hf.ModelFilesError) as caught:
+        spec_of(tmp_path, HYBRID | fields)
+    assert complaint in str(caught.value)
+
+
+def test_one_layer_in_four_attends(tmp_path):
+    spec = spec_of(tmp_path, HYBRID | {"num_hidden_layers": 8})
+    assert spec.pattern == (DELTA, DELTA, DELTA, FULL) and decoder.holders(spec, "q") == (3, 7)
+    assert spec_of(tmp_path, HYBRID | {"full_attention_interval": 2}).pattern == (DELTA, FULL)
+
+
+def test_the_text_model_of_one_of_images_and_text(tokenizer, tmp_path):
+    """Its names have a prefix, its sizes are nested, and others lie beside it."""
+    spec = files.make_spec(ModelConfig(family="qwen3_5_text", num_layers=4), SIZES["vocab_size"], tmp_path)
+    params = random_params(spec)
+    tensors = saved(tmp_path / "text", spec, params, None, tokenizer)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    text = hf.read_config(tmp_path / "text")
+    config = {"model_type": "qwen3_5", "tie_word_embeddings": text.pop("tie_word_embeddings"), "text_config": text}
+    (whole / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 1}}))
+    renamed = {name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}
+    beside = {"model.visual.norm.weight": np.ones(3, np.float32), "mtp.norm.weight": np.ones(3, np.float32)}
+    safetensors.numpy.save_file(renamed | beside, whole / hf.SINGLE)
+    numerics = NUMERICS | {"logit_chunk": 4096, "rows_first": True}
+    assert hf.read_spec(whole, **numerics) == hf.read_spec(tmp_path / "text", **numerics)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), hf.load(whole, spec), params))
+    (whole / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    with pytest.raises(hf.ModelFilesError, match="text_config=None must be an object"):
+        hf.read_spec(whole, **numerics)
+    safetensors.numpy.save_file(renamed | {"model.other": np.ones(3, np.float32)}, whole / hf.SINGLE)
+    with pytest.raises(hf.ModelFilesError, match="no place: model.other"):
+        hf.load(whole, spec)
 
 
 def test_weights_of_another_family_are_refused(tokenizer, tmp_path):

@@ -54,15 +54,20 @@ def both(sampler, pace, params, query, key, group):
         ("characters", (4, 14), KEY),
         ("merged", (3, G), None),
         ("windows", (3, 11), KEY),
+        ("states", (3, 11), KEY),
         ("unseparated", (2, 9), KEY),
         ("trie", (12, 12 * G), KEY),
     ],
 )
 def test_the_same_rollouts_as_token_by_token(model, name, pace, key):
-    """Names of several tokens, names that begin alike, with and without separator; layers that see 3 tokens alone."""
+    """Names of several tokens, names that begin alike, with and without separator; layers that see 3 tokens
+    alone, and recurrent ones."""
     spec, params = model
     if name == "windows":
         spec, name = spec._replace(pattern=(decoder.LOCAL, decoder.FULL, decoder.LOCAL), window=3), "merged"
+    if name == "states":  # of which the last layer's is one
+        spec, name = spec._replace(pattern=(decoder.DELTA, decoder.FULL), delta=(1, 2, 4, 6, 4)), "merged"
+        params = quick_jit(decoder.init, static_argnums=0)(spec, jax.random.key(0))
     case = CASES[name]
     sampler = sampling.Sampler(spec, case.grammar, constrained=True)
     by_token, jumping, steps = jax.device_get(both(sampler, jump.Pace(*pace), params, prompted(case), key, G))

@@ -1,12 +1,12 @@
 """What a step has to compute and read: closed forms that times are compared with.
 
 Useful work only. A multiplication with its addition counts two. Counted are matrix products
-of projections, attention and head; norms, softmax, rotary embedding and the optimizer are
-not. Counted once is what a step needs once: the prompt of a query (for its whole group),
-each pair of positions a causal mask and a window let through. Not counted is what it need not compute:
-logits of the prompt, and queries, output projection and MLP of the prompt in the last layer,
-whose keys and values alone are needed. A backward pass is twice its forward pass; anything
-computed again there is not useful work.
+of projections, attention, states (token by token) and head; norms, convolutions, softmax, rotary
+embedding and the optimizer are not. Counted once is what a step needs once: the prompt of a query
+(for its whole group), each pair of positions a causal mask and a window let through. Not counted is
+what it need not compute: logits of the prompt, and queries, output projection and MLP of the prompt
+in the last layer, whose keys and values, or state, alone are needed. A backward pass is twice its
+forward pass; anything computed again there is not useful work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fgrpo_jax.models.decoder import LOCAL, DecoderSpec, layer_kinds
+from fgrpo_jax.models.decoder import DELTA, FULL, LOCAL, DecoderSpec, layer_kinds
+from fgrpo_jax.models.delta import Sizes
 
 
 class Shape(NamedTuple):
@@ -27,28 +28,45 @@ class Shape(NamedTuple):
     length: int
 
 
-def _per_token(spec: DecoderSpec) -> tuple[int, int]:
-    """FLOPs a layer spends on a token: in keys and values, and in everything else but attention."""
-    keys_values = 2 * spec.hidden_size * 2 * spec.num_kv_heads * spec.head_dim
-    queries_output = 2 * spec.hidden_size * 2 * spec.num_heads * spec.head_dim
-    return keys_values, queries_output + 2 * 3 * spec.hidden_size * spec.mlp_size
+class _Layer(NamedTuple):
+    """Multiplications for a token: with the weights of keys and values, or of what a state is made of, and with all
+    others; and with a state, to change it and to read it."""
+
+    kept: int
+    others: int
+    change: int = 0
+    read: int = 0
+
+
+def _layers(spec: DecoderSpec) -> list[_Layer]:
+    width, head = spec.hidden_size, spec.head_dim
+    mlp = 3 * width * spec.mlp_size
+    attends = _Layer(
+        2 * width * spec.num_kv_heads * head, (3 if spec.attention_gate else 2) * width * spec.num_heads * head + mlp
+    )
+    kinds = layer_kinds(spec)
+    if DELTA not in kinds:
+        return [attends] * len(kinds)
+    n = Sizes(*spec.delta)
+    keys, values, state = n.keys * n.key_width, n.values * n.value_width, n.values * n.key_width * n.value_width
+    recurs = _Layer(width * (keys + values + 2 * n.values), width * (keys + 2 * values) + mlp, 2 * state, state)
+    return [recurs if kind == DELTA else attends for kind in kinds]
 
 
 def _pairs(spec: DecoderSpec, first: int, tokens: int) -> list[int]:
     """Pairs of query and key in every layer, of tokens at positions `first` and on; each sees itself too."""
     seen = 1 + first + np.arange(tokens)
     near = int(np.minimum(seen, spec.window).sum()) if LOCAL in spec.pattern else 0
-    return [near if kind == LOCAL else int(seen.sum()) for kind in layer_kinds(spec)]
+    pairs = {FULL: int(seen.sum()), LOCAL: near, DELTA: 0}
+    return [pairs[kind] for kind in layer_kinds(spec)]
 
 
 def prefill_flops(spec: DecoderSpec, shape: Shape) -> int:
     """The prompts' forward pass, each prompt once."""
-    keys_values, rest = _per_token(spec)
+    layers = _layers(spec)
     pairs = sum(_pairs(spec, 0, shape.prompt)[:-1])
-    per_pair = 4 * spec.num_heads * spec.head_dim
-    inner = spec.num_layers - 1
-    one = spec.num_layers * shape.prompt * keys_values + inner * shape.prompt * rest + pairs * per_pair
-    return shape.batch * one
+    per_token = sum(n.kept + n.change for n in layers) + sum(n.others + n.read for n in layers[:-1])
+    return shape.batch * 2 * (shape.prompt * per_token + pairs * 2 * spec.num_heads * spec.head_dim)
 
 
 def completion_flops(spec: DecoderSpec, shape: Shape) -> int:
@@ -59,9 +77,8 @@ def completion_flops(spec: DecoderSpec, shape: Shape) -> int:
     """
     length = shape.length
     pairs = sum(_pairs(spec, shape.prompt - 1, length))
-    layers = spec.num_layers * length * sum(_per_token(spec)) + pairs * 4 * spec.num_heads * spec.head_dim
-    head = length * 2 * spec.hidden_size * spec.vocab_size
-    return shape.batch * shape.group * (layers + head)
+    per_token = sum(map(sum, _layers(spec))) + spec.hidden_size * spec.vocab_size
+    return shape.batch * shape.group * 2 * (length * per_token + pairs * 2 * spec.num_heads * spec.head_dim)
 
 
 def rollout_flops(spec: DecoderSpec, shape: Shape) -> int:
@@ -78,15 +95,19 @@ def repeated(shape: Shape) -> Shape:
 
 
 def decode_step_bytes(spec: DecoderSpec, shape: Shape) -> int:
-    """Bytes one decoding step reads: weights, prompt caches and half the own caches on average; of windows, theirs."""
+    """Bytes one decoding step reads: weights, prompt caches, states and, on average, half the own caches.
+
+    Of a window, what is in it.
+    """
     width = np.dtype(np.uint16 if spec.dtype == "bfloat16" else np.float32).itemsize
-    keys_values, rest = _per_token(spec)
-    weights = spec.num_layers * (keys_values + rest) // 2 + spec.hidden_size * spec.vocab_size
+    layers, kinds = _layers(spec), layer_kinds(spec)
+    weights = sum(n.kept + n.others for n in layers) + spec.hidden_size * spec.vocab_size
     full = shape.prompt + shape.group * shape.length // 2
     near = min(shape.prompt, spec.window) + shape.group * min(shape.length, 2 * spec.window) // 2
-    tokens = sum(near if kind == LOCAL else full for kind in layer_kinds(spec))
+    tokens = sum({FULL: full, LOCAL: near, DELTA: 0}[kind] for kind in kinds)
     cached = shape.batch * tokens * 2 * spec.num_kv_heads * spec.head_dim
-    return width * (weights + cached)
+    states = 4 * shape.batch * shape.group * sum(n.read for n in layers)
+    return width * (weights + cached) + states
 
 
 # --------------------------------------------------------------------- the ranker

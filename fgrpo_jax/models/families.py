@@ -33,6 +33,7 @@ _PLAIN = {
     "norm_plus_one": False,
     "post_norms": False,
     "scale_embeddings": False,
+    "attention_gate": False,
 }
 
 FAMILIES = {
@@ -63,6 +64,7 @@ FAMILIES = {
             "norm_plus_one": True,
             "post_norms": True,
             "scale_embeddings": True,
+            "attention_gate": False,
         },
         {
             "hidden_activation": ("gelu_pytorch_tanh",),
@@ -73,5 +75,12 @@ FAMILIES = {
         },
         {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "tie_word_embeddings": True},
         ("sliding_attention",) * 5 + ("full_attention",),
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        _PLAIN | {"qk_norm": True, "norm_plus_one": True, "attention_gate": True},
+        {"hidden_act": ("silu",), "attention_bias": (False, None)},
+        {"partial_rotary_factor": 0.25},
+        ("linear_attention",) * 3 + ("full_attention",),
     ),
 }

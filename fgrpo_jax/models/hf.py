@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.files import is_address, path_of, send, storing
 from fgrpo_jax.models import gguf
-from fgrpo_jax.models.decoder import DecoderSpec, param_table
+from fgrpo_jax.models.decoder import DecoderSpec, holders, param_table
 from fgrpo_jax.models.hf_config import (
     make_config,
     read_config,
@@ -46,6 +46,7 @@ __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = ("F32", "F16", "BF16")
+_TEXT, _BESIDE_TEXT = "model.language_model.", ("model.visual.", "mtp.")  # what names begin with
 _ROWS = 4096  # compared at a time
 
 
@@ -53,8 +54,8 @@ class Stored(NamedTuple):
     """How a parameter is called and laid out in a checkpoint.
 
     ours: the axes of our array, one letter each, without the layer axis (letters as in
-        types.py, F the width of the MLP).
-    stored: the axes of the checkpoint's array, each a product of ours.
+        types.py, F the width of the MLP, C channels of a convolution).
+    stored: the axes of the checkpoint's array, each a product of ours; "" is an axis of one.
     """
 
     name: str  # "{}" is the layer's number
@@ -74,6 +75,15 @@ TENSORS = {
     "layers/q_norm": Stored("model.layers.{}.self_attn.q_norm.weight", "E", ("E",)),
     "layers/k_norm": Stored("model.layers.{}.self_attn.k_norm.weight", "E", ("E",)),
     "layers/o": Stored("model.layers.{}.self_attn.o_proj.weight", "HED", ("D", "HE")),
+    "layers/delta_qkv": Stored("model.layers.{}.linear_attn.in_proj_qkv.weight", "DC", ("C", "D")),
+    "layers/delta_z": Stored("model.layers.{}.linear_attn.in_proj_z.weight", "DHE", ("HE", "D")),
+    "layers/delta_b": Stored("model.layers.{}.linear_attn.in_proj_b.weight", "DH", ("H", "D")),
+    "layers/delta_a": Stored("model.layers.{}.linear_attn.in_proj_a.weight", "DH", ("H", "D")),
+    "layers/delta_conv": Stored("model.layers.{}.linear_attn.conv1d.weight", "CT", ("C", "", "T")),
+    "layers/delta_dt_bias": Stored("model.layers.{}.linear_attn.dt_bias", "H", ("H",)),
+    "layers/delta_a_log": Stored("model.layers.{}.linear_attn.A_log", "H", ("H",)),
+    "layers/delta_out_norm": Stored("model.layers.{}.linear_attn.norm.weight", "E", ("E",)),
+    "layers/delta_o": Stored("model.layers.{}.linear_attn.out_proj.weight", "HED", ("D", "HE")),
     "layers/mlp_norm": Stored("model.layers.{}.post_attention_layernorm.weight", "D", ("D",)),
     "layers/gate": Stored("model.layers.{}.mlp.gate_proj.weight", "DF", ("F", "D")),
     "layers/up": Stored("model.layers.{}.mlp.up_proj.weight", "DF", ("F", "D")),
@@ -94,7 +104,7 @@ class Tensor(NamedTuple):
     """One tensor of a checkpoint: (a layer of) the parameter at `path`."""
 
     path: str
-    layer: int | None
+    layer: int | None  # its place in the stack
     stored: Stored
     name: str
     shape: tuple[int, ...]  # of our array, without the layer axis
@@ -110,8 +120,11 @@ def _tensors(spec: DecoderSpec) -> Iterator[Tensor]:
         stored = names[path]
         size = dict(zip(stored.ours, shape, strict=True))
         stored_shape = tuple(math.prod(size[a] for a in axes) for axes in stored.stored)
-        for layer in range(param.shape[0]) if stacked else (None,):
-            yield Tensor(path, layer, stored, stored.name.format(layer), shape, stored_shape)
+        if not stacked:
+            yield Tensor(path, None, stored, stored.name, shape, stored_shape)
+            continue
+        for place, layer in enumerate(holders(spec, path.removeprefix("layers/"))):
+            yield Tensor(path, place, stored, stored.name.format(layer), shape, stored_shape)
 
 
 def _flat_table(spec: DecoderSpec) -> dict[str, Param]:
@@ -186,7 +199,28 @@ def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelFilesError(f"{folder / name} is truncated or damaged: copy again ({error})") from None
         files.update(dict.fromkeys(file.keys(), file))
-    return files
+    return _of_text(files)
+
+
+class _Renamed(NamedTuple):
+    """A tensor of an open file, whatever name it is asked for by."""
+
+    file: Any
+    name: str
+
+    def get_tensor(self, _: str) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+    def get_slice(self, _: str) -> Any:
+        return self.file.get_slice(self.name)
+
+
+def _of_text(files: dict[str, Any]) -> dict[str, Any]:
+    """Where a model of images and text lies, its text model, by the names that one alone has."""
+    if not any(name.startswith(_TEXT) for name in files):
+        return files
+    own = [name for name in files if not name.startswith(_BESIDE_TEXT)]
+    return {name.replace(_TEXT, "model.", 1): _Renamed(files[name], name) for name in own}
 
 
 def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:

@@ -12,12 +12,24 @@ from typing import Any
 
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.models import gguf, hf_rope
-from fgrpo_jax.models.decoder import LOCAL, DecoderSpec, layer_kinds, pattern_of
+from fgrpo_jax.models.decoder import DELTA, LOCAL, DecoderSpec, layer_kinds, pattern_of
 from fgrpo_jax.models.families import FAMILIES, Family
 from fgrpo_jax.models.hf_rope import positive
 
 # Fields of config.json that, when present, must have one of these values, whatever the family.
-_FIXED = {"attention_dropout": (0, None), "partial_rotary_factor": (1.0, None), "quantization_config": (None,)}
+_FIXED = {"attention_dropout": (0, None), "quantization_config": (None,)}
+
+
+_PERIODS = ("sliding_window_pattern", "full_attention_interval")  # layers to one that sees everything
+_WITH_IMAGES = {"qwen3_5": "qwen3_5_text"}  # model_type of the whole, and of its text_config
+_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # that the whole may say
+_DELTA = (  # of delta.Sizes
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
 
 
 def read_config(checkpoint: str | Path) -> dict[str, Any]:
@@ -30,7 +42,19 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
         return gguf.read_config(folder)
     if not folder.is_dir():
         raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
-    return read_json(folder / "config.json")
+    return _of_text(read_json(folder / "config.json"), folder / "config.json")
+
+
+def _of_text(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Of a model of images and text, what it says of its text model, which is all that is read."""
+    name = _WITH_IMAGES.get(config.get("model_type"))
+    if name is None:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelFilesError(f"{path}: text_config={text!r} must be an object")
+    shared = {field: config[field] for field in _SHARED if field in config}
+    return shared | {"model_type": name} | text
 
 
 def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:
@@ -57,7 +81,8 @@ def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:
         raise ModelFilesError(f"{path}: tie_word_embeddings={tied!r} must be true or false")
     width, heads = size("hidden_size"), size("num_attention_heads")
     head_dim = size("head_dim", width // heads)
-    period = size("sliding_window_pattern") if config.get("sliding_window_pattern") is not None else None
+    periods = [size(name) for name in _PERIODS if config.get(name) is not None]
+    period = periods[0] if periods else None
     pattern = _pattern(config, family, size("num_hidden_layers"), period, path)
     scalar = positive(config.get("query_pre_attn_scalar", head_dim), "query_pre_attn_scalar", path)
     spec = DecoderSpec(
@@ -70,6 +95,7 @@ def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:
         mlp_size=size("intermediate_size"),
         pattern=pattern,
         window=size("sliding_window") if LOCAL in pattern else 0,
+        delta=tuple(size(name) for name in _DELTA) if DELTA in pattern else (),
         query_scalar=None if scalar == head_dim else scalar,
         norm_eps=positive(_field(config, "rms_norm_eps", path), "rms_norm_eps", path),
         tie_embeddings=tied,
@@ -86,8 +112,12 @@ def _check_heads(spec: DecoderSpec, path: Path) -> None:
         raise ModelFilesError(
             f"{path}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
         )
-    if spec.head_dim % 2:
-        raise ModelFilesError(f"{path}: head_dim={spec.head_dim} must be even (rotary embedding)")
+    rotated = spec.head_dim * spec.rotary_fraction
+    if rotated % 2:
+        of_it = f" times partial_rotary_factor={spec.rotary_fraction}" if spec.rotary_fraction != 1 else ""
+        raise ModelFilesError(f"{path}: head_dim={spec.head_dim}{of_it} must be even (rotary embedding)")
+    if spec.delta and spec.delta[1] % spec.delta[0]:
+        raise ModelFilesError(f"{path}: {_DELTA[1]}={spec.delta[1]} is not a multiple of {_DELTA[0]}={spec.delta[0]}")
 
 
 def _family(config: dict[str, Any], path: Path) -> Family:
@@ -174,15 +204,19 @@ def make_config(
             "dtype": dtype,
         }
         | hf_rope.write(spec)
-        | (_of_windows(spec) if LOCAL in family.pattern else {})
+        | _of_kinds(spec, family)
     )
 
 
-def _of_windows(spec: DecoderSpec) -> dict[str, Any]:
-    scalar = spec.head_dim if spec.query_scalar is None else spec.query_scalar
-    scalar = int(scalar) if float(scalar).is_integer() else scalar
-    config = {"layer_types": list(layer_kinds(spec)), "query_pre_attn_scalar": scalar}
-    return config | ({"sliding_window": spec.window} if LOCAL in spec.pattern else {})
+def _of_kinds(spec: DecoderSpec, family: Family) -> dict[str, Any]:
+    """What families with several kinds of layers say of them."""
+    config: dict[str, Any] = {"layer_types": list(layer_kinds(spec))} if len(family.pattern) > 1 else {}
+    if LOCAL in family.pattern:
+        scalar = spec.head_dim if spec.query_scalar is None else spec.query_scalar
+        config["query_pre_attn_scalar"] = int(scalar) if float(scalar).is_integer() else scalar
+    if LOCAL in spec.pattern:
+        config["sliding_window"] = spec.window
+    return config | (dict(zip(_DELTA, spec.delta, strict=True)) if spec.delta else {})
 
 
 def _name(spec: DecoderSpec) -> str:

@@ -27,7 +27,8 @@ def read(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     objects = {name: _object(config, name, path) for name in ("rope_parameters", "rope_scaling")}
     if LOCAL not in family.pattern:
         theta, scaling = _agreed(objects, "rope_theta", config, family, path)
-        return {"rope_theta": theta, "rope_scaling": scaling}
+        fraction = _fraction(objects, config, family, path)
+        return {"rope_theta": theta, "rope_scaling": scaling, "rotary_fraction": fraction}
     by_kind, scaled = objects.values()
     if by_kind and set(by_kind) != {FULL, LOCAL}:
         raise ModelFilesError(f"{path}: rope_parameters={by_kind!r} must be of {FULL} and of {LOCAL}")
@@ -44,12 +45,28 @@ def write(spec: DecoderSpec) -> dict[str, Any]:
     kind = next(kind for kind, names in _SCALING.items() if len(names) == len(spec.rope_scaling))
     scaling = dict(zip(_SCALING[kind], (_number(x) for x in spec.rope_scaling), strict=True))
     rope = {"rope_theta": spec.rope_theta, "rope_type": kind} | scaling
+    if spec.rotary_fraction != 1:
+        rope["partial_rotary_factor"] = spec.rotary_fraction
     config = {"rope_theta": spec.rope_theta, "rope_parameters": rope} | ({"rope_scaling": rope} if scaling else {})
     if LOCAL not in spec.pattern:
         return config
     local = {"rope_theta": spec.local_rope_theta, "rope_type": "default"}
     by_kind = {FULL: rope, LOCAL: local}
     return config | {"rope_parameters": by_kind, "rope_local_base_freq": spec.local_rope_theta}
+
+
+def _fraction(objects: dict[str, dict[str, Any]], config: dict[str, Any], family: Family, path: Path) -> float:
+    """The part of a head that is rotated: all of it, but in families that may say something else."""
+    field = "partial_rotary_factor"
+    given = [where[field] for where in (*objects.values(), config) if where.get(field) is not None]
+    if not given:
+        return family.optional.get(field, 1.0)
+    fraction = positive(given[0], field, path)
+    if fraction > 1 or any(other != fraction for other in given):
+        raise ModelFilesError(f"{path}: {field}={given!r} must be one number up to 1")
+    if fraction != 1 and field not in family.optional:
+        raise ModelFilesError(f"{path}: {field}={given[0]!r} is not supported, only 1.0 is")
+    return fraction
 
 
 def positive(value: Any, name: str, path: Path) -> float:
@@ -89,10 +106,8 @@ def _agreed(
 def _scaling(rope: dict[str, Any], where: str, path: Path) -> tuple[float, ...]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     unscaled = kind == "default" and "factor" in rope
-    if kind not in _SCALING or rope.get("partial_rotary_factor", 1.0) != 1.0 or unscaled:
-        raise ModelFilesError(
-            f"{path}: {where}={rope!r} is not supported, only rope_type {', '.join(_SCALING)} of whole heads"
-        )
+    if kind not in _SCALING or unscaled:
+        raise ModelFilesError(f"{path}: {where}={rope!r} is not supported, only rope_type {', '.join(_SCALING)}")
     if missing := [name for name in _SCALING[kind] if name not in rope]:
         raise ModelFilesError(f"{path}: {where}={rope!r} has no {missing[0]}")
     scaling = tuple(positive(rope[name], f"{where}.{name}", path) for name in _SCALING[kind])

@@ -65,8 +65,10 @@ def rope_tables(positions: Array, head_dim: int, theta: float, scaling: tuple[fl
 
 
 def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotate pairs (i, i + E/2) of [..., H, E]."""
+    """Rotate pairs (i, i + E/2) of [..., H, E]; of wider heads, the first channels."""
     cos, sin = rope
+    if (rotated := 2 * cos.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([apply_rope(x[..., :rotated], rope), x[..., rotated:]], -1)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 

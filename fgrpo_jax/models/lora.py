@@ -32,7 +32,7 @@ class Lora(NamedTuple):
         return self.alpha / self.rank
 
 
-AXES_IN = {"o": 2}  # axes of a projection's input; 1 elsewhere
+AXES_IN = {"o": 2, "delta_o": 2}  # axes of a projection's input; 1 elsewhere
 
 
 def adapted(table: PyTree, lora: Lora) -> PyTree:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fgrpo_jax.models.decoder import DecoderSpec
+from fgrpo_jax.models.decoder import DecoderSpec, holders
+from fgrpo_jax.models.delta import Sizes
 
 
 def width(dtype: str) -> int:
@@ -17,9 +18,16 @@ def width(dtype: str) -> int:
 
 
 def caches(spec: DecoderSpec, queries: int, prompt: int, group: int, length: int, tensor: int = 1) -> float:
-    """Keys and values that decoding keeps: of every prompt once, and of every rollout's own tokens."""
-    per_token = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers / tensor
-    return queries * (prompt + group * length) * per_token * width(spec.dtype)
+    """Keys and values that decoding keeps: of every prompt once, and of every rollout's own tokens; and the states
+    of prompts and rollouts, in float32."""
+    attending = len(holders(spec, "k"))
+    per_token = 2 * spec.num_kv_heads * spec.head_dim * attending / tensor
+    kept = queries * (prompt + group * length) * per_token * width(spec.dtype)
+    if attending == spec.num_layers:
+        return kept
+    n = Sizes(*spec.delta)
+    state = 4 * n.values * n.key_width * n.value_width / tensor
+    return kept + queries * (1 + group) * (spec.num_layers - attending) * state
 
 
 def activations(spec: DecoderSpec, queries: int, prompt: int, group: int, length: int, tensor: int = 1) -> float:
@@ -29,7 +37,14 @@ def activations(spec: DecoderSpec, queries: int, prompt: int, group: int, length
     these again for one layer at a time, with activations and MLP between them, and the gradient of each.
     """
     tokens = queries * (prompt + group * length)
-    projections = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim + 2 * spec.mlp_size
-    of_layer = spec.hidden_size + (0 if spec.remat else spec.hidden_size + projections / tensor)
-    at_once = 2 * (2 * spec.hidden_size + (projections + spec.mlp_size) / tensor)
-    return tokens * (of_layer * spec.num_layers + at_once) * width(spec.dtype)
+    queries_output = (3 if spec.attention_gate else 2) * spec.num_heads
+    projections = {"q": (queries_output + 2 * spec.num_kv_heads) * spec.head_dim + 2 * spec.mlp_size}
+    if spec.delta:
+        n = Sizes(*spec.delta)
+        projections["delta_qkv"] = n.channels + 2 * n.values * n.value_width + 2 * spec.mlp_size
+    of_layers = spec.num_layers * spec.hidden_size * (1 if spec.remat else 2)
+    of_layers += (
+        0 if spec.remat else sum(size * len(holders(spec, name)) for name, size in projections.items()) / tensor
+    )
+    at_once = 2 * (2 * spec.hidden_size + (max(projections.values()) + spec.mlp_size) / tensor)
+    return tokens * (of_layers + at_once) * width(spec.dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from fgrpo_jax.models.decoder import DecoderSpec
+from fgrpo_jax.models.decoder import DecoderSpec, holders
 from fgrpo_jax.models.hf import TENSORS, addressable, check_free, write_whole
 from fgrpo_jax.types import PyTree
 
@@ -25,8 +25,8 @@ def save(directory: str | Path, spec: DecoderSpec, adapters: PyTree, base: str) 
     for name in adapters["layers"]:
         module = TENSORS[f"layers/{name}"].name.removesuffix(".weight")
         modules.append(module.rpartition(".")[2])
-        for layer in range(spec.num_layers):
-            a, b = (np.asarray(flat[f"layers/{name}/{part}"][layer]) for part in ("a", "b"))
+        for place, layer in enumerate(holders(spec, name)):
+            a, b = (np.asarray(flat[f"layers/{name}/{part}"][place]) for part in ("a", "b"))
             stored = {
                 "A": a.reshape(-1, spec.lora.rank).T,
                 "B": b.reshape(spec.lora.rank, -1).T,

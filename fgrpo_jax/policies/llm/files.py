@@ -73,6 +73,8 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         init_std=model.init_std,
         pattern=decoder.pattern_of([family.pattern[i % len(family.pattern)] for i in range(model.num_layers)]),
         window=model.window if decoder.LOCAL in family.pattern else 0,
+        rotary_fraction=family.optional.get("partial_rotary_factor", 1.0),
+        delta=(*model.delta, 4) if decoder.DELTA in family.pattern else (),
         **family.spec,
         **numerics,
     )

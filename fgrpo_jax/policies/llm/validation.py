@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fgrpo_jax.config import MADE_OF_DATA, Config, ModelConfig
+from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
 from fgrpo_jax.stages import stages
 
@@ -70,8 +71,12 @@ def _model(m: ModelConfig) -> list[str]:
                 problems.append(f"model.{name}={getattr(m, name)} must be positive")
         if m.num_kv_heads >= 1 and m.num_heads % m.num_kv_heads:
             problems.append(f"model.num_heads={m.num_heads} must be a multiple of num_kv_heads={m.num_kv_heads}")
-        if m.head_dim % 2:
-            problems.append(f"model.head_dim={m.head_dim} must be even (rotary embedding)")
+        rotated = FAMILIES[m.family].optional.get("partial_rotary_factor", 1.0)
+        if m.head_dim * rotated % 2:
+            of_it = f" of which {rotated} is rotated" if rotated != 1 else ""
+            problems.append(f"model.head_dim={m.head_dim}{of_it} must be even (rotary embedding)")
+        if min(m.delta) < 1 or m.delta[1] % m.delta[0]:
+            problems.append(f"model.delta={m.delta}: at least 1 each, and heads of values a multiple of those of keys")
     problems += _lora(m)
     if m.logit_chunk < 1:
         problems.append("model.logit_chunk must be at least 1")
