@@ -2,8 +2,8 @@
 
     python lowered.py FOLDER
 
-FOLDER: holds `data` (tiny.write_world) and `tokenizer`, a Hugging Face tokenizer directory. Gets
-PROCESS.json, of the same in every process of a run.
+FOLDER: holds `data` (tiny.write_world) and `model`, a Hugging Face directory with a tokenizer and weights
+of the sizes in LLM. Gets PROCESS.json, of the same in every process of a run.
 """
 
 import json
@@ -21,7 +21,7 @@ from tiny_lists import LENGTH
 import train
 from fgrpo_jax.algorithm.rewards import REWARDS
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.config_files import load_file
+from fgrpo_jax.config_files import load_file, to_json
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.run import processes, sharding
@@ -31,8 +31,16 @@ from fgrpo_jax.run.validation import validate
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import TrainState
 
-EVERYWHERE = {"mesh.fsdp": 2, "eval.batch_queries": 8, "eval.split": "validation"}
+EVERYWHERE = {
+    "mesh.fsdp": 2,
+    "eval.batch_queries": 8,
+    "eval.split": "validation",
+    "eval.train_queries": 0,
+    "eval.baselines": ("random",),
+}
 RANKER = {
+    "network.num_layers": 1,
+    "network.list_layers": 1,
     "network.hidden_size": 8,
     "network.num_heads": 2,
     "network.mlp_size": 8,
@@ -48,7 +56,7 @@ LLM = {
     "model.head_dim": 4,
     "model.mlp_size": 8,
 }
-STAGE = {"batch_queries": 8, "microbatches": 1, "subset": (0.0, 1.0), "patience": 0}
+STAGE = {"batch_queries": 8, "eval_every": 100, "microbatches": 1, "subset": (0.0, 1.0), "patience": 0}
 EVERYTHING = {
     "rl.credit.terms": tuple((phase, name, 0.5) for name in REWARDS for phase in ("slate", "rank")),
     "rl.credit.normalise": "each",
@@ -67,9 +75,12 @@ def configs(folder):
         data = DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared")
         fields = EVERYWHERE | {"data": data, "run_dir": f"{folder}/run"}
         fields |= {f"{stage}.{name}": value for stage in stages(config) for name, value in STAGE.items()}
+        fields |= {f"{name}.steps": min(stage.steps, 100) for name, stage in stages(config).items()}
         fields |= LLM if config.SYSTEM == "llm" else RANKER
         if config.SYSTEM == "llm" and config.tokenizer != "catalogue":
-            fields["tokenizer"] = f"{folder}/tokenizer"
+            fields["tokenizer"] = f"{folder}/model"
+        if config.SYSTEM == "llm" and config.model.lora.rank:
+            fields["model.checkpoint"] = f"{folder}/model"
         found[path.stem] = changed(config, fields)
     return found | {"everything": changed(found["jsonl"], EVERYTHING)}
 
@@ -93,6 +104,7 @@ def programs(config):
         query = encode(experiment, policy, batches.batch_at(0))
         frozen = {"reference": params} if stage.objective.kl_weight else {}
         frozen |= {other: params_of(experiment.policy(other)) for other in stage.frozen_from}
+        frozen |= experiment.base(policy)
         lowered = collect.lower(params, frozen, query, random_key(config.seed, name, "rollout", 0))
         texts[f"{name} collect"] = lowered.as_text()
         state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)
@@ -109,7 +121,10 @@ def on_queries(mesh, batch):
 
 def main(folder):
     processes.initialize_distributed()
-    found = {name: programs(config) for name, config in configs(folder).items()}
+    made, found = {}, {}
+    for name, config in configs(folder).items():
+        said = to_json(config)  # of several it is the same, now that they are on the same data
+        found[name] = made[said] = made.get(said) or programs(config)
     (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(found))
 
 

@@ -6,12 +6,19 @@ import math
 import jax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from tiny import quick_programs
 
 from fgrpo_jax.bench import command, ranker
 from fgrpo_jax.bench.flops import RankerSizes, ranker_sample_flops, ranker_step_flops
 from fgrpo_jax.policies.ranker import generator
 
 SMALL = RankerSizes(batch=2, group=3, pool=8, history=5, length=4, width=16, heads=2, mlp=24, items=30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_programs():
+        yield
 
 
 def products(jaxpr):

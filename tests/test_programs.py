@@ -6,12 +6,17 @@ import sys
 
 import pytest
 from bpe import train_bpe
-from helpers import two_processes
+from helpers import random_params, two_processes
 from tiny import ITEMS, ROOT
 from tiny_lists import write_lists
 
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import datasets
+from fgrpo_jax.models import decoder, hf
+
+SPEC = decoder.DecoderSpec(
+    vocab_size=320, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, mlp_size=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,8 @@ def lowered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lowered")
     (folder / "data").mkdir()
     write_lists(folder / "data")
-    train_bpe([*ITEMS, "[1] > [2] > [3]"], 320).save_pretrained(folder / "tokenizer")
+    tokenizer = train_bpe([*ITEMS, "[1] > [2] > [3]"], SPEC.vocab_size)
+    hf.save(folder / "model", SPEC, random_params(SPEC), {"model_type": "qwen3"}, tokenizer)
     datasets.load(DataConfig(name="jsonl", manual_dir=f"{folder}/data", prepared_dir=f"{folder}/prepared"))
     command = [sys.executable, str(ROOT / "tests" / "lowered.py"), str(folder)]
     seeds = ("0", "2")  # under which the set of "recall" and "ndcg" has two orders

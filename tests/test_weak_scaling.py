@@ -5,7 +5,7 @@ from pathlib import Path
 from helpers import run_on_8_devices
 
 
-def test_as_many_queries_a_device_on_1_2_4_8_devices(tmp_path):
+def test_as_many_queries_a_device_on_2_4_8_devices(tmp_path):
     """Two steps of SFT, on meshes that grow along fsdp and data by turns, two queries a device.
 
     Of sampled rollouts: tests/test_variants.py, on eight devices.
@@ -24,14 +24,13 @@ def test_as_many_queries_a_device_on_1_2_4_8_devices(tmp_path):
             return two_steps(experiment._replace(mesh=mesh), "sft")
 
         seen = set()
-        for devices, sizes in ((1, (1, 1, 1)), (2, (1, 2, 1)), (4, (2, 2, 1)), (8, (2, 4, 1))):
+        for devices, sizes in ((2, (1, 2, 1)), (4, (2, 2, 1)), (8, (2, 4, 1))):
             alone = steps(2 * devices, 1, 1, 1)
             seen |= {{row["loss"] for row in alone[2]}}
-            if devices > 1:
-                found, expected = numbers(steps(2 * devices, *sizes)), numbers(alone)
-                for name, value in expected.items():
-                    np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=f"{{sizes}} {{name}}")
+            found, expected = numbers(steps(2 * devices, *sizes)), numbers(alone)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=f"{{sizes}} {{name}}")
             print(devices)
-        assert len(seen) == 8 and all(np.isfinite(list(seen))), seen
+        assert len(seen) == 6 and all(np.isfinite(list(seen))), seen
     """)
-    assert out == ["1", "2", "4", "8"]
+    assert out == ["2", "4", "8"]

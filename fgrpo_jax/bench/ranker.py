@@ -91,7 +91,8 @@ def make_inputs(n: RankerSizes) -> Inputs:
         logged_feedback=np.zeros((n.batch, 1, n.length), np.float32),
     )
     spec = spec_of(n)
-    params = jax.tree.map(np.asarray, network.init(spec, network.generator_table(spec), jax.random.key(0)))
+    init = jax.jit(lambda key: network.init(spec, network.generator_table(spec), key))
+    params = jax.tree.map(np.asarray, init(jax.random.key(0)))
     actions = rng.random((n.batch, n.group, n.pool)).argsort(-1)[..., : n.length]
     return Inputs(params, query, actions.astype(np.int32), rng.normal(size=(n.batch, n.group)).astype(np.float32))
 
