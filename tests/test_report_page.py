@@ -73,7 +73,7 @@ def evaluation():
 def shown(evaluation):
     """The page as text."""
     steps = [Step("slate", 0, (1,), 0.75, ((1, 0.75), (0, 0.2)), 0.0, 0.05), Step("rank", 0, (), 0.5, (), 0.5, 0.5)]
-    beside = Beside({"": LOGS, "<other>.": LOGS}, {"good": {7: steps}})
+    beside = Beside({"": LOGS, '"><i x=".': LOGS}, {"good": {7: steps}})
     config = {"eval": {"metric": "ndcg@3"}, "data": {"name": HOSTILE[0]}, "prompt": HOSTILE[5], "rl": {"terms": ()}}
     manifest = report.manifest(config, {"run": 0}, {"test": "f"}, None)
     return page.render(evaluation, manifest, {"bm25": HOSTILE[2]}, beside=beside)
