@@ -52,11 +52,9 @@ def both(sampler, pace, params, query, key, group):
     "name, pace, key",
     [
         ("characters", (4, 14), KEY),
-        ("merged", (3, G), None),
-        ("windows", (3, 11), KEY),
+        ("windows", (3, G), None),
         ("states", (3, 11), KEY),
-        ("unseparated", (2, 9), KEY),
-        ("trie", (12, 12 * G), KEY),
+        ("unseparated", (12, 12 * G), KEY),
     ],
 )
 def test_the_same_rollouts_as_token_by_token(model, name, pace, key):
