@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fgrpo_jax.errors import UserError
+from fgrpo_jax.errors import ModelFilesError, UserError
 from fgrpo_jax.run.command import Arguments, Judged, parse_evaluation, parse_or_exit, refuse, source_of_data
 
 if __name__ == "__main__":  # before what takes seconds to import, so that --help and a typing error answer at once
@@ -88,8 +88,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     places = {"": run_dir, **_prefixed(others)}
     logs = {prefix: read_rows(place / "metrics.jsonl") for prefix, place in places.items()}
     runs = _opened(finished, dataset)
-    for name, predicted in answered(runs[""].experiment, settings.prompted, runs[""].shown).items():
-        predictions[name] = list(map(_reindexed, examples, runs[""].shown, predicted))
+    predictions |= _answers(runs[""], settings, examples)
     said, parameters = _said(runs, rows, examples)
     predictions |= said
     rewards = rewards_of(runs[""], predictions)
@@ -262,6 +261,18 @@ def _places(example: RankingExample, shown: RankingExample) -> list[int]:
     """Where `example` has the candidates that are shown, in their order."""
     place = {item: i for i, (item, _) in enumerate(example.candidates)}
     return [place[item] for item, _ in shown.candidates]
+
+
+def _answers(run: Opened, settings: EvalConfig, examples) -> dict[str, list[Prediction]]:
+    """The rows that eval.prompted asks for; none, which is said, where what the run started from is not there."""
+    try:
+        found = answered(run.experiment, settings.prompted, run.shown)
+    except ModelFilesError as error:
+        if settings.versus in settings.prompted:
+            raise
+        note(f"no row {' and '.join(settings.prompted)}: {error}")
+        return {}
+    return {name: list(map(_reindexed, examples, run.shown, predicted)) for name, predicted in found.items()}
 
 
 def _reindexed(example: RankingExample, shown: RankingExample, prediction: Prediction) -> Prediction:

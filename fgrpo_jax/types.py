@@ -250,7 +250,7 @@ class Footprint(NamedTuple):
     """What a policy knows of the memory that it needs beside parameters and moments, of one device.
 
     beside: (an encoded query, queries of a device, group size, microbatches, size of the tensor axis) -> bytes of
-        "activations" that an update keeps, and of "caches" that sampling keeps; estimates.
+        "activations" that an update keeps, and of "caches" and "copies" of weights that sampling keeps; estimates.
     lighter_state, lighter_step: settings of its own that make parameters and moments, or the rest, smaller.
     """
 

@@ -123,8 +123,12 @@ def test_configs_that_are_the_same_model(broken, fields):
 
 
 def test_missing_directory_and_config(tmp_path):
-    assert "nowhere is not a directory" in refusal(read, tmp_path / "nowhere")
-    assert "nowhere is not a directory" in refusal(hf.load, tmp_path / "nowhere", SPEC)
+    assert "nowhere is not there: give a Hugging Face directory, a GGUF file or smollm2" in refusal(
+        read, tmp_path / "nowhere"
+    )
+    assert "nowhere is not there: give a Hugging Face directory, a GGUF file or smollm2" in refusal(
+        hf.load, tmp_path / "nowhere", SPEC
+    )
     assert "config.json does not exist" in refusal(read, tmp_path)
     assert "holds neither model.safetensors nor" in refusal(hf.load, tmp_path, SPEC)
     (tmp_path / "config.json").write_text("{")

@@ -69,6 +69,8 @@ def test_a_list_is_read_alike_in_blocks_of_any_size(tmp_path_factory, rows, inde
         ('[{"_id": 1', "question 1: not a JSON list"),
         (json.dumps([question()])[:-1], "question 2: not a JSON list"),
         (json.dumps([question()]) + "[]x", "there is more after its list of 1 questions"),
+        (json.dumps([question()]) + "]", "there is more after its list of 1 questions"),
+        ("[] []", "there is more after its list of 0 questions"),
         (json.dumps([question("a"), {}]), "question 2: not a HotpotQA question"),
         (json.dumps([question("a"), 7]), "question 2: not a HotpotQA question"),
         (json.dumps([question(context=[])]), "question 1: not a HotpotQA question"),
@@ -82,6 +84,14 @@ def test_what_is_malformed_is_named(tmp_path, text, said):
     with pytest.raises(DataError, match=f"{FILE}.*{said}"):
         load(tmp_path, tmp_path / "prepared")
     assert not list((tmp_path / "prepared").rglob("*.json"))
+
+
+def test_what_is_no_json_is_given_up_before_the_file_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(hotpotqa, "_LONGEST", 100)
+    monkeypatch.setattr(hotpotqa, "_BLOCK", 10)
+    (tmp_path / "list.json").write_text('[{"a" 1}' + " " * 1000 + "\xff")
+    with pytest.raises(DataError, match="question 1: not a JSON list"):
+        list(hotpotqa._rows(tmp_path / "list.json"))
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):

@@ -89,6 +89,8 @@ def test_microbatches_and_remat_lessen_what_is_kept(experiment):
     assert usual["activations"] - kept(model__remat=True)["activations"] == tokens * of_projections * 4
     of_token = 2 * 2 * 4  # keys and values of two heads of four
     assert usual["caches"] == tokens * of_token * 4
+    assert usual["copies"] == 4 * num_params(experiment.policy("rl").table)  # gathered and cast to decode with
+    assert kept(model__dtype="bfloat16")["copies"] == usual["copies"] / 2
 
 
 def test_a_cpu_has_what_is_available(monkeypatch, tmp_path):

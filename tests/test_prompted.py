@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import changed, run_training, tiny_config, write_world
 
+import eval as evaluation
 from fgrpo_jax.config import Config, TranscriptConfig
 from fgrpo_jax.models import decoder, head, hf
 from fgrpo_jax.policies.llm import prompted
@@ -29,6 +30,9 @@ LETTERS = [*"ABCDEF"]
         ("3, 1 and 12.", [2, 0, 11]),
         ("The 2 best of 12: [7], [7], [2]", [6, 1]),  # where there are brackets, other numbers say something else
         ("[13] [0] [ 4 ]", [3]),
+        ("1. 7\n2. 3\n", [6, 2]),  # of a numbered list the labels
+        ("1. [7]\n 2) [3]", [6, 2]),
+        ("1. \n2", [0, 1]),
         ("99999999999999999999", []),
         ("None of these.", []),
         ("", []),
@@ -45,12 +49,25 @@ def test_numbers_are_read_in_the_order_of_their_first_mention(answer, wanted):
         ("The best are D and (C).", [3, 2]),
         ("BAD CAFE", []),  # letters of words
         ("I'd say: B.", [1]),
+        ("A good choice is C, and A", [2, 0]),
         ("b", []),  # a candidate of its own in larger pools
         ("Z, E, E", [4]),
     ],
 )
 def test_letters_count_where_they_stand_alone(answer, wanted):
     assert named(answer, LETTERS, "letter") == wanted
+
+
+def test_letters_that_are_words_are_none():
+    letters = [*"ABCDEFGHI"]
+    assert named("I think the order is C, I, A", letters, "letter") == [2, 8, 0]
+    assert named("A and I, then B", letters, "letter") == [8, 1]  # "A and" reads as an article
+
+
+def test_names_are_whole_words_in_either_case():
+    assert named("Apple, PEAR, hammer", ["apple", "pear", "hammer"], "text") == [0, 1, 2]
+    assert named("These are then ranked: pear", ["ear", "hen", "tea", "pear", "red"], "text") == [3]
+    assert named("us, US", ["US", "us"], "text") == [1, 0]  # two names that differ in case alone
 
 
 def test_of_names_within_names_the_longer_one_is_meant():
@@ -149,7 +166,7 @@ def test_a_run_has_rows_of_it(tmp_path, capsys):
     config = changed(
         tiny_config(tmp_path / "data", tmp_path / "prepared", tmp_path / "run", sft_steps=1),
         {
-            "model.checkpoint": str(source), "model.lora.rank": 1, "tokenizer": str(source),
+            "model.checkpoint": str(source), "tokenizer": str(source),
             "transcript.identifier": "index", "transcript.separator": " > ", "data.prompt_buckets": (256,),
             "eval.baselines": ("random",), "eval.prompted": ("zero_shot", "zero_shot_2"), "eval.versus": "zero_shot",
         },
@@ -162,5 +179,10 @@ def test_a_run_has_rows_of_it(tmp_path, capsys):
         assert sum(found["outcomes"][name].values()) == 4
         assert set(found["outcomes"][name]) <= {"ok", NO_SLATE.name, NO_RANKING.name}
     capsys.readouterr()
+    source.rename(tmp_path / "elsewhere")
+    with quick_runs():
+        assert evaluation.main([str(tmp_path / "run"), "--eval.versus", "sft"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: no row zero_shot and zero_shot_2: model.checkpoint: {source} is not there")
     assert run_training(dataclasses.replace(config, tokenizer="catalogue", model=Config().model)) == 2
     assert "a model from random weights answers nothing" in capsys.readouterr().err

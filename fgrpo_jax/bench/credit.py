@@ -211,7 +211,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     built = experiment.assemble(config, dataset, run_dir)
     policy = built.policy(args.stage)
     gradients = make_gradients(built, policy, stage, rows)
-    frozen = frozen_params(built, run_dir, args.stage)
+    frozen = frozen_params(built, run_dir, args.stage) | built.base(policy)
     batches = make_batches(dataset, config, args.stage, stage)
     names = list(rows)
     own = [names.index(row) for row in OWN if row in rows]

@@ -20,6 +20,7 @@ from fgrpo_jax.data.datasets import DataError, one_line
 from fgrpo_jax.types import Missed, RankingExample
 
 _OFFICIAL = {"train": "hotpot_train_v1.1", "validation": "hotpot_dev_distractor_v1"}
+_LONGEST = 1 << 24  # characters of a question: more are no JSON
 _BLOCK = 1 << 20  # bytes read at a time: the training file is one line of half a gigabyte
 
 
@@ -68,7 +69,8 @@ def _rows(path: Path) -> Iterator[Any]:
         start = _blank(text, at + 1)
         opening, here = ("," if number else "["), text[at : at + 1]
         if here == "]" and number or here == "[" and not number and text[start : start + 1] == "]":
-            if (text[at:] + "".join(blocks)).strip("[] \t\r\n"):
+            end = at if here == "]" else start  # of the list
+            if (text[end + 1 :] + "".join(blocks)).strip():
                 raise DataError(f"{path}: there is more after its list of {number} questions")
             return
         try:
@@ -79,7 +81,7 @@ def _rows(path: Path) -> Iterator[Any]:
                 raise ValueError("it ends early")
         except ValueError as error:
             block = next(blocks, "")
-            if ended or here not in (opening, ""):
+            if ended or here not in (opening, "") or len(text) - at > _LONGEST:
                 raise DataError(f"{path}, question {number + 1}: not a JSON list of questions ({error})") from None
             text, at, ended = text[at:] + block, 0, not block
             continue

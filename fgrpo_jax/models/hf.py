@@ -180,7 +180,9 @@ def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         tensors = gguf.open_tensors(folder)
         return dict.fromkeys(tensors.keys(), tensors)
     if not folder.is_dir():
-        raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
+        raise ModelFilesError(
+            f"model.checkpoint: {folder} is not there: give a Hugging Face directory, a GGUF file or smollm2"
+        )
     if (folder / SINGLE).is_file():
         names = [SINGLE]
     elif (folder / INDEX).is_file():

@@ -41,7 +41,9 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     if gguf.is_meant(folder):
         return gguf.read_config(folder)
     if not folder.is_dir():
-        raise ModelFilesError(f"model.checkpoint: {folder} is not a directory")
+        raise ModelFilesError(
+            f"model.checkpoint: {folder} is not there: give a Hugging Face directory, a GGUF file or smollm2"
+        )
     return _of_text(read_json(folder / "config.json"), folder / "config.json")
 
 

@@ -53,6 +53,13 @@ def preview(config: RunConfig, dataset: Dataset, count: int) -> Preview | None:
     return importlib.import_module(_PREVIEWS[config.SYSTEM]).preview(config, dataset, count)
 
 
+def example(config: RunConfig, dataset: Dataset) -> tuple[str, str] | None:
+    """A training query as text, and the transcript to imitate; None where its policies read no text."""
+    if config.SYSTEM not in _PREVIEWS:
+        return None
+    return importlib.import_module(_PREVIEWS[config.SYSTEM]).examples_of(config, dataset, 1)[0]
+
+
 def unprompted(config: RunConfig) -> str:
     """Why no model can be asked in words here; empty where one can."""
     return _of(config).unprompted(config)

@@ -36,9 +36,9 @@ def _arrays(query: PyTree) -> Iterator[str]:
 
 def _example(experiment: Experiment) -> list[str]:
     """A training query as its policy is shown it, and what it would imitate; or as it is."""
-    seen = policies.preview(experiment.config, experiment.dataset, 1)
+    seen = policies.example(experiment.config, experiment.dataset)
     if seen:
-        (prompt, transcript), *_ = seen.shown
+        prompt, transcript = seen
         return [prompt, f"--- and the transcript to imitate, from the labels, {'-' * 20}", transcript]
     split = "train" if "train" in experiment.dataset.splits else next(iter(experiment.dataset.splits))
     return as_it_is(experiment.dataset.splits[split][0])

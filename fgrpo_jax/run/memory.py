@@ -71,14 +71,14 @@ def of_stage(experiment: Experiment, name: str, query: PyTree) -> str:
     stage, policy, mesh = stages(experiment.config)[name], experiment.policy(name), experiment.mesh
     need = state(experiment, name)
     gradients = need["moments"] // 2 * (2 if stage.microbatches > 1 else 1)
-    beside = {"activations": 0.0, "caches": 0.0}
+    beside = {"activations": 0.0, "caches": 0.0, "copies": 0.0}
     if policy.footprint:
         queries = stage.batch_queries // sharding.query_shards(mesh)
         beside = policy.footprint.beside(query, queries, stage.group_size, stage.microbatches, mesh.shape["tensor"])
     if stage.source == "logged":
-        beside["caches"] = 0.0
+        beside |= {"caches": 0.0, "copies": 0.0}
     # Either a rollout runs or an update.
-    total = sum(need.values()) + max(gradients + beside["activations"], beside["caches"])
+    total = sum(need.values()) + max(gradients + beside["activations"], beside["caches"] + beside["copies"])
     has = of_device(mesh.local_devices[0])
     of = "" if has is None else f" of {size(has)}"
     told = _told(need | {"gradients": gradients}) + (f"; estimated: {_told(beside)}" if policy.footprint else "")

@@ -34,7 +34,10 @@ def weights_of(config: Config, run_dir: Path) -> str:
 
 
 def save(config: Config, run_dir: Path) -> None:
-    if not (run_dir / FILE).is_file():
+    """Raises ConfigError as `check` where the run has begun."""
+    if (run_dir / FILE).is_file():
+        check(config, run_dir, run_dir)
+    else:
         said = {"checkpoint": config.model.checkpoint, "weights": fingerprint(weights_of(config, run_dir))}
         write_atomically(run_dir / FILE, json.dumps(said, indent=1) + "\n")
 

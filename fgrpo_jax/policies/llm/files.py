@@ -151,7 +151,9 @@ def policy_files(
             base.check(config, run_dir, theirs_dir)
 
     def export_model(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
-        params = merged(frozen["base"], params, spec.lora) if spec.lora else params
+        if spec.lora:  # in the adapters' type: in one of few bits they would be rounded away
+            weights = jax.tree.map(lambda x: x.astype(spec.param_dtype), frozen["base"])
+            params = merged(weights, params, spec.lora)
         whole = spec._replace(lora=None)
         hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 

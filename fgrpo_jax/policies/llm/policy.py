@@ -71,6 +71,7 @@ def make(
         return {
             "activations": memory.activations(spec, queries // microbatches, *rest),
             "caches": memory.caches(spec, queries, *rest),
+            "copies": decoder.num_params(spec) * memory.width(spec.dtype) / tensor,
         }
 
     asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)

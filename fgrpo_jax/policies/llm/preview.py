@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,27 +31,32 @@ class Preview(NamedTuple):
 def preview(config: Config, dataset: Dataset, count: int) -> Preview:
     """Raises ConfigError and DataError as the start of a training does: for a tokenizer, a text, a pool."""
     tokenizer = tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
-    instruction = config.prompt.instruction or dataset.instruction
     lengths, longest = buckets.measure(
         config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
     )
-    chosen = buckets.choose(lengths, longest)
+    return Preview(lengths, longest, buckets.choose(lengths, longest), examples_of(config, dataset, count, tokenizer))
+
+
+def examples_of(config: Config, dataset: Dataset, count: int, tokenizer: Any = None) -> list[tuple[str, str]]:
+    """Prompts and their target transcripts, of some queries alone. tokenizer: the configured one, if it is at hand."""
+    tokenizer = tokenizer or tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+    instruction = config.prompt.instruction or dataset.instruction
     if "train" in dataset.splits:
         examples = make_batches(dataset, config, "preview", StageConfig(batch_queries=count)).batch_at(0)
     else:
         examples = evaluation_examples(dataset, config, next(iter(dataset.splits)))[:count]
-    used = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=chosen))
+    longest = max(prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction)(examples))
+    used = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt_buckets=(longest,)))
     grammar = make_grammar(config, tokenizer)
     query = encode(used, grammar, tokenizer, dataset.kind, instruction, {}, examples)
     slate, ranking = targets.target_lists(grammar, query, jax.random.key(config.seed), config.sft.target.fill)
-    shown = [
+    return [
         (
             prompts.render(e, dataset.kind, instruction, config.transcript.identifier, config.transcript.slate_open),
             _transcript(config, e, np.asarray(slate[i, 0]), np.asarray(ranking[i, 0])),
         )
         for i, e in enumerate(examples)
     ]
-    return Preview(lengths, longest, chosen, shown)
 
 
 def _transcript(config: Config, example: RankingExample, slate_N: np.ndarray, ranking_K: np.ndarray) -> str:

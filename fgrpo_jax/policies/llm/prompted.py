@@ -30,6 +30,10 @@ _LABELS = {"index": "numbers", "letter": "letters", "text": "names"}
 _CHOOSE = "Which {n} candidates fit best? Answer with their {labels} alone, separated by commas: {example}"
 _ORDER = "Rank the {n} candidates that fit best, the best one first. Answer with their {labels} alone: {example}"
 
+_LISTED = re.compile(r"^[ \t]*\d+[.)][ \t]+(?=[^\d\n]*\d)", re.MULTILINE)  # "2. " of a numbered list whose items have numbers
+# A letter that is no part of a word, nor one itself: "I think", "A good one".
+_ALONE = re.compile(r"(?<![^\W_])(?![AIa]\s+[a-z]{2}|[AI]['’])[A-Za-z](?![^\W_]|['’])")
+
 Answer = tuple[tuple[int, ...], tuple[int, ...], Outcome]  # slate, ranking, as indices into the candidates
 Write = Callable[[Sequence[Sequence[int]], int], list[list[int]]]  # token ids of prompts, most tokens -> of the answers
 
@@ -143,12 +147,14 @@ def named(answer: str, names: Sequence[str], identifier: str) -> list[int]:
     """Which of the names an answer mentions, each once, in the order of its first mention."""
     if identifier == "index":
         in_brackets = re.findall(r"\[\s*(\d{1,9})\s*\]", answer)
-        mentioned = [int(n) - 1 for n in in_brackets or re.findall(r"\d{1,9}", answer)]
+        mentioned = [int(n) - 1 for n in in_brackets or re.findall(r"\d{1,9}", _LISTED.sub("", answer))]
         return list(dict.fromkeys(i for i in mentioned if 0 <= i < len(names)))
-    place = {name: i for i, name in enumerate(names)}
-    if identifier == "letter":  # one that stands alone
-        mentioned = re.findall(r"(?<![^\W_])[A-Za-z](?![^\W_]|['’])", answer)
-    else:
-        longest_first = sorted(filter(None, names), key=len, reverse=True)
-        mentioned = re.findall("|".join(map(re.escape, longest_first)), serving.one_line(answer))
-    return list(dict.fromkeys(place[name] for name in mentioned if name in place))
+    if identifier == "letter":
+        place = {name: i for i, name in enumerate(names)}
+        return list(dict.fromkeys(place[name] for name in _ALONE.findall(answer) if name in place))
+    known = [name.casefold() for name in names]
+    fold = str.casefold if len(set(known)) == len(known) else str  # "Apple" means apple, where no other does
+    place = {fold(name): i for i, name in enumerate(names)}
+    longest_first = "|".join(map(re.escape, sorted(filter(None, place), key=len, reverse=True)))
+    whole_words = rf"(?<!\w)(?:{longest_first})(?!\w)"
+    return list(dict.fromkeys(place[name] for name in re.findall(whole_words, fold(serving.one_line(answer)))))
