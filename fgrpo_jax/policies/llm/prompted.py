@@ -30,7 +30,8 @@ _LABELS = {"index": "numbers", "letter": "letters", "text": "names"}
 _CHOOSE = "Which {n} candidates fit best? Answer with their {labels} alone, separated by commas: {example}"
 _ORDER = "Rank the {n} candidates that fit best, the best one first. Answer with their {labels} alone: {example}"
 
-_LISTED = re.compile(r"^[ \t]*\d+[.)][ \t]+(?=[^\d\n]*\d)", re.MULTILINE)  # "2. " of a numbered list whose items have numbers
+# "2. " of a numbered list whose items have numbers.
+_LISTED = re.compile(r"^[ \t]*\d+[.)][ \t]+(?=[^\d\n]*\d)", re.MULTILINE)
 # A letter that is no part of a word, nor one itself: "I think", "A good one".
 _ALONE = re.compile(r"(?<![^\W_])(?![AIa]\s+[a-z]{2}|[AI]['’])[A-Za-z](?![^\W_]|['’])")
 
