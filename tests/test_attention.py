@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
-from fgrpo_jax.models import attention
+from fgrpo_jax.models import attention, attention_blocks
 
 B, S, G, T, H, J, E = 2, 21, 3, 5, 4, 2, 8
 LENGTHS = jnp.array([0, 13])  # of the prefix: nothing of it is seen, or a part
@@ -81,9 +81,9 @@ def with_gradients(f, args):
 
 
 def set_blocks(monkeypatch, scores, stretch):
-    monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
-    monkeypatch.setattr(attention, "LEAST_ROWS", 1)
-    monkeypatch.setattr(attention, "STRETCH", stretch)
+    monkeypatch.setattr(attention_blocks, "BLOCK_SCORES", scores)
+    monkeypatch.setattr(attention_blocks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(attention_blocks, "STRETCH", stretch)
 
 
 @pytest.mark.parametrize("case", CASES)

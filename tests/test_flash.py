@@ -23,7 +23,7 @@ from test_attention import (
 )
 
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
-from fgrpo_jax.models import attention, flash
+from fgrpo_jax.models import attention, attention_blocks, flash
 from fgrpo_jax.policies.llm.checks import check_training
 from fgrpo_jax.policies.llm.files import attention_of
 
@@ -91,12 +91,12 @@ def test_rows_in_any_order_see_any_number_of_keys(from_anywhere):
     first = last - np.random.default_rng(7).integers(-1, 20, last.shape) if from_anywhere else jnp.zeros_like(last)
     forward, backward = part(last, first) if from_anywhere else part(last)
     (out, lse), grads = kernels(forward, backward)
-    wanted_out, wanted_lse = quick_jit(functools.partial(attention._part_forward, False))(*forward)
+    wanted_out, wanted_lse = quick_jit(functools.partial(attention_blocks.part_forward, False))(*forward)
     sees = jnp.broadcast_to((last >= 0) & (first <= last), lse.shape)
     np.testing.assert_allclose(out[sees], wanted_out[sees], atol=2e-5)
     np.testing.assert_allclose(lse[sees], wanted_lse[sees], atol=2e-5)
     assert np.isfinite(out).all() and (lse[~sees] < -1e29).all() and not np.any(grads[0][~sees])
-    wanted = quick_jit(functools.partial(attention._part_backward, False))(*backward)
+    wanted = quick_jit(functools.partial(attention_blocks.part_backward, False))(*backward)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), grads, wanted)
 
 
@@ -141,8 +141,8 @@ def test_the_blocks_of_devices(target, dtype, near):
     lse, delta = 6 + random((1, 1, 600), 4), random((1, 1, 600), 5)
     forward, backward = (q, k, v, last[None, None]), (q, d_out, lse, delta, k, v, last[None, None])
     for ours, theirs, args in (
-        (flash.part_forward, attention._part_forward, forward),
-        (flash.part_backward, attention._part_backward, backward),
+        (flash.part_forward, attention_blocks.part_forward, forward),
+        (flash.part_backward, attention_blocks.part_backward, backward),
     ):
         found = quick_jit(functools.partial(ours, interpreted))(*args)
         wanted = quick_jit(functools.partial(theirs, False))(*args)

@@ -21,7 +21,7 @@ import json
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,24 @@ def find_one(folder: Path, matches: Callable[[str], bool], deep: bool = True) ->
         names = ", ".join(str(p) for p in found)
         raise DataError(f"several different files for the same thing: {names}; leave only one")
     return found[0] if found else None
+
+
+def find_splits(
+    folder: Path | None,
+    needed: str,
+    names: Mapping[str, Callable[[str], bool]],
+    usable: Callable[[str, Path], bool] = lambda split, path: True,
+) -> dict[str, Path]:
+    """The raw file of every split that has one, by what their names match (`find_one`).
+
+    needed: the files in words. Raises DataError where there is none that is usable.
+    """
+    folder = manual_folder(folder, needed)
+    paths = {split: find_one(folder, matches) for split, matches in names.items()}
+    found = {split: path for split, path in paths.items() if path and usable(split, path)}
+    if not found:
+        raise DataError(f"{folder} and its sub-folders hold no usable file; expected {needed}")
+    return found
 
 
 def folder_of(config: DataConfig) -> Path | None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, open_raw
+from fgrpo_jax.data.builder import RankingBuilder, find_splits, open_raw
 from fgrpo_jax.data.datasets import DataError, one_line
 from fgrpo_jax.types import Missed, RankingExample
 
@@ -32,14 +32,8 @@ class Hotpotqa(RankingBuilder, skip_registration=True):
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
-        folder = manual_folder(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS)
-        found = {split: find_one(folder, _named(start)) for split, start in _OFFICIAL.items()}
-        found = {split: path for split, path in found.items() if path}
-        if not found:
-            raise DataError(
-                f"{folder} and its sub-folders hold no usable file; expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-            )
-        return found
+        names = {split: _named(start) for split, start in _OFFICIAL.items()}
+        return find_splits(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS, names)
 
     def split_names(self) -> tuple[str, ...]:
         return tuple(self.files)
@@ -56,7 +50,7 @@ class Hotpotqa(RankingBuilder, skip_registration=True):
         return {"seed": None, "negatives": "the paragraphs of the official file, in its order"}
 
 
-def _named(start: str) -> Any:
+def _named(start: str) -> Callable[[str], bool]:
     return lambda file: file.startswith(start) and file.endswith(".json")
 
 

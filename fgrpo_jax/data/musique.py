@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, numbered_lines
+from fgrpo_jax.data.builder import RankingBuilder, find_splits, numbered_lines
 from fgrpo_jax.data.datasets import DataError, one_line
 from fgrpo_jax.types import RankingExample
 
@@ -29,16 +29,10 @@ class Musique(RankingBuilder, skip_registration=True):
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
-        folder = manual_folder(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS)
-        found = {split: find_one(folder, _named(name)) for split, name in _OFFICIAL.items()}
-        if found["test"] and not _labelled(found["test"]):
-            found["test"] = None
-        found = {split: path for split, path in found.items() if path}
-        if not found:
-            raise DataError(
-                f"{folder} and its sub-folders hold no usable file; expected {cls.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-            )
-        return found
+        names = {split: _named(name) for split, name in _OFFICIAL.items()}
+        return find_splits(
+            folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS, names, lambda split, path: split != "test" or _labelled(path)
+        )
 
     def split_names(self) -> tuple[str, ...]:
         return tuple(self.files)

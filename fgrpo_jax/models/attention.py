@@ -13,7 +13,7 @@ pass makes the scores again from the log-sum-exp of each row, the only thing kep
 (FlashAttention-2, arXiv 2307.08691, at the grain of whole matrix products). Every part's
 backward pass needs only the row's output and log-sum-exp over *all* parts, so parts never
 have to be joined. On GPU and TPU the part that a group shares, where nearly all scores are, is
-done by the kernels of flash.py instead.
+done by the kernels of flash.py instead; blocks are in attention_blocks.py.
 
 Layout. Rows of a kv head are its query heads and positions together, [B,J,(position,R),E],
 so every score is part of one matrix product per query and kv head. The backward pass works
@@ -24,24 +24,17 @@ scores, as CPU matrix products want (the others are 5 times slower there).
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax.models import flash
+from fgrpo_jax.models.attention_blocks import WIDE, bias, in_sight, part_backward, part_forward, product
 from fgrpo_jax.models.packing import Packing, pick
 from fgrpo_jax.types import Array
 
 KEPT = "attention"  # checkpoint name of what the backward pass should find
-
-_MASKED = -1e30  # finite, so that a fully masked part merges without nan
-_WIDE = jnp.float32
-
-BLOCK_SCORES = 2**21  # scores of a block, over all queries and kv heads of the batch
-LEAST_ROWS = 256  # of a block all the same: of many queries, products of fewer rows are slow
-STRETCH, STRETCHES = 128, 8  # least positions and largest number of the stretches of `causal`
 
 
 def causal(q_BSHE: Array, k_BSJE: Array, v_BSJE: Array, kind: str = "auto", window: Array | int | None = None) -> Array:
@@ -123,11 +116,11 @@ def decode_packed(
 def _own(q: Array, k_BJGEU: Array, v_BJGUE: Array, last: Array, window: int | None) -> tuple[Array, Array]:
     """Attention of rows [B,J,G,M,E] to own keys u <= last, and its log-sum-exp [B,J,G,M,1]."""
     first = None if window is None else last - window + 1
-    score = _product("...re,...eu->...ru", q, k_BJGEU) + bias(_in_sight(jnp.arange(k_BJGEU.shape[-1]), last, first))
+    score = product("...re,...eu->...ru", q, k_BJGEU) + bias(in_sight(jnp.arange(k_BJGEU.shape[-1]), last, first))
     peak = score.max(-1, keepdims=True)
     weight = jnp.exp(score - peak)
     total = weight.sum(-1, keepdims=True)
-    own = _product("...ru,...ue->...re", weight.astype(v_BJGUE.dtype), v_BJGUE) / total
+    own = product("...ru,...ue->...re", weight.astype(v_BJGUE.dtype), v_BJGUE) / total
     return own, peak + jnp.log(total)
 
 
@@ -140,19 +133,11 @@ def _with_prompt(q: Array, k_BJES: Array, v_BJSE: Array, bias_BS: Array, own: Ar
         bias_BS = bias_BS[:, None]
     else:
         bias_BS = jnp.repeat(bias_BS, q.shape[2] // bias_BS.shape[1], 1)
-    score = _product("...me,...es->...ms", q, k_BJES)
+    score = product("...me,...es->...ms", q, k_BJES)
     score += bias_BS[:, None] + (jnp.arange(k_BJES.shape[3]) == 0) * lse
     weight = jnp.exp(score - score.max(-1, keepdims=True))
-    out = _product("...ms,...se->...me", weight.astype(v_BJSE.dtype), v_BJSE) + weight[..., :1] * own
+    out = product("...ms,...se->...me", weight.astype(v_BJSE.dtype), v_BJSE) + weight[..., :1] * own
     return out / weight.sum(-1, keepdims=True)
-
-
-def bias(visible: Array) -> Array:
-    """What to add to scores, which must be finite: 0 where visible.
-
-    A sum and not a choice, because XLA CPU fuses sums into matrix products.
-    """
-    return jnp.where(visible, 0.0, _MASKED)
 
 
 # --------------------------------------------------------------------- layout
@@ -194,7 +179,7 @@ def _attend(is_causal: bool, kind: str, q: Array, parts: tuple) -> Array:
 def _attend_forward(is_causal: bool, kind: str, q: Array, parts: tuple):
     some = []
     for k, v, last, first in parts:
-        forward = _implementation(kind, is_causal, k, _part_forward, flash.part_forward)
+        forward = _implementation(kind, is_causal, k, part_forward, flash.part_forward)
         out, lse = forward(_rows_like(q, k), k, v, last, first)
         some.append((out.reshape(q.shape), lse.reshape(q.shape[:-1])))
     out, lse = some[0]
@@ -208,12 +193,12 @@ def _attend_forward(is_causal: bool, kind: str, q: Array, parts: tuple):
 
 def _attend_backward(is_causal: bool, kind: str, kept, d_out: Array):
     q, parts, out, lse = kept
-    delta = jnp.einsum("...me,...me->...m", d_out, out, preferred_element_type=_WIDE)
-    d_q, d_parts = jnp.zeros(q.shape, _WIDE), []
+    delta = jnp.einsum("...me,...me->...m", d_out, out, preferred_element_type=WIDE)
+    d_q, d_parts = jnp.zeros(q.shape, WIDE), []
     for k, v, last, first in parts:
         rows = [_rows_like(x, k) for x in (q, d_out)]
         scalars = [x.reshape(rows[0].shape[:-1]) for x in (lse, delta)]
-        backward = _implementation(kind, is_causal, k, _part_backward, flash.part_backward)
+        backward = _implementation(kind, is_causal, k, part_backward, flash.part_backward)
         d_q_part, d_k, d_v = backward(*rows, *scalars, k, v, last, first)
         d_q += d_q_part.reshape(q.shape)
         d_parts.append((d_k.astype(k.dtype), d_v.astype(v.dtype), None, None))
@@ -241,114 +226,3 @@ def _implementation(kind: str, is_causal: bool, k: Array, blocks, kernels):
 def _rows_like(q: Array, k: Array) -> Array:
     """Rows with the leading axes of the part's keys: the group's rows together, or apart."""
     return q.reshape(*k.shape[:-2], -1, q.shape[-1])
-
-
-# --------------------------------------------------------------------- blocks
-
-
-def _stretches(is_causal: bool, rows: int, keys: int) -> list[tuple[int, int, int]]:
-    """(first row, end row, keys seen): what lies above the diagonal is skipped by the stretch."""
-    if not is_causal:
-        return [(0, rows, keys)]
-    size = max(STRETCH, -(-keys // STRETCHES))
-    ends = [*range(size, keys, size), keys]
-    per_key = rows // keys
-    return [(start * per_key, end * per_key, end) for start, end in zip([0, *ends], ends)]
-
-
-def _over_chunks(block, keys: int, by_row: list[Array], summed):
-    """Run `block(*rows) -> (by row, summed)` a few rows at a time; join the one, add the other.
-
-    by_row: arrays [..., rows, E] or [..., rows], the leading axes those of by_row[0] or 1;
-    rows may be 1 too, for what is every row's.
-    """
-    lead = by_row[0].shape[:-2]
-    rows = by_row[0].shape[-2]
-    at = len(lead)
-    budget = max(LEAST_ROWS, BLOCK_SCORES // (keys * math.prod(lead)))
-    chunks = -(-rows // budget)
-    if chunks == 1:
-        return block(*by_row)
-    size = -(-rows // chunks)
-
-    def cut(x: Array) -> Array:
-        if x.shape[at] == 1:
-            return jnp.broadcast_to(x, (chunks, *x.shape))
-        x = jnp.pad(x, [(0, chunks * size - rows if axis == at else 0) for axis in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:at], chunks, size, *x.shape[at + 1 :]), at, 0)
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, at)
-        x = x.reshape(*x.shape[:at], chunks * size, *x.shape[at + 2 :])
-        return jax.lax.slice_in_dim(x, 0, rows, axis=at)
-
-    def step(total, chunk):
-        joined, added = block(*chunk)
-        return jax.tree.map(jnp.add, total, added), joined
-
-    total, joined = jax.lax.scan(step, summed, [cut(x) for x in by_row])
-    return jax.tree.map(join, joined), total
-
-
-def _in_sight(key: Array, last: Array, first: Array | None) -> Array:
-    return key <= last if first is None else (key <= last) & (key >= first)
-
-
-def _cut_rows(start: int, end: int, *by_row: Array | None) -> list[Array]:
-    """Those that there are."""
-    return [x[..., start:end] for x in by_row if x is not None]
-
-
-def _part_forward(
-    is_causal: bool, q: Array, k: Array, v: Array, last: Array, first: Array | None = None
-) -> tuple[Array, Array]:
-    """Attention to one part alone, and its log-sum-exp."""
-    some = []
-    for start, end, seen in _stretches(is_causal, q.shape[-2], k.shape[-2]):
-        k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
-
-        def block(q, last, first=None):
-            score = _product("...me,...ke->...mk", q, k_seen)
-            score += bias(_in_sight(jnp.arange(seen), last[..., None], None if first is None else first[..., None]))
-            peak = score.max(-1, keepdims=True)
-            weight = jnp.exp(score - peak)
-            total = weight.sum(-1, keepdims=True)
-            out = _product("...mk,...ke->...me", weight.astype(v_seen.dtype), v_seen) / total
-            return (out, (peak + jnp.log(total))[..., 0]), ()
-
-        some.append(_over_chunks(block, seen, [q[..., start:end, :], *_cut_rows(start, end, last, first)], ())[0])
-    out, lse = zip(*some)
-    return jnp.concatenate(out, -2), jnp.concatenate(lse, -1)
-
-
-def _part_backward(is_causal, q, d_out, lse, delta, k, v, last, first=None) -> tuple[Array, Array, Array]:
-    """Gradients of rows, keys and values of one part, from the log-sum-exp over all parts."""
-    d_q, total = [], []
-    keys = k.shape[-2]
-    for start, end, seen in _stretches(is_causal, q.shape[-2], keys):
-        k_seen, v_seen = k[..., :seen, :], v[..., :seen, :]
-        k_across = jax.lax.optimization_barrier(jnp.swapaxes(k_seen, -1, -2))
-
-        def block(q, d_out, lse, delta, last, first=None):
-            score = _product("...ke,...me->...km", k_seen, q)
-            first = None if first is None else first[..., None, :]
-            score += bias(_in_sight(jnp.arange(seen)[:, None], last[..., None, :], first))
-            weight = jnp.exp(score - lse[..., None, :])
-            d_weight = _product("...ke,...me->...km", v_seen, d_out)
-            d_score = (weight * (d_weight - delta[..., None, :])).astype(q.dtype)
-            d_v = _product("...km,...me->...ke", weight.astype(q.dtype), d_out)
-            d_k = _product("...km,...me->...ke", d_score, q)
-            d_q = jax.lax.optimization_barrier(_product("...ek,...km->...em", k_across, d_score))
-            return jnp.swapaxes(d_q, -1, -2), (d_k, d_v)
-
-        zero = jnp.zeros(k_seen.shape, _WIDE)
-        by_row = [q[..., start:end, :], d_out[..., start:end, :]]
-        by_row += _cut_rows(start, end, lse, delta, last, first)
-        rows, summed = _over_chunks(block, seen, by_row, (zero, zero))
-        d_q.append(rows)
-        total.append([jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, keys - seen), (0, 0)]) for x in summed])
-    return jnp.concatenate(d_q, -2), sum(t[0] for t in total), sum(t[1] for t in total)
-
-
-def _product(spec: str, one: Array, other: Array) -> Array:
-    return jnp.einsum(spec, one, other, preferred_element_type=_WIDE)

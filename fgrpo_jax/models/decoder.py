@@ -28,6 +28,7 @@ Norms and softmax run in float32.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ from fgrpo_jax.models.parameters import (
     param_table,
     pattern_of,
     shapes,
-)  # fmt: skip
+)
 from fgrpo_jax.types import Array, PyTree
 
 __all__ = [
@@ -59,6 +60,48 @@ __all__ = [
 ]  # fmt: skip
 
 
+class _Streams(NamedTuple):
+    """One stream of prompt + group * length tokens a query, so that every projection is one matrix product."""
+
+    prompt: int
+    group: int
+    length: int
+
+    def split(self, x: Array) -> tuple[Array, Array]:
+        """[B,X,...] -> the prompt's [B,S,...] and the rollouts' [B,G,T,...]."""
+        return x[:, : self.prompt], x[:, self.prompt :].reshape(-1, self.group, self.length, *x.shape[2:])
+
+    def join(self, of_prompt: Array, own: Array) -> Array:
+        return jnp.concatenate([of_prompt, own.reshape(len(own), -1, *own.shape[3:])], 1)
+
+
+def _one_stream(prompt_BS: Array, prompt_len_B: Array, actions_BGT: Array) -> tuple[Array, Array]:
+    """What is fed, and at which positions: [B,X] each."""
+    batch, group, length = actions_BGT.shape
+    last_B = jnp.take_along_axis(prompt_BS, prompt_len_B[:, None] - 1, 1)
+    last_BG1 = jnp.broadcast_to(last_B[:, None], (batch, group, 1))
+    fed_BGT = jnp.concatenate([last_BG1, actions_BGT[..., :-1]], -1)
+    own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), actions_BGT.shape)
+    prompt_positions = jnp.broadcast_to(jnp.arange(prompt_BS.shape[1]), prompt_BS.shape)
+    both = (prompt_BS, fed_BGT), (prompt_positions, own)
+    return tuple(jnp.concatenate([of_prompt, x.reshape(batch, -1)], 1) for of_prompt, x in both)
+
+
+def _recurrent(
+    spec: DecoderSpec, streams: _Streams, prompt_len_B: Array, layer: PyTree, normed: Array
+) -> tuple[Array, Array]:
+    """The delta rule over prompts [B,S,H,F] and over rollouts [B,G,T,H,F]: these begin with their prompt's state."""
+    sizes, x = delta.Sizes(*spec.delta), delta.project(layer, normed)
+    x_prompt, x_own = (jax.tree.map(lambda y: streams.split(y)[i], x) for i in (0, 1))
+    none = delta.empty(sizes, prompt_len_B.shape, spec.dtype)
+    over_prompt, state = delta.mix(sizes, spec.norm_eps, layer, x_prompt, none, prompt_len_B - 1)
+    rows = len(prompt_len_B) * streams.group
+    x_own = jax.tree.map(lambda y: y.reshape(rows, *y.shape[2:]), x_own)
+    state = jax.tree.map(lambda y: jnp.repeat(y, streams.group, 0), state)
+    out, _ = delta.mix(sizes, spec.norm_eps, layer, x_own, state, jnp.full(rows, streams.length))
+    return over_prompt, out.reshape(-1, streams.group, *out.shape[1:])
+
+
 def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_B: Array, actions_BGT: Array) -> Array:
     """Final hidden states [B,G,T,D] whose head gives the distribution of each action.
 
@@ -66,21 +109,13 @@ def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_
     `params` comes from `whole_ends`: each layer is gathered when its turn comes, in the forward and
     again in the backward pass, so no device ever holds all of them.
     """
-    batch, group, length = actions_BGT.shape
-    prompt_size = prompt_BS.shape[1]
-    last_B = jnp.take_along_axis(prompt_BS, prompt_len_B[:, None] - 1, 1)
-    last_BG1 = jnp.broadcast_to(last_B[:, None], (batch, group, 1))
-    fed_BGT = jnp.concatenate([last_BG1, actions_BGT[..., :-1]], -1)
-    # One stream of S + G*T tokens a query, so that every projection is one matrix product.
-    tokens_BX = jnp.concatenate([prompt_BS, fed_BGT.reshape(batch, -1)], 1)
-    own = prompt_len_B[:, None, None] - 1 + jnp.broadcast_to(jnp.arange(length), (batch, group, length))
-    prompt_positions = jnp.broadcast_to(jnp.arange(prompt_size), prompt_BS.shape)
-    ropes = blocks.ropes(spec, jnp.concatenate([prompt_positions, own.reshape(batch, -1)], 1))
-    ropes_own = jax.tree.map(lambda r: r[:, prompt_size:], ropes)
+    group, length = actions_BGT.shape[1:]
+    streams = _Streams(prompt_BS.shape[1], group, length)
+    split, joined = streams.split, streams.join
+    tokens_BX, positions_BX = _one_stream(prompt_BS, prompt_len_B, actions_BGT)
+    ropes = blocks.ropes(spec, positions_BX)
+    ropes_own = jax.tree.map(lambda r: r[:, prompt_BS.shape[1] :], ropes)
     layers = blocks.split(spec, params["layers"])
-
-    def split(x: Array) -> tuple[Array, Array]:
-        return x[:, :prompt_size], x[:, prompt_size:].reshape(batch, group, length, *x.shape[2:])
 
     def over_prefix_and_own(q: Array, k: Array, v: Array, k_own: Array, v_own: Array, window) -> Array:
         return attention.shared_prefix(q, k, v, prompt_len_B - 1, k_own, v_own, spec.attention, window)
@@ -89,32 +124,22 @@ def completions(spec: DecoderSpec, params: PyTree, prompt_BS: Array, prompt_len_
         rope, window = blocks.of_layer(spec, ropes, kind, is_local)
         if is_last:
             rope_own, _ = blocks.of_layer(spec, ropes_own, kind, is_local)
-            q, gate = blocks.queries(spec, layer, normed[:, prompt_size:], rope_own)
+            q, gate = blocks.queries(spec, layer, normed[:, prompt_BS.shape[1] :], rope_own)
         else:
             q, gate = blocks.queries(spec, layer, normed, rope)
             q_prompt, q_own = split(q)
         k, v = blocks.keys_values(spec, layer, normed, rope)
         (k_prompt, k_own), (v_prompt, v_own) = split(k), split(v)
         if is_last:
-            q_own = q.reshape(batch, group, length, *q.shape[2:])
+            q_own = q.reshape(-1, group, length, *q.shape[2:])
             return blocks.gated(over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own, window), gate)
         over_prompt = attention.causal(q_prompt, k_prompt, v_prompt, spec.attention, window)
         over_both = over_prefix_and_own(q_own, k_prompt, v_prompt, k_own, v_own, window)
-        return blocks.gated(jnp.concatenate([over_prompt, over_both.reshape(batch, -1, *over_both.shape[3:])], 1), gate)
+        return blocks.gated(joined(over_prompt, over_both), gate)
 
     def recur(kind: str, is_last: bool, layer: PyTree, normed: Array, is_local: None) -> Array:
-        """The state after the prompt is that of all its rollouts."""
-        sizes, x = delta.Sizes(*spec.delta), delta.project(layer, normed)
-        none = delta.empty(sizes, (batch,), spec.dtype)
-        over_prompt, state = delta.mix(
-            sizes, spec.norm_eps, layer, jax.tree.map(lambda y: y[:, :prompt_size], x), none, prompt_len_B - 1
-        )
-        own = jax.tree.map(lambda y: y[:, prompt_size:].reshape(batch * group, length, *y.shape[2:]), x)
-        state = jax.tree.map(lambda y: jnp.repeat(y, group, 0), state)
-        out, _ = delta.mix(sizes, spec.norm_eps, layer, own, state, jnp.full(batch * group, length))
-        if is_last:
-            return out.reshape(batch, group, length, *out.shape[2:])
-        return jnp.concatenate([over_prompt, out.reshape(batch, -1, *out.shape[2:])], 1)
+        over_prompt, out = _recurrent(spec, streams, prompt_len_B, layer, normed)
+        return out if is_last else joined(over_prompt, out)
 
     def block(kind: str, is_last: bool, x_BXD: Array, layer: PyTree, is_local: Array | None = None) -> Array:
         layer = shards.whole(blocks.layer_table(spec, kind), layer, spec.dtype)

@@ -57,14 +57,13 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        {
+        _PLAIN
+        | {
             "qk_norm": True,
-            "qkv_bias": False,
             "activation": "gelu_pytorch_tanh",
             "norm_plus_one": True,
             "post_norms": True,
             "scale_embeddings": True,
-            "attention_gate": False,
         },
         {
             "hidden_activation": ("gelu_pytorch_tanh",),

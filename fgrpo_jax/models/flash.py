@@ -1,6 +1,6 @@
 """Attention of rows to one part's keys, in Pallas kernels that never write scores to memory.
 
-What attention._part_forward and _part_backward compute, as FlashAttention-2 does it
+What attention_blocks.part_forward and part_backward compute, as FlashAttention-2 does it
 (arXiv 2307.08691, algorithms 1 and 2), in three kernels over a grid of (query and kv head, block):
 
     forward   a block of rows walks over blocks of keys with a running softmax

@@ -6,8 +6,7 @@
     params = hf.load(directory, spec, shardings)
     hf.save(out, spec, params, hf.read_config(directory), tokenizer)
 
-`TENSORS` is the one place where the two layouts meet; which tensors there are, and their shapes, come
-from `decoder.param_table`.
+hf_layout.py says how parameters are called and laid out there.
 A checkpoint that loads gives the logits of `transformers`; everything else is refused.
 """
 
@@ -19,7 +18,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +32,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.files import is_address, path_of, send, storing
 from fgrpo_jax.models import gguf
-from fgrpo_jax.models.decoder import DecoderSpec, holders, param_table
+from fgrpo_jax.models.decoder import DecoderSpec
 from fgrpo_jax.models.hf_config import (
+    check_there,
     make_config,
     read_config,
     read_json,
     read_spec,
 )
-from fgrpo_jax.types import Array, Param, PyTree
+from fgrpo_jax.models.hf_layout import TENSORS, Tensor, flat_table, tensors_of, to_ours, to_stored
+from fgrpo_jax.types import Array, PyTree
 
 __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
 
@@ -48,100 +49,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = ("F32", "F16", "BF16")
 _TEXT, _BESIDE_TEXT = "model.language_model.", ("model.visual.", "mtp.")  # what names begin with
 _ROWS = 4096  # compared at a time
-
-
-class Stored(NamedTuple):
-    """How a parameter is called and laid out in a checkpoint.
-
-    ours: the axes of our array, one letter each, without the layer axis (letters as in
-        types.py, F the width of the MLP, C channels of a convolution).
-    stored: the axes of the checkpoint's array, each a product of ours; "" is an axis of one.
-    """
-
-    name: str  # "{}" is the layer's number
-    ours: str
-    stored: tuple[str, ...]
-
-
-TENSORS = {
-    "embed": Stored("model.embed_tokens.weight", "VD", ("V", "D")),
-    "layers/attn_norm": Stored("model.layers.{}.input_layernorm.weight", "D", ("D",)),
-    "layers/q": Stored("model.layers.{}.self_attn.q_proj.weight", "DHE", ("HE", "D")),
-    "layers/k": Stored("model.layers.{}.self_attn.k_proj.weight", "DHE", ("HE", "D")),
-    "layers/v": Stored("model.layers.{}.self_attn.v_proj.weight", "DHE", ("HE", "D")),
-    "layers/q_bias": Stored("model.layers.{}.self_attn.q_proj.bias", "HE", ("HE",)),
-    "layers/k_bias": Stored("model.layers.{}.self_attn.k_proj.bias", "HE", ("HE",)),
-    "layers/v_bias": Stored("model.layers.{}.self_attn.v_proj.bias", "HE", ("HE",)),
-    "layers/q_norm": Stored("model.layers.{}.self_attn.q_norm.weight", "E", ("E",)),
-    "layers/k_norm": Stored("model.layers.{}.self_attn.k_norm.weight", "E", ("E",)),
-    "layers/o": Stored("model.layers.{}.self_attn.o_proj.weight", "HED", ("D", "HE")),
-    "layers/delta_qkv": Stored("model.layers.{}.linear_attn.in_proj_qkv.weight", "DC", ("C", "D")),
-    "layers/delta_z": Stored("model.layers.{}.linear_attn.in_proj_z.weight", "DHE", ("HE", "D")),
-    "layers/delta_b": Stored("model.layers.{}.linear_attn.in_proj_b.weight", "DH", ("H", "D")),
-    "layers/delta_a": Stored("model.layers.{}.linear_attn.in_proj_a.weight", "DH", ("H", "D")),
-    "layers/delta_conv": Stored("model.layers.{}.linear_attn.conv1d.weight", "CT", ("C", "", "T")),
-    "layers/delta_dt_bias": Stored("model.layers.{}.linear_attn.dt_bias", "H", ("H",)),
-    "layers/delta_a_log": Stored("model.layers.{}.linear_attn.A_log", "H", ("H",)),
-    "layers/delta_out_norm": Stored("model.layers.{}.linear_attn.norm.weight", "E", ("E",)),
-    "layers/delta_o": Stored("model.layers.{}.linear_attn.out_proj.weight", "HED", ("D", "HE")),
-    "layers/mlp_norm": Stored("model.layers.{}.post_attention_layernorm.weight", "D", ("D",)),
-    "layers/gate": Stored("model.layers.{}.mlp.gate_proj.weight", "DF", ("F", "D")),
-    "layers/up": Stored("model.layers.{}.mlp.up_proj.weight", "DF", ("F", "D")),
-    "layers/down": Stored("model.layers.{}.mlp.down_proj.weight", "FD", ("D", "F")),
-    "final_norm": Stored("model.norm.weight", "D", ("D",)),
-    "head": Stored("lm_head.weight", "VD", ("V", "D")),
-}
-
-# With norms of what attention and MLP add, the names of the norms mean others.
-_POST_NORMED = {
-    "layers/attn_out_norm": Stored("model.layers.{}.post_attention_layernorm.weight", "D", ("D",)),
-    "layers/mlp_norm": Stored("model.layers.{}.pre_feedforward_layernorm.weight", "D", ("D",)),
-    "layers/mlp_out_norm": Stored("model.layers.{}.post_feedforward_layernorm.weight", "D", ("D",)),
-}
-
-
-class Tensor(NamedTuple):
-    """One tensor of a checkpoint: (a layer of) the parameter at `path`."""
-
-    path: str
-    layer: int | None  # its place in the stack
-    stored: Stored
-    name: str
-    shape: tuple[int, ...]  # of our array, without the layer axis
-    stored_shape: tuple[int, ...]
-
-
-def _tensors(spec: DecoderSpec) -> Iterator[Tensor]:
-    """Every tensor a checkpoint of this model has, in the order they are written."""
-    names = TENSORS | (_POST_NORMED if spec.post_norms else {})
-    for path, param in _flat_table(spec).items():
-        stacked = param.axes[0] == "layers"
-        shape = param.shape[1:] if stacked else param.shape
-        stored = names[path]
-        size = dict(zip(stored.ours, shape, strict=True))
-        stored_shape = tuple(math.prod(size[a] for a in axes) for axes in stored.stored)
-        if not stacked:
-            yield Tensor(path, None, stored, stored.name, shape, stored_shape)
-            continue
-        for place, layer in enumerate(holders(spec, path.removeprefix("layers/"))):
-            yield Tensor(path, place, stored, stored.name.format(layer), shape, stored_shape)
-
-
-def _flat_table(spec: DecoderSpec) -> dict[str, Param]:
-    return flatten_dict(param_table(spec), sep="/")
-
-
-def _to_ours(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    ours, axes = tensor.stored.ours, "".join(tensor.stored.stored)
-    size = dict(zip(ours, tensor.shape, strict=True))
-    return array.reshape([size[a] for a in axes]).transpose([axes.index(a) for a in ours])
-
-
-def _to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """C-contiguous: safetensors writes the buffer of an array as it lies in memory."""
-    ours, axes = tensor.stored.ours, "".join(tensor.stored.stored)
-    moved = array.transpose([ours.index(a) for a in axes]).reshape(tensor.stored_shape)
-    return np.ascontiguousarray(moved)
 
 
 # --------------------------------------------------------------------- reading weights
@@ -162,11 +69,11 @@ def load(checkpoint: str | Path, spec: DecoderSpec, shardings: PyTree | None = N
         files = _open_all(folder, stack)
         _check(folder, spec, files)
         params: dict[str, Array] = {}
-        for path, param in _flat_table(spec).items():
+        for path, param in flat_table(spec).items():
             host = np.empty(param.shape, jnp.dtype(spec.param_dtype))
-            for tensor in (t for t in _tensors(spec) if t.path == path):
+            for tensor in (t for t in tensors_of(spec) if t.path == path):
                 where = ... if tensor.layer is None else tensor.layer
-                host[where] = _to_ours(tensor, files[tensor.name].get_tensor(tensor.name))
+                host[where] = to_ours(tensor, files[tensor.name].get_tensor(tensor.name))
             if flat_shardings is None:
                 params[path] = jax.device_put(host)
                 continue
@@ -179,10 +86,7 @@ def _open_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     if gguf.is_meant(folder):
         tensors = gguf.open_tensors(folder)
         return dict.fromkeys(tensors.keys(), tensors)
-    if not folder.is_dir():
-        raise ModelFilesError(
-            f"model.checkpoint: {folder} is not there: give a Hugging Face directory, a GGUF file or smollm2"
-        )
+    check_there(folder)
     if (folder / SINGLE).is_file():
         names = [SINGLE]
     elif (folder / INDEX).is_file():
@@ -226,7 +130,7 @@ def _of_text(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:
-    expected = {tensor.name: tensor for tensor in _tensors(spec)}
+    expected = {tensor.name: tensor for tensor in tensors_of(spec)}
     says = "config.json gives" if folder.is_dir() else "its metadata give"
     head = TENSORS["head"].name
     if missing := sorted(set(expected) - set(files)):
@@ -340,7 +244,7 @@ def write_whole(target: Path, write: Callable[[Path], None], last: str) -> None:
 def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_file_bytes: int) -> None:
     files: list[list[Tensor]] = [[]]
     sizes = [0]
-    for tensor in _tensors(spec):
+    for tensor in tensors_of(spec):
         size = math.prod(tensor.shape) * flat[tensor.path].dtype.itemsize
         if files[-1] and sizes[-1] + size > max_file_bytes:
             files.append([])
@@ -354,7 +258,7 @@ def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_f
         arrays = {}
         for t in tensors:
             array = flat[t.path] if t.layer is None else flat[t.path][t.layer]
-            arrays[t.name] = _to_stored(t, np.asarray(array))
+            arrays[t.name] = to_stored(t, np.asarray(array))
         safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
     if len(files) > 1:
         weight_map = {t.name: name for name, tensors in zip(names, files, strict=True) for t in tensors}

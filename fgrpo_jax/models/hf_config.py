@@ -40,11 +40,16 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     folder = gguf.locate(checkpoint)
     if gguf.is_meant(folder):
         return gguf.read_config(folder)
+    check_there(folder)
+    return _of_text(read_json(folder / "config.json"), folder / "config.json")
+
+
+def check_there(folder: Path) -> None:
+    """Raises ModelFilesError where there is no directory."""
     if not folder.is_dir():
         raise ModelFilesError(
             f"model.checkpoint: {folder} is not there: give a Hugging Face directory, a GGUF file or smollm2"
         )
-    return _of_text(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _of_text(config: dict[str, Any], path: Path) -> dict[str, Any]:

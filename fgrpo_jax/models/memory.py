@@ -6,7 +6,7 @@ compiled, whether a configuration can fit.
 
 from __future__ import annotations
 
-import numpy as np
+import jax.numpy as jnp
 
 from fgrpo_jax.models.decoder import DecoderSpec, holders
 from fgrpo_jax.models.delta import Sizes
@@ -14,7 +14,7 @@ from fgrpo_jax.models.delta import Sizes
 
 def width(dtype: str) -> int:
     """Bytes of a number."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    return jnp.dtype(dtype).itemsize
 
 
 def caches(spec: DecoderSpec, queries: int, prompt: int, group: int, length: int, tensor: int = 1) -> float:

@@ -9,7 +9,8 @@ import numpy as np
 import safetensors.numpy
 
 from fgrpo_jax.models.decoder import DecoderSpec, holders
-from fgrpo_jax.models.hf import TENSORS, addressable, check_free, write_whole
+from fgrpo_jax.models.hf import addressable, check_free, write_whole
+from fgrpo_jax.models.hf_layout import TENSORS
 from fgrpo_jax.types import PyTree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

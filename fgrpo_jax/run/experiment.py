@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import absl.logging
 import jax
@@ -46,6 +46,9 @@ KNOWN = Registries(
     whole_metrics=frozenset(WHOLE),
     more_whole_metrics=frozenset(MORE_WHOLE),
 )
+
+
+Row = TypeVar("Row")
 
 
 class Experiment(NamedTuple):
@@ -135,10 +138,9 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
     return sharding.shard_batch(experiment.mesh, mine, len(examples))
 
 
-def batches_of(
-    experiment: Experiment, examples: Sequence[RankingExample]
-) -> Iterator[tuple[int, list[RankingExample]]]:
-    """The examples to evaluate in batches of one size, each after its place; the last example fills the last one."""
+def batches_of(experiment: Experiment, examples: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """The examples to evaluate, or what was made of them, in batches of one size, each after its place; the last
+    example fills the last one."""
     parts = sharding.query_shards(experiment.mesh)
     size = -(-experiment.config.eval.batch_queries // parts) * parts
     for start in range(0, len(examples), size):

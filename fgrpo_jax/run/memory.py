@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.run import sharding
@@ -50,7 +50,7 @@ def _bytes(experiment: Experiment, table: PyTree, dtype: str) -> int:
     places = jax.tree.leaves(sharding.param_shardings(experiment.mesh, table))
     shapes = [p.shape for p in jax.tree.leaves(table, is_leaf=is_param)]
     numbers = sum(math.prod(place.shard_shape(shape)) for place, shape in zip(places, shapes, strict=True))
-    return numbers * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+    return numbers * jnp.dtype(dtype).itemsize
 
 
 def check(experiment: Experiment, name: str) -> None:

@@ -26,7 +26,7 @@ class Progress:
         self._last_step = self._step = self._first = start
         self._last_time = self._step_time = time.monotonic()
         self._spent = self._opening = 0.0  # seconds of the steps after the first, and of that one
-        self._said: Mapping[str, str] = {}
+        self._said = ""
         self._bar = _bar() if is_main and sys.stdout.isatty() else None
         if self._bar:
             self._task = self._bar.add_task(stage, total=steps, completed=start, said="")
@@ -68,18 +68,17 @@ class Progress:
 
     def line(self, values: Mapping[str, float], rate: float, tokens: float) -> None:
         """rate: queries per second; tokens: per second."""
-        shown = {name: f"{value:.4f}" for name, value in values.items()}
-        speed = f"{per_time(rate, 'queries')}  {per_time(tokens, 'tokens')}"
-        said = "  ".join(f"{name} {value}" for name, value in shown.items())
+        shown = [f"{name} {value:.4f}" for name, value in values.items()]
+        self._said = "  ".join([*shown, per_time(rate, "queries"), per_time(tokens, "tokens")])
         if not self._bar:
-            self._print(f"{self._stage} {self._step}/{self._steps}  {said}  {speed}  ETA {self.eta()}")
-        self._said = {"said": f"{said}  {speed}"}
+            self._print(f"{self._stage} {self._step}/{self._steps}  {self._said}  ETA {self.eta()}")
         self._draw()
 
     def compiling(self, what: str, program: Callable, changing: int) -> Callable:
         """The program, which says when it compiles: whenever its argument `changing` has other shapes than before.
 
-        (XLA may find what it would compile in its cache on disk: then it takes less long.)
+        XLA may find what it would compile in its cache on disk, and then takes less long; where a call waits for its
+        result, as on a CPU with keep_memory, the time told is that of the first run too.
         """
         seen = set()
 
@@ -113,7 +112,7 @@ class Progress:
 
     def _draw(self, instead: str = "") -> None:
         if self._bar:
-            said = instead or f"{self._said.get('said', '')}  ETA {self.eta() if self._step > self._first else '-'}"
+            said = instead or f"{self._said}  ETA {self.eta() if self._step > self._first else '-'}"
             self._bar.update(self._task, completed=self._step, said=said.strip(), refresh=bool(instead))
 
     def _print(self, line: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fgrpo_jax import shards
 from fgrpo_jax.evaluation.evaluate import Prediction
 from fgrpo_jax.run import sharding
-from fgrpo_jax.run.experiment import Experiment, initial_params
+from fgrpo_jax.run.experiment import Experiment, batches_of, initial_params
 from fgrpo_jax.types import Policy, RankingExample
 
 _STEP = 64  # padded lengths of prompts are multiples of it, so that few programs are compiled
@@ -34,8 +34,7 @@ def answered(
 def _writer(experiment: Experiment, policy: Policy):
     """(token ids of prompts, most tokens) -> token ids of the answers; batches as an evaluation's."""
     mesh, frozen = experiment.mesh, experiment.base(policy)
-    params, parts = initial_params(experiment, policy), sharding.query_shards(mesh)
-    size = -(-experiment.config.eval.batch_queries // parts) * parts
+    params = initial_params(experiment, policy)
 
     @functools.cache
     def program(most: int):
@@ -48,16 +47,14 @@ def _writer(experiment: Experiment, policy: Policy):
     def write(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
         width = -(-max(map(len, prompts)) // _STEP) * _STEP
         found: list[list[int]] = []
-        for start in range(0, len(prompts), size):
-            part = list(prompts[start : start + size])
-            rows = part + [part[-1]] * (size - len(part))
-            tokens = np.zeros((size, width), np.int32)
+        for start, rows in batches_of(experiment, prompts):
+            tokens = np.zeros((len(rows), width), np.int32)
             for i, ids in enumerate(rows):
                 tokens[i, : len(ids)] = ids
-            given = tokens, np.array([len(ids) for ids in rows], np.int32)
-            mine = sharding.local_rows(mesh, size)
-            batch = (sharding.shard_batch(mesh, x[mine], size) for x in given)
-            found += np.asarray(program(most)(params, frozen, *batch))[: len(part)].tolist()
+            mine = sharding.local_rows(mesh, len(rows))
+            given = tokens[mine], np.array([len(ids) for ids in rows], np.int32)[mine]
+            written = program(most)(params, frozen, *sharding.shard_batch(mesh, given, len(rows)))
+            found += np.asarray(written)[: len(prompts) - start].tolist()
         return found
 
     return write

@@ -15,16 +15,13 @@ from typing import Any, Literal, NamedTuple
 from fgrpo_jax import policies
 from fgrpo_jax.config import (
     ConfigError,
-    CreditConfig,
     EvalConfig,
-    ObjectiveConfig,
-    OptimConfig,
     RewardConfig,
     RunConfig,
-    StageConfig,
 )
 from fgrpo_jax.files import is_address
 from fgrpo_jax.run.validation_of_data import data_problems, own_data_problems, unknown, unread
+from fgrpo_jax.run.validation_of_stages import check_stage
 from fgrpo_jax.stages import credited, from_start, stages
 
 
@@ -122,7 +119,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
         *_check_rewards(config),
         *_check_prompted(config),
         *_check_reward(config.reward),
-        *(line for name, stage in stages(config).items() for line in _check_stage(name, stage, known)),
+        *(line for name, stage in stages(config).items() for line in check_stage(name, stage, known)),
         *_check_starts(config),
     ]
     if config.seed < 0:
@@ -217,119 +214,4 @@ def _check_reward(r: RewardConfig) -> list[str]:
     for outcome, value in (("broken", r.broken), *r.rules):
         if not math.isfinite(value):
             problems.append(f"the reward of {outcome!r}, {value}, is not finite: see reward.broken, reward.rules")
-    return problems
-
-
-def _check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
-    problems = []
-    if s.steps < 0:
-        problems.append(f"{name}.steps={s.steps} is negative; 0 skips the stage")
-    if not s.steps:
-        return problems
-    for field in ("batch_queries", "group_size", "microbatches", "eval_every"):
-        if getattr(s, field) < 1:
-            problems.append(f"{name}.{field}={getattr(s, field)} must be at least 1")
-    if s.microbatches >= 1 and s.batch_queries % s.microbatches:
-        problems.append(
-            f"{name}.batch_queries={s.batch_queries} is not divisible by {name}.microbatches={s.microbatches}"
-        )
-    problems += unknown(f"{name}.objective.name", [s.objective.name], frozenset(known.objectives))
-    if s.source == "logged" and (s.group_size != 1 or s.objective.name != "nll"):
-        problems.append(f"{name}.source='logged' needs {name}.group_size=1 and {name}.objective.name='nll'")
-    if s.source != "logged":
-        problems += _check_credit(name, s, known)
-    if s.source != "logged" and s.metric:
-        problems.append(f"{name}.metric={s.metric!r} is of logged rollouts, {name}.source={s.source!r}: leave it empty")
-    problems += _check_scheme(name, s, known)
-    if not 0 <= s.subset[0] < s.subset[1] <= 1:
-        problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
-    if s.objective.epochs < 1:
-        problems.append(f"{name}.objective.epochs must be at least 1")
-    if s.patience < 0:
-        problems.append(f"{name}.patience must not be negative; 0: never stop early")
-    o = s.objective
-    if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
-        problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
-    if not 0 <= o.sigma < math.inf:
-        problems.append(f"{name}.objective.sigma={o.sigma} must be >= 0 and finite")
-    problems += _unread_options(f"{name}.objective", o, o.name, known.objectives)
-    return problems + _check_optim(f"{name}.optim", s.optim)
-
-
-def _unread_options(where: str, o: ObjectiveConfig | CreditConfig, name: str, known: Mapping) -> list[str]:
-    """Options of others than `name`, set although this one does not read them."""
-    if name not in known:
-        return []
-    others = {option for options in known.values() for option in options} - {*known[name]}
-    values = {option: (getattr(o, option), getattr(type(o)(), option)) for option in sorted(others)}
-    return [
-        f"{where}.{option}={value!r}: {name!r} has no such term or option: leave it at {default!r}"
-        for option, (value, default) in values.items()
-        if value != default
-    ]
-
-
-def _check_optim(where: str, o: OptimConfig) -> list[str]:
-    problems = []
-    for field in ("learning_rate", "clip_norm", "eps"):
-        value = getattr(o, field)
-        if not (math.isfinite(value) and value > 0):
-            problems.append(f"{where}.{field}={value} must be positive")
-    if not (0 <= o.b1 < 1 and 0 <= o.b2 < 1):
-        problems.append(f"{where}: b1={o.b1} and b2={o.b2} must be in [0, 1)")
-    if not (o.warmup_steps >= 0 and 0 <= o.weight_decay < math.inf):
-        problems.append(f"{where}: warmup_steps and weight_decay must be finite and not negative")
-    return problems
-
-
-def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
-    problems = []
-    if s.group_size == 1:
-        problems.append(f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more")
-    if s.objective.name == "nll":
-        problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")
-    if s.objective.name == "group_softmax" and len(s.credit.terms) > 1:
-        problems.append(
-            f"{name}.objective.name='group_softmax' reads one reward: name one in {name}.credit.terms, not "
-            f"{len(s.credit.terms)}"
-        )
-    if s.objective.name == "group_softmax" and (
-        s.credit.normalise != "none" or any(weight != 1 for _, _, weight in s.credit.terms)
-    ):
-        problems.append(
-            f"{name}.objective.name='group_softmax' reads the reward as it is: leave {name}.credit.normalise at 'none' "
-            "and the term's weight at 1 (objective.normalised and sigma are its own)"
-        )
-    if not s.credit.terms:
-        problems.append(f"{name}.credit.terms is empty: nothing would be trained")
-    for phase, reward, weight in s.credit.terms:
-        if phase not in ("slate", "rank"):
-            problems.append(f"{name}.credit.terms: phase {phase!r} is not slate or rank")
-        problems += unknown(f"{name}.credit.terms", [reward], known.rewards)
-        if not math.isfinite(weight):
-            problems.append(f"{name}.credit.terms: weight {weight} is not finite")
-    return problems
-
-
-def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
-    """Whether what the scheme of credit needs is there."""
-    c, where = s.credit, f"{name}.credit.scheme={s.credit.scheme!r}"
-    problems = _unread_options(f"{name}.credit", c, c.scheme, known.schemes)
-    if not 0 < c.shrinkage < math.inf:
-        problems.append(f"{name}.credit.shrinkage={c.shrinkage} must be positive and finite")
-    if c.scheme == CreditConfig().scheme:
-        return problems
-    if s.objective.name != "clipped_pg":
-        problems.append(f"{where} needs {name}.objective.name='clipped_pg', not {s.objective.name!r}")
-    if s.source != "sampled":
-        problems.append(f"{where}: its baselines are those of own samples; use {name}.source='sampled'")
-    if c.scheme in known.by_item:
-        allowed = ", ".join(f"({phase}, {reward})" for reward, phase in known.sums.items())
-        problems += [
-            f"{where}: ({phase}, {reward}) is not one of the terms that are sums over the phase's items: {allowed}"
-            for phase, reward, _ in c.terms
-            if known.sums.get(reward) != phase
-        ]
-    if c.scheme in known.exact and s.objective.epochs > 1:
-        problems.append(f"{where} is on policy: {name}.objective.epochs must be 1, not {s.objective.epochs}")
     return problems

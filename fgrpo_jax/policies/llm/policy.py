@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,22 +25,8 @@ def make(
     grammar = make_grammar(config, tokenizer)
     constrained = config.transcript.constrained
     sampler = sampling.Sampler(spec, grammar, constrained)
-    base_table, table = lora.split(decoder.param_table(spec)) if spec.lora else (None, decoder.param_table(spec))
-
-    def init(key: jax.Array, shardings: PyTree) -> PyTree:
-        if spec.lora:
-            make = functools.partial(lora.init, table, dtype=spec.param_dtype)
-            return jax.jit(make, out_shardings=shardings)(key)
-        if config.model.checkpoint:
-            return hf.load(config.model.checkpoint, spec, shardings)
-        return jax.jit(functools.partial(decoder.init, spec), out_shardings=shardings)(key)
-
-    def load_base(shardings: PyTree) -> PyTree:
-        stored = spec._replace(lora=None, param_dtype=config.model.lora.base_dtype)
-        return hf.load(base.weights_of(config, run_dir), stored, shardings)
-
-    def model(params: PyTree, frozen: PyTree) -> PyTree:
-        return lora.join(frozen["base"], params, spec.lora) if spec.lora else params
+    weights = _weights(config, spec, run_dir)
+    model = weights.model
 
     def sampled(stage: StageConfig):
         def rollout(params, frozen, query, key):
@@ -65,22 +52,13 @@ def make(
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
-    def beside(query: Query, queries: int, group: int, microbatches: int, tensor: int) -> dict[str, float]:
-        prompt, length = sizes(query).values()
-        rest = prompt, group, length, tensor
-        return {
-            "activations": memory.activations(spec, queries // microbatches, *rest),
-            "caches": memory.caches(spec, queries, *rest),
-            "copies": decoder.num_params(spec) * memory.width(spec.dtype) / tensor,
-        }
-
     asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
     return Policy(
-        table=table,
+        table=weights.table,
         dtype=spec.param_dtype,
-        init=init,
+        init=weights.init,
         outcomes=transcript.OUTCOMES,
         encode=encoded,
         blank=blank(grammar),
@@ -90,21 +68,84 @@ def make(
         turns=functools.partial(masks.turns, grammar),
         choices=choices if constrained else None,
         rewards={},
-        summary=(
-            f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
-            f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, "
-            + (f"adapters of rank {spec.lora.rank}: {num_params(table):,} trained" if spec.lora else "")
-            + (f", {config.model.lora.base_dtype} base, " if spec.lora else "")
-            + f"{spec.param_dtype} weights"
-        ),
+        summary=_summary(config, spec, weights),
         sizes=sizes,
         check=functools.partial(checks.check_training, config, tokenizer, encoded),
         files=policy_files(config, spec, tokenizer, run_dir, ranking),
-        base=Base(base_table, config.model.lora.base_dtype, load_base) if spec.lora else None,
+        base=weights.base,
         write=write,
-        footprint=Footprint(beside, "model.param_dtype='bfloat16'", "model.remat=True"),
+        footprint=Footprint(
+            functools.partial(_beside, spec, sizes), "model.param_dtype='bfloat16'", "model.remat=True"
+        ),
         prompted={name: functools.partial(method, asking) for name, method in prompted.METHODS.items()},
     )
+
+
+class _Weights(NamedTuple):
+    """What is trained, and what is not.
+
+    table, init: as Policy's. model: (params, frozen) -> what the decoder computes with.
+    """
+
+    table: PyTree
+    init: Callable
+    base: Base | None
+    model: Callable
+
+
+def _weights(config: Config, spec: decoder.DecoderSpec, run_dir: Path) -> _Weights:
+    """All of a model, from a checkpoint or random; or adapters of a checkpoint, random too."""
+
+    def started(make: Callable, shardings: PyTree, key: jax.Array) -> PyTree:
+        return jax.jit(make, out_shardings=shardings)(key)
+
+    if not spec.lora:
+
+        def init(key: jax.Array, shardings: PyTree) -> PyTree:
+            if config.model.checkpoint:
+                return hf.load(config.model.checkpoint, spec, shardings)
+            return started(functools.partial(decoder.init, spec), shardings, key)
+
+        return _Weights(decoder.param_table(spec), init, None, lambda params, frozen: params)
+
+    base_table, table = lora.split(decoder.param_table(spec))
+    base_dtype = config.model.lora.base_dtype
+
+    def init_adapters(key: jax.Array, shardings: PyTree) -> PyTree:
+        return started(functools.partial(lora.init, table, dtype=spec.param_dtype), shardings, key)
+
+    def load_base(shardings: PyTree) -> PyTree:
+        stored = spec._replace(lora=None, param_dtype=base_dtype)
+        return hf.load(base.weights_of(config, run_dir), stored, shardings)
+
+    def joined(params: PyTree, frozen: PyTree) -> PyTree:
+        return lora.join(frozen["base"], params, spec.lora)
+
+    return _Weights(table, init_adapters, Base(base_table, base_dtype, load_base), joined)
+
+
+def _summary(config: Config, spec: decoder.DecoderSpec, weights: _Weights) -> str:
+    adapters = ""
+    if spec.lora:
+        trained = num_params(weights.table)
+        adapters = f"adapters of rank {spec.lora.rank}: {trained:,} trained, {config.model.lora.base_dtype} base, "
+    return (
+        f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
+        f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {adapters}{spec.param_dtype} weights"
+    )
+
+
+def _beside(
+    spec: decoder.DecoderSpec, sizes: Callable, query: Query, queries: int, group: int, microbatches: int, tensor: int
+) -> dict[str, float]:
+    """See Footprint."""
+    prompt, length = sizes(query).values()
+    rest = prompt, group, length, tensor
+    return {
+        "activations": memory.activations(spec, queries // microbatches, *rest),
+        "caches": memory.caches(spec, queries, *rest),
+        "copies": decoder.num_params(spec) * memory.width(spec.dtype) / tensor,
+    }
 
 
 def make_grammar(config: Config, tokenizer) -> transcript.Grammar:
