@@ -55,7 +55,7 @@ class LoraConfig:
     projections: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
         "q", "k", "v", "o", "gate", "up", "down",
     )  # fmt: skip
-    """Weights of every layer that have an adapter."""
+    """Weights of every layer that have an adapter, where it has them: recurrent layers have gate, up and down."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the checkpoint's weights in memory; model.param_dtype is that of adapters and moments."""
 

@@ -5,7 +5,6 @@ import functools
 import json
 import operator
 import re
-import runpy
 
 import pytest
 from tiny import ROOT, changed
@@ -24,56 +23,6 @@ def problems(**fields):
     with pytest.raises(ConfigError, match="this configuration cannot run:") as error:
         validate(changed(DEFAULT, {name.replace("__", "."): value for name, value in fields.items()}), KNOWN)
     return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_the_configs_that_come_along_are_possible(path):
-    config = load_file(path)
-    validate(config, KNOWN)
-    assert from_json(to_json(config)) == config
-    assert "python train.py" in runpy.run_path(str(path))["__doc__"]
-
-
-def test_every_variant_of_the_studies_is_possible():
-    """And differs from the others; the files' own rule for names is followed by get_config alone."""
-    path = ROOT / "configs" / "goalrank_study.py"
-    names = runpy.run_path(str(path))["VARIANTS"]
-    found = [load_file(f"{path}:{name}") for name in names]
-    for config in found:
-        validate(config, KNOWN)
-    assert len({to_json(dataclasses.replace(config, run_dir="")) for config in found}) == len(names) - 1
-    assert changed(load_file(f"{path}:group_20"), {"run_dir": ""}) == changed(load_file(path), {"run_dir": ""})
-    with pytest.raises(ConfigError, match="goalrank_study.py: 'x' is not one of as_it_is, no_proposals"):
-        load_file(f"{path}:x")
-    with pytest.raises(ConfigError, match=r"jsonl.py: get_config\(\) failed: .* takes 0 positional"):
-        load_file(f"{ROOT / 'configs' / 'jsonl.py'}:x")
-
-
-def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
-    pretrained, scratch = (load_file(f"{ROOT / 'configs' / 'smollm2.py'}{x}") for x in ("", ":scratch"))
-    validate(scratch, KNOWN)
-    others = {name for name in differences(pretrained, scratch) if not name.startswith("model.")}
-    assert others == {"run_dir", "rl.steps", "sft.optim.learning_rate"}
-    assert pretrained.model.checkpoint == "smollm2" and not scratch.model.checkpoint
-    with pytest.raises(ConfigError, match="no variant 'x', only scratch"):
-        load_file(f"{ROOT / 'configs' / 'smollm2.py'}:x")
-
-
-@pytest.mark.parametrize("name", ["ml1m", "hotpotqa", "musique"])
-def test_it_is_configured_for_real_data_on_either_machine(name):
-    path = ROOT / "configs" / "smollm2_real.py"
-    cores, gpu = (load_file(f"{path}:{name}{machine}") for machine in ("", "_gpu"))
-    for config in (cores, gpu):
-        validate(config, KNOWN)
-        assert config.reward.k == config.transcript.rank_max and config.model.lora.rank
-    changes = {"run_dir", "model.dtype", "model.lora.base_dtype", "eval.batch_queries", "eval.train_queries"}
-    sizes = {f"{stage}.{field}" for stage in ("sft", "rl") for field in STAGE_SIZES}
-    assert set(differences(cores, gpu)) <= changes | sizes
-    with pytest.raises(ConfigError, match="no variant 'films', only ml1m, hotpotqa, musique, and each with _gpu"):
-        load_file(f"{path}:films")
-
-
-STAGE_SIZES = ("steps", "batch_queries", "microbatches", "eval_every")
 
 
 def test_a_file_and_flags():

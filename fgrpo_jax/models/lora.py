@@ -36,10 +36,7 @@ AXES_IN = {"o": 2, "delta_o": 2}  # axes of a projection's input; 1 elsewhere
 
 
 def adapted(table: PyTree, lora: Lora) -> PyTree:
-    """The table of a model with its adapters. Raises ValueError for a projection that the model has not."""
-    layers = table["layers"]
-    if lacking := [name for name in lora.projections if name not in layers]:
-        raise ValueError(f"model.lora.projections: this model has no {', '.join(lacking)}")
+    """The table of a model with its adapters."""
 
     def with_adapter(name: str, base: Param) -> Param | Adapted:
         if name not in lora.projections:
@@ -49,7 +46,7 @@ def adapted(table: PyTree, lora: Lora) -> PyTree:
         b = Param((stack, lora.rank, *shape[n:]), (stack_axis, "rank", *axes[n:]), "zeros", decay=True)
         return Adapted(base, a, b, lora.scale)
 
-    return {**table, "layers": {name: with_adapter(name, base) for name, base in layers.items()}}
+    return {**table, "layers": {name: with_adapter(name, base) for name, base in table["layers"].items()}}
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -33,18 +33,15 @@ def table(caption: str, rows: Sequence[Sequence[str]], best: bool = False) -> st
     """The head of the columns first; the first cell of a row is its head. best: mark the greatest of each column."""
     head, *body = rows
     greatest = [_greatest([row[j] for row in body]) if best and j else None for j in range(len(head))]
-    cells = "".join(tag("th", escape(cell), scope="col") for cell in head)
-    lines = [tag("tr", cells)]
-    lines = [tag("thead", lines[0])]
-    made = []
+    made, cells = [], "".join(tag("th", escape(cell), scope="col") for cell in head)
     for row in body:
         others = []
         for j, cell in enumerate(row[1:], 1):
             top = greatest[j] is not None and _number(cell) == greatest[j]
             others.append(tag("td", tag("strong", escape(cell)) if top else escape(cell)))
         made.append(tag("tr", tag("th", escape(row[0]), scope="row") + "".join(others)))
-    lines.append(tag("tbody", "".join(made)))
-    named = tag("caption", tag("span", escape(caption))) + "".join(lines)
+    named = tag("caption", tag("span", escape(caption)))
+    named += tag("thead", tag("tr", cells)) + tag("tbody", "".join(made))
     return tag("div", tag("table", named), class_="scroll", role="region", aria_label=caption, tabindex=0)
 
 
