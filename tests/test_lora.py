@@ -19,10 +19,12 @@ from fgrpo_jax.models import decoder, head, hf, lora
 from fgrpo_jax.models.lora import Lora
 from fgrpo_jax.policies.llm import sampling
 from fgrpo_jax.policies.llm.validation import problems
-from fgrpo_jax.run import directory
+from fgrpo_jax.run import directory, memory
 from fgrpo_jax.run.checkpoint import Checkpoints
+from fgrpo_jax.run.experiment import assemble
+from fgrpo_jax.run.finished import prompts_of
 from fgrpo_jax.run.ranking import Ranker
-from fgrpo_jax.types import map_params
+from fgrpo_jax.types import map_params, num_params
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -321,6 +323,15 @@ MESH = """
     ok = jax.tree.map(lambda x, y: np.allclose(x, np.asarray(y), rtol=1e-4, atol=1e-5), alone, together)
     print(len(jax.tree.leaves(ok)), all(jax.tree.leaves(ok)))
 """
+
+
+def test_the_base_is_counted_in_its_own_type(made):
+    folder, config = made
+    experiment = assemble(config, prompts_of(config, folder / "run"), folder / "run")
+    policy = experiment.policy("sft")
+    trained, of_base = num_params(policy.table), num_params(policy.base.table)
+    assert memory.state(experiment, "sft") == {"parameters": 4 * trained + 2 * of_base, "moments": 8 * trained}
+    assert memory.state(experiment, "rl")["parameters"] == 8 * trained + 2 * of_base  # and a reference
 
 
 def test_on_eight_devices_their_gradient_is_the_same():
