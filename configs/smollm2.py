@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> Config:
             slate_max=4,
             rank_min=3,
             rank_max=3,
+            identifier_width=4,
         ),
         model=ModelConfig(checkpoint="smollm2", lora=LoraConfig(rank=16)),
         reward=RewardConfig(k=3),

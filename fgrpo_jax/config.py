@@ -42,6 +42,9 @@ class TranscriptConfig:
     slate_max: int = 10
     rank_min: int = 5
     rank_max: int = 5
+    identifier_width: int = 1
+    """Least number of tokens that identifiers are padded to. A batch is padded to the longest of its own: with 1 a
+    program is compiled for every width that occurs, with the width of the longest there is, one."""
 
 
 @dataclasses.dataclass(frozen=True)

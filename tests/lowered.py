@@ -85,8 +85,8 @@ def configs(folder):
     return found | {"everything": changed(found["jsonl"], EVERYTHING)}
 
 
-def programs(config):
-    """Name -> text. Nothing is compiled but the initialisation of the parameters."""
+def programs(config, platforms=None):
+    """Name -> text, for the devices here or other platforms. Nothing is compiled but how the parameters start."""
     validate(config, KNOWN)
     experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
     texts = {}
@@ -105,11 +105,13 @@ def programs(config):
         frozen = {"reference": params} if stage.objective.kl_weight else {}
         frozen |= {other: params_of(experiment.policy(other)) for other in stage.frozen_from}
         frozen |= experiment.base(policy)
-        lowered = collect.lower(params, frozen, query, random_key(config.seed, name, "rollout", 0))
+        key = random_key(config.seed, name, "rollout", 0)
+        lowered = collect.trace(params, frozen, query, key).lower(lowering_platforms=platforms)
         texts[f"{name} collect"] = lowered.as_text()
         state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), params)
         batch = on_queries(experiment.mesh, lowered.out_info[0])
-        texts[f"{name} update"] = update.lower(placed(state, places), frozen, batch).as_text()
+        traced = update.trace(placed(state, places), frozen, batch)
+        texts[f"{name} update"] = traced.lower(lowering_platforms=platforms).as_text()
     texts["greedy"] = Predictor(experiment, policy).program.lower(params, experiment.base(policy), query).as_text()
     return texts
 

@@ -137,8 +137,15 @@ def test_sizes_of_a_workload_can_be_set():
     assert args.workload == "qwen3-0.6b" and shape == theirs._replace(batch=1, prompt=1024, length=32)
     assert spec == qwen._replace(num_layers=6, dtype="float32")
     assert bench.as_computed_here(spec) == spec._replace(attention="blocks", rows_first=True)
+    assert bench.as_computed_here(spec, "blocks").attention == "blocks"
     _, spec, shape = bench.parse(["--preset", "gpu"])
     assert (spec, shape) == (qwen._replace(dtype="bfloat16"), theirs)
+
+
+def test_kernels_are_refused_where_they_do_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "keep_memory", lambda: None)  # of the process that runs all tests
+    assert bench.main(["--workload", "default", "--attention", "flash"]) == 2
+    assert "error: model.attention='flash' needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

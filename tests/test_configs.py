@@ -56,6 +56,8 @@ def test_it_is_configured_for_real_data_on_either_machine(name):
         assert config.reward.k == config.transcript.rank_max and config.model.lora.rank
     changes = {"run_dir", "model.dtype", "model.lora.base_dtype", "eval.batch_queries", "eval.train_queries"}
     sizes = {f"{stage}.{field}" for stage in ("sft", "rl") for field in STAGE_SIZES}
-    assert set(differences(cores, gpu)) <= changes | sizes
+    shapes = {"data.prompt_buckets", "transcript.identifier_width"}
+    assert set(differences(cores, gpu)) <= changes | sizes | shapes
+    assert gpu.data.prompt_buckets[-1] >= cores.data.prompt_buckets[-1]
     with pytest.raises(ConfigError, match="no variant 'films', only ml1m, hotpotqa, musique, and each with _gpu"):
         load_file(f"{path}:films")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bpe import train_bpe
-from helpers import quick_jit
+from helpers import quick_jit, random_params
 
 from fgrpo_jax.algorithm.advantages import make_batch
 from fgrpo_jax.algorithm.objectives import nll
@@ -94,6 +94,18 @@ def test_numbers_as_identifiers(make, bpe):
         tokens = [t for t in query.identifiers[0, c].tolist() if t >= 0]
         assert bpe.decode(tokens) == f"[{c + 1}]"
     assert bpe.decode(query.prompt[1, : query.prompt_len[1]]).endswith("[3] song 6\n<SLATE>")
+
+
+def test_a_least_width_saves_programs_and_changes_no_list(make, bpe, spec):
+    narrow, wide = (make(changed(NUMBERED, identifier_width=width), bpe) for width in (1, 6))
+    queries = [policy.encode([LONG, SHORT]) for policy in (narrow, wide)]
+    assert [query.identifiers.shape[2] for query in queries] == [3, 6]
+    assert (queries[1].identifiers[..., :3] == queries[0].identifiers).all() and (
+        queries[1].identifiers[..., 3:] == -1
+    ).all()
+    params = random_params(spec._replace(vocab_size=len(bpe)))
+    found = [quick_jit(p.greedy)(params, {}, query)[1] for p, query in zip((narrow, wide), queries, strict=True)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def long_names(query_id, *names):

@@ -2,8 +2,8 @@
 
     python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|smollm2|qwen3-0.6b|qwen3-4b]
                               [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
-                              [--repeats N] [--no-repeated] [--scan] [--json FILE] [--png FILE]
-                              [--no-keep-memory] [--profile DIR]
+                              [--attention auto|blocks|flash] [--repeats N] [--no-repeated] [--scan]
+                              [--json FILE] [--png FILE] [--no-keep-memory] [--profile DIR]
     python -m fgrpo_jax.bench plan --topology v5e:8x8 ...     (plan.py)
     python -m fgrpo_jax.bench ranker ...                      (ranker.py)
     python -m fgrpo_jax.bench credit RUN_DIR ...              (credit.py)
@@ -18,9 +18,10 @@ size, and draws them. What runs is in measure.py, what it should cost in flops.p
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
+import sys
+import typing
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ import jax
 from fgrpo_jax.bench import credit, flops, jump, measure, plan, ranker, trl
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
-from fgrpo_jax.config import ModelConfig
+from fgrpo_jax.config import ConfigError, ModelConfig
 from fgrpo_jax.models import decoder
+from fgrpo_jax.policies.llm.checks import check_attention
 from fgrpo_jax.policies.llm.files import attention_of
 from fgrpo_jax.run.launch import keep_memory
 
@@ -85,7 +87,7 @@ def report(
         "spec": spec._asdict(),
         "shape": shape._asdict(),
         "device": f"{device.platform} {device.device_kind}",
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "fgrpo_jax")},
+        "versions": measure.versions("jax", "jaxlib"),
         "matmul_gflops": rate,
         "copy_gbytes_per_s": bandwidth,
         "update_gflop": update_gflop,
@@ -214,6 +216,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="default workload and number type")
     parser.add_argument("--workload", choices=WORKLOADS, help="sizes; default: the preset's")
     measure.add_sizes(parser)
+    kinds = typing.get_args(typing.get_type_hints(ModelConfig)["attention"])
+    parser.add_argument("--attention", choices=kinds, default="auto", help="as model.attention; default: auto")
     parser.add_argument("--repeats", type=measure.positive, default=5, metavar="N", help="timed runs after the warm-up")
     parser.add_argument("--no-repeated", action="store_true", help="leave out the repeated-prompt reference")
     scan_help = "also scan prompt length and group size, with one query (w1 on two cores: 15 minutes)"
@@ -233,9 +237,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     return args, spec, shape
 
 
-def as_computed_here(spec: decoder.DecoderSpec) -> decoder.DecoderSpec:
-    """By the devices there are."""
-    return spec._replace(attention=attention_of(ModelConfig()), rows_first=jax.default_backend() == "cpu")
+def as_computed_here(spec: decoder.DecoderSpec, attention: str = "auto") -> decoder.DecoderSpec:
+    """By the devices there are. Raises ConfigError for kernels that they do not run."""
+    model = ModelConfig(attention=attention)
+    check_attention(model)
+    return spec._replace(attention=attention_of(model), rows_first=jax.default_backend() == "cpu")
 
 
 def main(argv: list[str]) -> int:
@@ -252,7 +258,11 @@ def main(argv: list[str]) -> int:
     args, spec, shape = parse(argv)
     if args.keep_memory:
         keep_memory()
-    spec = as_computed_here(spec)
+    try:
+        spec = as_computed_here(spec, args.attention)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     found = report(args.workload, spec, shape, args.repeats, not args.no_repeated, args.profile)
     print(table(found), flush=True)
     if args.scan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import resource
 import statistics
 import sys
@@ -24,7 +25,7 @@ import optax
 from jax import jit
 from jax.sharding import Mesh
 
-from fgrpo_jax import shards
+from fgrpo_jax import __version__, shards
 from fgrpo_jax.algorithm.objectives import clipped_pg
 from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.bench.flops import Shape
@@ -209,12 +210,13 @@ def functions(spec: decoder.DecoderSpec, shape: Shape, mesh: Mesh, microbatches:
         params = decoder.init(spec, key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return Functions(
-        optimizer,
-        start,
-        lambda params, query, key: sample(params, {}, query, key),
-        lambda state, batch: update(state, {}, batch),
-    )
+    def rollout_step(params: PyTree, query: Query, key: Array) -> Rollout:  # profiles show these names
+        return sample(params, {}, query, key)
+
+    def update_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        return update(state, {}, batch)
+
+    return Functions(optimizer, start, rollout_step, update_step)
 
 
 def make_batch(spec: decoder.DecoderSpec, shape: Shape, query: Query) -> Batch:
@@ -303,6 +305,11 @@ def copy_gbytes(size: int = 2**28, repeats: int = 3) -> float:
         s, x = timed(copy, x)
         seconds.append(s)
     return 2 * size / min(seconds[1:]) / 1e9
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of what was measured, and of this project as it is imported, installed or not."""
+    return {package: importlib.metadata.version(package) for package in packages} | {"fgrpo_jax": __version__}
 
 
 def peak_gib() -> float:

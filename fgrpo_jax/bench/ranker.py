@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -35,7 +34,7 @@ from fgrpo_jax.algorithm.group_softmax import group_softmax
 from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.bench import flops
 from fgrpo_jax.bench.flops import RankerSizes
-from fgrpo_jax.bench.measure import positive
+from fgrpo_jax.bench.measure import positive, versions
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.policies.ranker import generator, network
 from fgrpo_jax.policies.ranker.network import RankerSpec
@@ -282,8 +281,7 @@ def compare(n: RankerSizes, repeats: int, threads: int, with_growth: bool) -> di
                 if axis != "pool" or size >= n.length
             ]
             print("\n".join(growth(found["growth"])))
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "torch", "fgrpo_jax")}
-    return found | {"threads": threads, "versions": versions}
+    return found | {"threads": threads, "versions": versions("jax", "jaxlib", "torch")}
 
 
 def main(argv: list[str]) -> int:

@@ -4,17 +4,18 @@
                                   [--repeats N] [--threads N] [--json FILE]
 
 TRL's GRPOTrainer samples `group` completions of exactly `length` tokens for each prompt with `generate` of
-transformers, and updates once on them (no KL term, gradient clipping, AdamW, no gradient checkpointing, float32);
+transformers, and updates once on them (no KL term, gradient clipping, AdamW, no gradient checkpointing);
 ours does the same with the programs of `bench`. Random weights, random prompts. TRL has a process of its own, and
-both are called in turns, so what slows the machine slows both. Needs `pip install trl` beside the `parity` extra,
-and measures CPUs.
+both are called in turns, so what slows the machine slows both. Needs `pip install trl` beside the `parity` extra.
+
+On CPUs in float32. On a GPU, which both need to see, in bfloat16: TRL's weights and moments too, where ours are in
+float32 and cast to compute.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -45,6 +46,7 @@ _EOS = 0  # of their tokenizer; no completion is ended by it
 
 def _serve(line: Connection, spec: DecoderSpec, shape: Shape, steps: int, threads: int) -> None:
     """Trains for `steps` steps; each begins when asked for, and its seconds are the answer."""
+    jax.config.update("jax_platforms", "cpu")  # JAX computes nothing here
     keep_memory()
     import torch
     import transformers
@@ -60,6 +62,8 @@ def _serve(line: Connection, spec: DecoderSpec, shape: Shape, steps: int, thread
             begun = time.perf_counter()
 
         def on_step_end(self, *args: Any, **also: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             line.send(time.perf_counter() - begun)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +97,8 @@ def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(sizes)
+    on_cpu = spec.dtype == "float32"
+    model = transformers.LlamaForCausalLM(sizes).to(getattr(torch, spec.dtype))
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, spec.vocab_size, (shape.batch * steps, shape.prompt))
     prompts = [" ".join(f"t{i}" for i in row) for row in tokens]
@@ -106,8 +111,8 @@ def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
         max_steps=steps,
         beta=0.0,
         learning_rate=1e-5,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
         gradient_checkpointing=False,
         save_strategy="no",
         logging_strategy="no",
@@ -164,18 +169,17 @@ def compare(spec: DecoderSpec, shape: Shape, repeats: int, threads: int) -> dict
             update_s, (state, _) = measure.timed(programs.update, state, batch)
             for name, seconds in zip(times, (rollout_s, update_s, rollout_s + update_s, their_step()), strict=True):
                 times[name].append(seconds)
-    versions = {
-        p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "torch", "transformers", "trl", "fgrpo_jax")
-    }
+    versions = measure.versions("jax", "jaxlib", "torch", "transformers", "trl")
     found = {name: spread(seconds[_WARM_UP:]) for name, seconds in times.items()}
     sizes = {"spec": spec._asdict(), "shape": shape._asdict(), "parameters": ours, "threads": threads}
-    return found | sizes | {"versions": versions}
+    return found | sizes | {"versions": versions, "device": jax.local_devices()[0].device_kind}
 
 
 def table(found: dict[str, Any]) -> str:
     """The comparison for people."""
     sizes = ", ".join(f"{key} {value}" for key, value in found["shape"].items())
-    lines = [f"{found['parameters']:,} parameters, {found['spec']['num_layers']} layers, {sizes}"]
+    told = f"{found['parameters']:,} parameters, {found['spec']['num_layers']} layers, {found['spec']['dtype']}"
+    lines = [f"{told} on {found['device']}: {sizes}"]
     for name, said in {
         "step": "fgrpo_jax",
         "rollout": "  its rollouts",
@@ -183,7 +187,7 @@ def table(found: dict[str, Any]) -> str:
         "trl": f"TRL {found['versions']['trl']}",
     }.items():
         x = found[name]
-        lines.append(f"{said:16}{x['median']:9.2f} s (quartiles {x['low']:.2f} to {x['high']:.2f}, n={x['n']})")
+        lines.append(f"{said:16}{x['median']:9.3f} s (quartiles {x['low']:.3f} to {x['high']:.3f}, n={x['n']})")
     lines.append(f"{'ratio':16}{found['trl']['median'] / found['step']['median']:9.2f}")
     return "\n".join(lines)
 
@@ -204,10 +208,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory, which TRL needs too
     keep_memory()
     spec, shape = measure.sized(args)
+    on_cpu = jax.default_backend() == "cpu"
+    spec = spec._replace(dtype="float32" if on_cpu else "bfloat16", rows_first=on_cpu)
     try:
-        found = compare(spec._replace(rows_first=jax.default_backend() == "cpu"), shape, args.repeats, args.threads)
+        found = compare(spec, shape, args.repeats, args.threads)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

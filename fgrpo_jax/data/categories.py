@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.category_words import CATEGORIES
@@ -30,6 +31,7 @@ GAINS = (1.0, 0.5)
 
 
 class Categories(RankingBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.1.0")  # raise it when words change
     instruction = "Choose the words of the two kinds, those of the first kind first."
 
     def split_names(self) -> tuple[str, ...]:

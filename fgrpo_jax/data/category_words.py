@@ -77,7 +77,7 @@ names of men: John Peter David Michael James Robert Thomas William George Henry 
 composers: Mozart Beethoven Bach Chopin Brahms Haydn Vivaldi Schubert Wagner Verdi Handel Tchaikovsky Liszt Mahler Debussy
 painters: Picasso Rembrandt Monet Michelangelo Raphael Vermeer Matisse Goya Cezanne Renoir Dali Klimt Rubens Titian Degas
 scientists: Newton Einstein Darwin Galileo Curie Pasteur Faraday Kepler Copernicus Edison Tesla Bohr Mendel Archimedes Maxwell
-writers: Shakespeare Dickens Tolstoy Hemingway Austen Homer Dante Goethe Twain Kafka Orwell Chekhov Dostoevsky Joyce Byron
+writers: Shakespeare Dickens Tolstoy Hemingway Austen Homer Dante Goethe Twain Kafka Orwell Chekhov Turgenev Joyce Byron
 Greek gods: Zeus Apollo Athena Hermes Poseidon Hera Ares Aphrodite Hades Artemis Dionysus Demeter Hephaestus Eros Persephone
 """  # noqa: E501 - a category is a line
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fgrpo_jax import shards
 from fgrpo_jax.models import attention, delta
-from fgrpo_jax.models.layers import ACTIVATIONS, apply_rope, linear, rms_norm, rope_tables
+from fgrpo_jax.models.layers import ACTIVATIONS, apply_rope, linear, rms_norm, rope_tables, take
 from fgrpo_jax.models.parameters import (
     DELTA,
     FULL,
@@ -29,7 +29,7 @@ _FAR = 2**30  # a window that leaves out nothing
 
 
 def embed(spec: DecoderSpec, params: PyTree, tokens: Array) -> Array:
-    x = params["embed"][tokens]
+    x = take(params["embed"], tokens)
     return x * jnp.asarray(spec.hidden_size**0.5, x.dtype) if spec.scale_embeddings else x
 
 

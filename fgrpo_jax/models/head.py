@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fgrpo_jax.models.layers import linear
+from fgrpo_jax.models.layers import linear, take
 from fgrpo_jax.types import Array, PyTree
 
 
@@ -28,7 +28,7 @@ def logits(params: PyTree, hidden: Array) -> Array:
 
 def choice_rows(params: PyTree, tokens_BU: Array) -> Array:
     """The head's rows [B,U,D] of the choices; read once, where the vocabulary may lie on several devices."""
-    return rows(params)[jnp.maximum(tokens_BU, 0)]
+    return take(rows(params), jnp.maximum(tokens_BU, 0))
 
 
 def choice_logits(rows_BUD: Array, hidden_BGXD: Array) -> Array:
@@ -56,7 +56,9 @@ def action_logprobs(spec: Any, params: PyTree, hidden_BGTD: Array, actions_BGT: 
     def one(_: Any, chunk: tuple[Array, Array]):
         hidden, action = chunk
         logit = jnp.einsum("bgtd,vd->bgtv", hidden, rows_VD, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logit, action[..., None], -1)[..., 0]
+        # Not taken along the axis, whose gradient would be another array of logits, added to.
+        is_action = jnp.arange(logit.shape[-1]) == action[..., None]
+        chosen = jnp.where(is_action, logit, 0.0).sum(-1)
         return None, chosen - jax.nn.logsumexp(logit, -1)
 
     _, logp = jax.lax.scan(one, None, (chunked(hidden_BGTD), chunked(actions_BGT)))

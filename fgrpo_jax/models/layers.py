@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,56 @@ import jax.numpy as jnp
 from fgrpo_jax.types import Array
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
+
+
+def take(table: Array, index: Array) -> Array:
+    """Rows [..., D] of a table [V, D].
+
+    The gradients of a row are added in float32, whatever the table's type: a token that occurs a thousand times
+    would lose most of its gradient in bfloat16. And in an order that is always the same, as they are not where a
+    GPU adds with atomic operations: a resumed run would not be the one that was not stopped.
+    """
+    return _take(table.shape[0], table, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(rows: int, table: Array, index: Array) -> Array:
+    return table[index]
+
+
+def _take_fwd(rows: int, table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[index], (index, jnp.zeros((0,), table.dtype))
+
+
+def _take_bwd(rows: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    index, like = kept
+    index = jnp.where(index < 0, index + rows, index)  # as indexing counts them
+    grad = grad.astype(jnp.float32).reshape(-1, grad.shape[-1])
+    scattered, in_order = (functools.partial(add, rows) for add in (add_scattered, add_in_order))
+    total = jax.lax.platform_dependent(index.reshape(-1), grad, cuda=in_order, rocm=in_order, default=scattered)
+    return total.astype(like.dtype), None
+
+
+_take.defvjp(_take_fwd, _take_bwd)
+
+
+def add_scattered(rows: int, index_N: Array, x_ND: Array) -> Array:
+    """[rows, D]: the sum of what belongs to each row."""
+    return jnp.zeros((rows, x_ND.shape[1]), x_ND.dtype).at[index_N].add(x_ND)
+
+
+def add_in_order(rows: int, index_N: Array, x_ND: Array) -> Array:
+    """The same without a scatter: sums over the runs of sorted indices."""
+    order = jnp.argsort(index_N, stable=True)
+    index_N, x_ND = index_N[order], x_ND[order]
+    starts_N1 = jnp.pad(index_N[1:] != index_N[:-1], (1, 0), constant_values=True)[:, None]
+
+    def add(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.where(other[1], other[0], one[0] + other[0]), one[1] | other[1]
+
+    total_ND, _ = jax.lax.associative_scan(add, (x_ND, starts_N1))
+    last = jnp.maximum(jnp.searchsorted(index_N, jnp.arange(rows), side="right") - 1, 0)
+    return jnp.where((index_N[last] == jnp.arange(rows))[:, None], total_ND[last], 0.0)
 
 
 @jax.custom_vjp

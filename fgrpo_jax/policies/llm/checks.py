@@ -25,16 +25,21 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
     candidates than letters, where these name them; DataError for the longest queries of every split where
     they fit no bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them.
     """
-    if config.model.attention == "flash" and attention_of(config.model) != "flash":
-        raise ConfigError(
-            "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
-            f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
-        )
+    check_attention(config.model)
     _check_bfloat16(config.model, mesh)
     if config.transcript.identifier == "letter":
         _check_letters(dataset, config.data.pool_size)
     _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
+
+
+def check_attention(model: ModelConfig) -> None:
+    """Raises ConfigError where the kernels are asked for and do not run."""
+    if model.attention == "flash" and attention_of(model) != "flash":
+        raise ConfigError(
+            "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
+            f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
+        )
 
 
 def _check_bfloat16(model: ModelConfig, mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fgrpo_jax.models.layers import take
 from fgrpo_jax.policies.llm import transcript
 from fgrpo_jax.policies.llm.grammar import Grammar
 from fgrpo_jax.policies.llm.query import Query
@@ -190,7 +191,7 @@ def shared_out(grammar: Grammar, query: Query, options: Choices, rollout: Rollou
 
     def share(twin_C: Array, open_C: Array, of_token_C: Array) -> Array:
         count_C = jnp.zeros(n_candidates).at[twin_C].add(open_C, mode="promise_in_bounds")
-        return jnp.where(open_C, of_token_C[twin_C] / jnp.maximum(count_C[twin_C], 1), 0.0)
+        return jnp.where(open_C, take(of_token_C[:, None], twin_C)[:, 0] / jnp.maximum(count_C[twin_C], 1), 0.0)
 
     return jax.vmap(jax.vmap(jax.vmap(share)))(twin_BGTC, open_BGTC, of_token_BGTC)
 

@@ -48,6 +48,8 @@ def _transcript(config: Config) -> list[str]:
     for name in ("slate_open", "slate_close", "rank_close"):
         if not getattr(t, name):
             problems.append(f"transcript.{name} must not be empty")
+    if t.identifier_width < 1:
+        problems.append(f"transcript.identifier_width={t.identifier_width} must be at least 1")
     if t.identifier != "text" and config.tokenizer in MADE_OF_DATA:
         problems.append(
             f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers or letters: "

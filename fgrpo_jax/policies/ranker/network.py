@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fgrpo_jax import shards
+from fgrpo_jax.models import layers
 from fgrpo_jax.models.layers import linear, rms_norm
 from fgrpo_jax.policies.ranker.query import RankerQuery
 from fgrpo_jax.types import Array, Param, PyTree, is_param
@@ -218,7 +219,7 @@ def present(query: RankerQuery) -> Array:
 
 def take(x_BCD: Array, index_BGT: Array) -> Array:
     """What belongs to the candidates of lists, [B,G,T,D]; the first candidate's where an index is -1."""
-    return jax.vmap(lambda x, index: x[index])(x_BCD, jnp.maximum(index_BGT, 0))
+    return jax.vmap(layers.take)(x_BCD, jnp.maximum(index_BGT, 0))
 
 
 def candidates(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Array:
@@ -228,9 +229,9 @@ def candidates(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Array:
     embedding of the history, each normed. Attention learns this comparison too, but slowly: without it
     the networks read no history in their first thousand steps.
     """
-    items_BCD = params["items"][query.candidates]
+    items_BCD = layers.take(params["items"], query.candidates)
     there_BH = jnp.arange(query.history.shape[1]) < query.history_len[:, None]
-    history_BHD = jnp.where(there_BH[..., None], params["items"][query.history], 0.0)
+    history_BHD = jnp.where(there_BH[..., None], layers.take(params["items"], query.history), 0.0)
     mean_BD = history_BHD.sum(1) / jnp.maximum(query.history_len, 1)[:, None].astype(items_BCD.dtype)
     normed_BD = rms_norm(mean_BD, params["match"], spec.norm_eps)
     x_BCD = items_BCD + params["candidate"]
@@ -248,7 +249,8 @@ def beside_history(spec: RankerSpec, params: PyTree, query: RankerQuery, x_BGTD:
     """
     place = jnp.arange(query.history.shape[1])
     recency_BH = jnp.clip(query.history_len[:, None] - 1 - place, 0, spec.history_max - 1)
-    history_B1HD = (params["items"][query.history] + params["recency"][recency_BH])[:, None]
+    history_B1HD = layers.take(params["items"], query.history) + layers.take(params["recency"], recency_BH)
+    history_B1HD = history_B1HD[:, None]
     there = (place < query.history_len[:, None])[:, None, None]  # [B,1,1,H]
     among = there & (place <= place[:, None]) if spec.causal_history else there
 

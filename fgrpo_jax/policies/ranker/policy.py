@@ -239,7 +239,7 @@ def make_scorer(spec: RankerSpec, name: str, labels: str = "relevance") -> Parts
         return source
 
     def logits_of(params, query, index_BGT):
-        return jax.vmap(lambda logit, index: logit[index])(logits(spec, params, query), index_BGT)
+        return network.take(logits(spec, params, query)[..., None], index_BGT)[..., 0]
 
     def logprobs(params, frozen, query, rollout):
         logit_BGT = logits_of(params, query, rollout.actions)

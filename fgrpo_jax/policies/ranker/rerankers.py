@@ -16,6 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fgrpo_jax.models.layers import take
 from fgrpo_jax.policies.ranker import network
 from fgrpo_jax.policies.ranker.network import RankerSpec
 from fgrpo_jax.policies.ranker.query import RankerQuery
@@ -45,7 +46,7 @@ def prm_logits(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Array:
     weights = network.whole(spec, prm_table(spec), params)
     x_BCD = network.candidates(spec, weights, query)
     if spec.sees_retrieval:
-        x_BCD += weights["place"][jnp.minimum(first_stage_rank(query), _PLACES - 1)]
+        x_BCD += take(weights["place"], jnp.minimum(first_stage_rank(query), _PLACES - 1))
     among = network.present(query)[:, None, None]  # [B,1,1,C]
     return score_of(weights, network.beside_history(spec, weights, query, x_BCD[:, None], among)[:, 0])
 
@@ -93,12 +94,12 @@ def dlcm_logits(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Array:
     x_BCD = network.beside_history(spec, weights, query, alone_BC1D, itself)[:, :, 0]
     rank_BC = first_stage_rank(query)
     best_last_BC = jnp.argsort(-rank_BC, axis=-1)
-    sorted_BCD = jnp.take_along_axis(x_BCD, best_last_BC[..., None], 1)
+    sorted_BCD = jax.vmap(take)(x_BCD, best_last_BC)
     there_BC = jnp.take_along_axis(network.present(query), best_last_BC, 1)
     out_BCD, last_BD = _gru(weights["gru"], sorted_BCD, there_BC)
     context_BD = jnp.tanh(last_BD @ weights["context"] + weights["context_bias"])
     score_BC = score_of(weights, out_BCD * context_BD[:, None])
-    return jnp.take_along_axis(score_BC, rank_BC.shape[1] - 1 - rank_BC, 1)
+    return jax.vmap(take)(score_BC[..., None], rank_BC.shape[1] - 1 - rank_BC)[..., 0]
 
 
 # What scores candidates one after the other, by the name of its policy.
