@@ -288,23 +288,25 @@ def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, di
     return {name: summary(s) for name, s in times.items()}
 
 
-def matmul_gflops(dtype: str, size: int = 4096, repeats: int = 3) -> float:
-    """Rate of one size x size matrix product in the compute type."""
-    x = jnp.full((size, size), 1e-3, dtype)
-    product = jit(jnp.matmul).lower(x, x).compile()
-    seconds = [timed(product, x, x)[0] for _ in range(repeats + 1)][1:]
-    return 2 * size**3 / min(seconds) / 1e9
+def matmul_gflops(dtype: str, repeats: int = 3) -> float:
+    """Rate of large square matrix products in the compute type: of as many in one program as hide its launch."""
+    size, count = (4096, 1) if jax.default_backend() == "cpu" else (8192, 16)
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype) * size**-0.5  # constants run faster on GPUs
+    product = jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: y @ x, x) if count > 1 else x @ x)
+    seconds = [timed(product, x)[0] for _ in range(repeats + 1)][1:]
+    return 2 * size**3 * count / min(seconds) / 1e9
 
 
-def copy_gbytes(size: int = 2**28, repeats: int = 3) -> float:
-    """GB/s read and written by a copy of `size` bytes, in place."""
-    copy = jit(lambda x: x + 1, donate_argnums=0)
+def copy_gbytes(repeats: int = 3) -> float:
+    """GB/s read and written by a copy in place, of as many in one program as hide its launch."""
+    size, count = (2**28, 1) if jax.default_backend() == "cpu" else (2**30, 16)
+    copy = jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: y + 1, x) if count > 1 else x + 1, donate_argnums=0)
     x = jnp.zeros(size // 4, jnp.float32)
     seconds = []
     for _ in range(repeats + 1):
         s, x = timed(copy, x)
         seconds.append(s)
-    return 2 * size / min(seconds[1:]) / 1e9
+    return 2 * size * count / min(seconds[1:]) / 1e9
 
 
 def versions(*packages: str) -> dict[str, str]:
