@@ -4,8 +4,8 @@
     python train.py configs/smollm2_real.py:hotpotqa --data.manual-dir DIR   # 10 passages a question, 2 needed
     python train.py configs/smollm2_real.py:musique --data.manual-dir DIR    # 20 passages a question, 2 to 4 needed
 
-Sized for a night on two CPU cores, by the time of single steps; `:ml1m_gpu` and so on for one GPU: bfloat16, larger
-batches, ten times the queries. The settings were not tuned, and nothing was run to its end.
+Meant for a night on two CPU cores; `:ml1m_gpu` and so on for one GPU: bfloat16, larger batches, ten times the queries,
+fewer shapes. The settings were not tuned, and nothing was run to its end or timed.
 """
 
 import dataclasses

@@ -1,0 +1,212 @@
+"""Runs of adapters, which train, keep and hand on nothing else."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bpe import train_bpe
+from helpers import quick_runs, random_params
+from tiny import changed, run_training, tiny_config, write_world
+
+import eval as evaluation
+from fgrpo_jax.config import ConfigError, LoraConfig
+from fgrpo_jax.export import export
+from fgrpo_jax.models import decoder, head, hf, lora
+from fgrpo_jax.models.lora import Lora
+from fgrpo_jax.policies.llm.validation import problems
+from fgrpo_jax.run import directory, memory
+from fgrpo_jax.run.checkpoint import Checkpoints
+from fgrpo_jax.run.experiment import assemble
+from fgrpo_jax.run.finished import prompts_of
+from fgrpo_jax.run.ranking import Ranker
+from fgrpo_jax.types import map_params, num_params
+
+ALL = LoraConfig().projections
+SPEC = decoder.DecoderSpec(
+    vocab_size=262, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8,
+    norm_eps=1e-5, init_std=0.3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint, another one, and a finished run of adapters on the first: SFT, then F-GRPO with a KL term."""
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "data").mkdir()
+    write_world(folder / "data", train=8, validation=4, test=1)
+    tokenizer = train_bpe(["bytes alone"], SPEC.vocab_size)
+    for name, seed in (("first", 0), ("other", 1)):
+        params = random_params(SPEC, seed)
+        hf.save(folder / name, SPEC, params, {"model_type": "qwen3"}, tokenizer)
+    config = changed(
+        tiny_config(folder / "data", folder / "prepared", folder / "run", sft_steps=2, rl_steps=4),
+        {
+            "model.checkpoint": str(folder / "first"),
+            "model.lora.rank": 2,
+            "model.lora.base_dtype": "bfloat16",
+            "tokenizer": str(folder / "first"),
+            "transcript.identifier": "index",
+            "transcript.separator": " > ",
+            "data.prompt_buckets": (256,),
+            "eval.baselines": ("random",),
+            "eval.transcripts": 1,  # which read the base too
+            "sft.eval_every": 2,
+            "rl.eval_every": 2,
+            "rl.group_size": 2,
+            "rl.objective.kl_weight": 0.1,
+        },
+    )
+    with quick_runs():
+        assert run_training(config) == 0
+    return folder, config
+
+
+@pytest.fixture
+def copied(made, tmp_path, monkeypatch):
+    """The run elsewhere, its checkpoint out of sight."""
+    folder, config = made
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.move(folder / "first", folder / "hidden")
+    yield folder, tmp_path / "run", changed(config, {"run_dir": str(tmp_path / "run")})
+    shutil.move(folder / "hidden", folder / "first")
+
+
+def test_checkpoints_hold_adapters_and_their_moments_alone(made):
+    folder, _ = made
+    with Checkpoints(folder / "run" / "rl" / "checkpoints", 1, read_only=True) as checkpoints:
+        tree = checkpoints._manager.item_metadata(4)["state"].tree
+    sizes = {x.shape for x in jax.tree.leaves(tree) if x.shape}
+    assert all(2 in shape[1:] for shape in sizes), sizes  # the rank
+    names = {
+        "/".join(str(getattr(k, "key", k)) for k in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree["params"])
+    }
+    assert names == {f"layers/{name}/{part}" for name in ALL for part in "ab"}
+
+
+def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path):
+    folder, config = made
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "rl" / "checkpoints" / "4")
+    (tmp_path / "run" / "rl" / "done.json").unlink()
+    with quick_runs():
+        assert run_training(changed(config, {"run_dir": str(tmp_path / "run")})) == 0
+    ours, theirs = (directory.read_done(place, "rl") for place in (tmp_path / "run", folder / "run"))
+    assert ours == theirs
+    both = [
+        (place / "eval" / "validation" / "per_query.jsonl").read_bytes() for place in (tmp_path / "run", folder / "run")
+    ]
+    assert both[0] == both[1]
+
+
+def test_a_stopped_run_goes_on_with_no_other_base(copied, capsys):
+    """Nor does a stage that takes its parameters from no other one, and so from no finished run."""
+    folder, run, config = copied
+    shutil.rmtree(run / "rl")
+    (run / "sft" / "done.json").unlink()
+    (run / "base").symlink_to(folder / "other")
+    before = sorted(path.name for path in (run / "sft").rglob("*"))
+    assert run_training(config) == 2
+    assert f"and {run / 'base'} has other weights" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "sft").rglob("*")) == before
+
+
+def test_a_moved_run_asks_for_its_base_and_takes_no_other(copied, capsys):
+    folder, run, _ = copied
+    assert evaluation.main([str(run)]) == 2
+    assert f"is not there: put that checkpoint, or a link to it, at {run / 'base'}" in capsys.readouterr().err
+    (run / "base").symlink_to(folder / "other")
+    assert evaluation.main([str(run)]) == 2
+    assert f"{folder / 'first'}, and {run / 'base'} has other weights" in capsys.readouterr().err
+    (run / "base").unlink()
+    (run / "base").symlink_to(folder / "hidden")
+    before = json.loads((run / "eval" / "validation" / "metrics.json").read_text())
+    with quick_runs():
+        assert evaluation.main([str(run)]) == 0
+    assert json.loads((run / "eval" / "validation" / "metrics.json").read_text()) == before
+
+
+def test_adapters_of_another_base_are_no_start(made, tmp_path, capsys):
+    folder, config = made
+    other = {"start_from": str(folder / "run"), "run_dir": str(tmp_path / "run"), "sft.steps": 0}
+    assert run_training(changed(config, other | {"model.checkpoint": str(folder / "other")})) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: start_from: ") and f"and {folder / 'other'} has other weights" in said
+
+
+def test_an_export_ranks_as_the_run_does(made, tmp_path):
+    """Merged weights are written in the adapters' type: in the base's own they would be rounded."""
+    folder, config = made
+    export(str(folder / "run"), str(tmp_path / "model"))
+    query = json.loads((folder / "data" / "test.jsonl").read_text().splitlines()[0])
+    with quick_runs():
+        ours, theirs = (Ranker.open(place).rank_batch([query])[0] for place in (folder / "run", tmp_path / "model"))
+    assert ours[:6] == theirs[:6] and ours.logp == pytest.approx(theirs.logp, abs=1e-4)
+    with pytest.raises(ConfigError, match="form='lora': this run has only model, adapter"):
+        export(str(folder / "run"), str(tmp_path / "else"), form="lora")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_peft_computes_what_the_run_does(made, tmp_path):
+    torch = pytest.importorskip("torch", reason="the parity extra is not installed")
+    peft = pytest.importorskip("peft", reason="the parity extra is not installed")
+    import transformers
+
+    folder, config = made
+    export(str(folder / "run"), str(tmp_path / "adapter"), form="adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "first", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    prompt = np.random.default_rng(0).integers(0, SPEC.vocab_size, (1, 7))
+    actions = np.random.default_rng(1).integers(0, SPEC.vocab_size, (1, 1, 5))
+    with torch.no_grad():
+        logits = model(torch.tensor(np.concatenate([prompt, actions[0]], 1))).logits[0, 6:-1]
+    wanted = torch.log_softmax(logits, -1).numpy()[np.arange(5), actions[0, 0]]
+
+    spec = SPEC._replace(init_std=0.02, lora=Lora(2, 32.0, ALL), logit_chunk=8)
+    with Checkpoints(folder / "run" / "rl" / "checkpoints", 1, read_only=True) as checkpoints:
+        best = directory.read_done(folder / "run", "rl")["best_step"]
+        _, table = lora.split(decoder.param_table(spec))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, "float32", sharding=here), table)
+        adapters = checkpoints.restore_part(best, {"params": shapes})["params"]
+    base = hf.load(folder / "first", spec._replace(lora=None))
+    params = decoder.whole_ends(spec, lora.join(base, adapters, spec.lora))
+    hidden = decoder.completions(spec, params, jnp.asarray(prompt), jnp.array([7]), jnp.asarray(actions))
+    found = head.action_logprobs(spec, params, hidden, jnp.asarray(actions))[0, 0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert max(np.abs(adapter["b"]).max() for adapter in adapters["layers"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model.lora.rank": -1}, "model.lora.rank=-1: choose at least 1, or 0 to train the whole model"),
+        ({"model.checkpoint": ""}, "model.lora.rank=2 needs model.checkpoint"),
+        ({"model.lora.alpha": 0.0}, "model.lora.alpha=0.0 must be positive"),
+        ({"model.lora.projections": ()}, "must name at least one weight"),
+        ({"model.lora.projections": ("q", "q")}, "each once"),
+    ],
+)
+def test_impossible_adapters_are_refused(made, fields, message):
+    _, config = made
+    (found,) = problems(changed(config, fields))
+    assert message in found
+
+
+def test_a_run_keeps_its_adapters(made, capsys):
+    folder, config = made
+    assert run_training(changed(config, {"model.lora.rank": 3})) == 2
+    assert "model.lora.rank: 2 -> 3" in capsys.readouterr().err
+    assert directory.read_config(folder / "run").model.lora.rank == 2
+
+
+def test_the_base_is_counted_in_its_own_type(made):
+    folder, config = made
+    experiment = assemble(config, prompts_of(config, folder / "run"), folder / "run")
+    policy = experiment.policy("sft")
+    trained, of_base = num_params(policy.table), num_params(policy.base.table)
+    assert memory.state(experiment, "sft") == {"parameters": 4 * trained + 2 * of_base, "moments": 8 * trained}
+    assert memory.state(experiment, "rl")["parameters"] == 8 * trained + 2 * of_base  # and a reference
