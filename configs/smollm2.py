@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> Config:
             target=TargetConfig(fill="first"),
         ),
         rl=StageConfig(
-            steps=25,
+            steps=75,
             batch_queries=8,
             group_size=8,
             eval_every=25,

@@ -218,6 +218,17 @@ def test_the_export_needs_nothing_of_this_package(made):
     assert not {"jax", "fgrpo_jax", "numpy", "transformers"} & set(modules.split())
 
 
+def test_an_export_of_before_identifiers_had_a_least_width_is_read(made, tmp_path):
+    said = json.loads((made[1] / "ranking.json").read_text())
+    wide, old = (json.loads(json.dumps(said)) for _ in range(2))
+    wide["run"]["identifier_width"] = 6
+    del old["run"]["identifier_width"]
+    for written, width in ((wide, 6), (old, 1)):
+        (tmp_path / "ranking.json").write_text(json.dumps(written))
+        config, _ = exported.read(tmp_path)
+        assert config.transcript == changed(made[0], {"transcript.identifier_width": width}).transcript
+
+
 def test_a_damaged_ranking_json_is_refused(made, tmp_path):
     said = json.loads((made[1] / "ranking.json").read_text())
     for broken in ({**said, "transcript": {"eos": 1}}, {name: said[name] for name in said if name != "run"}):

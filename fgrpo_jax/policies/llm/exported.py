@@ -54,6 +54,7 @@ def describe(config: Config, grammar: Grammar, kind: str, instruction: str) -> d
             "kind": kind,
             "seed": config.seed,
             "prompt_buckets": list(config.data.prompt_buckets),
+            "identifier_width": t.identifier_width,
             "batch_queries": config.eval.batch_queries,
             "dtype": config.model.dtype,
             "param_dtype": config.model.param_dtype,
@@ -67,7 +68,8 @@ def read(folder: Path) -> tuple[Config, str]:
     try:
         prompt, transcript, run = said["prompt"], said["transcript"], said["run"]
         names = [field.name for field in dataclasses.fields(TranscriptConfig)]
-        written = {"slate_open": prompt["opening"]} | transcript
+        of_shapes = {"identifier_width": run.get("identifier_width", 1)}  # exports of before have none
+        written = {"slate_open": prompt["opening"]} | transcript | of_shapes
         written |= {name: transcript[name]["text"] for name in ("separator", "slate_close", "rank_close")}
         config = Config(
             seed=run["seed"],
