@@ -43,8 +43,9 @@ class TranscriptConfig:
     rank_min: int = 5
     rank_max: int = 5
     identifier_width: int = 1
-    """Least number of tokens that identifiers are padded to. A batch is padded to the longest of its own: with 1 a
-    program is compiled for every width that occurs, with the width of the longest there is, one."""
+    """Least number of tokens that identifiers are padded to; from 4 on, multiples of 4. A batch is padded to the
+    longest of its own: with 1 a program is compiled for every width that occurs, with that of the longest there
+    is, one. The arrays of transcripts grow with it, by slate_max + rank_max a token."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def configs(folder):
 
 
 def programs(config, platforms=None):
-    """Name -> text, for the devices here or other platforms. Nothing is compiled but how the parameters start."""
+    """Name -> text, for the devices here or for other platforms; only the parameters' initialisation is compiled."""
     validate(config, KNOWN)
     experiment = assemble(config, datasets.load(config.data), Path(config.run_dir))
     texts = {}
@@ -112,7 +112,8 @@ def programs(config, platforms=None):
         batch = on_queries(experiment.mesh, lowered.out_info[0])
         traced = update.trace(placed(state, places), frozen, batch)
         texts[f"{name} update"] = traced.lower(lowering_platforms=platforms).as_text()
-    texts["greedy"] = Predictor(experiment, policy).program.lower(params, experiment.base(policy), query).as_text()
+    traced = Predictor(experiment, policy).program.trace(params, experiment.base(policy), query)
+    texts["greedy"] = traced.lower(lowering_platforms=platforms).as_text()
     return texts
 
 

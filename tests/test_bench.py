@@ -130,14 +130,15 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "scan.png").stat().st_size > 5000
 
 
-def test_sizes_of_a_workload_can_be_set():
+def test_sizes_of_a_workload_can_be_set(monkeypatch):
     given = ["--workload", "qwen3-0.6b", "--layers", "6", "--batch", "1", "--prompt", "1024", "--length", "32"]
     args, spec, shape = bench.parse(given)
     qwen, theirs = bench.WORKLOADS["qwen3-0.6b"]
     assert args.workload == "qwen3-0.6b" and shape == theirs._replace(batch=1, prompt=1024, length=32)
     assert spec == qwen._replace(num_layers=6, dtype="float32")
     assert bench.as_computed_here(spec) == spec._replace(attention="blocks", rows_first=True)
-    assert bench.as_computed_here(spec, "blocks").attention == "blocks"
+    monkeypatch.setattr(bench, "attention_of", lambda model: model.attention)  # as where the kernels run
+    assert [bench.as_computed_here(spec, kind).attention for kind in ("auto", "blocks")] == ["auto", "blocks"]
     _, spec, shape = bench.parse(["--preset", "gpu"])
     assert (spec, shape) == (qwen._replace(dtype="bfloat16"), theirs)
 

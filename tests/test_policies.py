@@ -96,13 +96,15 @@ def test_numbers_as_identifiers(make, bpe):
     assert bpe.decode(query.prompt[1, : query.prompt_len[1]]).endswith("[3] song 6\n<SLATE>")
 
 
-def test_a_least_width_saves_programs_and_changes_no_list(make, bpe, spec):
+def test_with_a_least_width_batches_are_alike_and_lists_the_same(make, bpe, spec):
     narrow, wide = (make(changed(NUMBERED, identifier_width=width), bpe) for width in (1, 6))
+    many = dataclasses.replace(LONG, query_id="many", candidates=tuple((f"m{i}", f"song {i % 9}") for i in range(12)))
+    many = dataclasses.replace(many, relevance=(1,) + (0,) * 11, history=())
+    widths = [[p.encode([example]).identifiers.shape[2] for example in (LONG, many)] for p in (narrow, wide)]
+    assert widths[0][0] != widths[0][1] and widths[1] == [8, 8]
     queries = [policy.encode([LONG, SHORT]) for policy in (narrow, wide)]
-    assert [query.identifiers.shape[2] for query in queries] == [3, 6]
-    assert (queries[1].identifiers[..., :3] == queries[0].identifiers).all() and (
-        queries[1].identifiers[..., 3:] == -1
-    ).all()
+    narrowly, widely = (query.identifiers for query in queries)
+    assert (widely[..., :3] == narrowly).all() and (widely[..., 3:] == -1).all()
     params = random_params(spec._replace(vocab_size=len(bpe)))
     found = [quick_jit(p.greedy)(params, {}, query)[1] for p, query in zip((narrow, wide), queries, strict=True)]
     jax.tree.map(np.testing.assert_array_equal, *found)

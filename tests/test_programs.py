@@ -27,7 +27,7 @@ SPEC = decoder.DecoderSpec(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What lowered.py wants."""
+    """What lowered.py reads: data, a tokenizer and a model."""
     folder = tmp_path_factory.mktemp("lowered")
     (folder / "data").mkdir()
     write_lists(folder / "data")
@@ -61,11 +61,11 @@ def test_programs_depend_on_no_hash_seed_and_no_process(lowered, config):
 
 @pytest.mark.parametrize("name", ["synthetic", "smollm2", "goalrank", "everything", "exact"])
 def test_on_a_gpu_no_update_adds_in_an_order_that_changes(folder, name):
-    """It would with a scatter of floats: atomic additions, and a resumed run is not the run that was not stopped.
+    """A scatter of floats is made of atomic additions there, and a resumed run would not be the one that went on.
 
-    The text is that for an NVIDIA GPU, which needs none. Of the rollouts' programs numbers alone are asked.
+    The text is that for an NVIDIA GPU; none is needed.
     """
-    config = configs(folder)["jsonl" if name == "exact" else name]
+    config = configs(folder)["smollm2" if name == "exact" else name]  # whose names have several tokens
     fields = {"mesh.fsdp": 1} | ({"model.attention": "blocks"} if config.SYSTEM == "llm" else {})
     fields |= {"rl.credit.scheme": "exact"} if name == "exact" else {}
     texts = programs(changed(config, fields), ("cuda",))

@@ -218,7 +218,7 @@ def test_the_export_needs_nothing_of_this_package(made):
     assert not {"jax", "fgrpo_jax", "numpy", "transformers"} & set(modules.split())
 
 
-def test_an_export_of_before_identifiers_had_a_least_width_is_read(made, tmp_path):
+def test_older_exports_know_no_width_of_names(made, tmp_path):
     said = json.loads((made[1] / "ranking.json").read_text())
     wide, old = (json.loads(json.dumps(said)) for _ in range(2))
     wide["run"]["identifier_width"] = 6

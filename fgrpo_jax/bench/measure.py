@@ -289,7 +289,8 @@ def measure(programs: Programs, repeats: int, profile: str = "") -> dict[str, di
 
 
 def matmul_gflops(dtype: str, repeats: int = 3) -> float:
-    """Rate of large square matrix products in the compute type: of as many in one program as hide its launch."""
+    """Rate of large square matrix products in the compute type; on GPUs of several in one program, so that its launch
+    does not count."""
     size, count = (4096, 1) if jax.default_backend() == "cpu" else (8192, 16)
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype) * size**-0.5  # constants run faster on GPUs
     product = jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: y @ x, x) if count > 1 else x @ x)
@@ -298,7 +299,7 @@ def matmul_gflops(dtype: str, repeats: int = 3) -> float:
 
 
 def copy_gbytes(repeats: int = 3) -> float:
-    """GB/s read and written by a copy in place, of as many in one program as hide its launch."""
+    """GB/s read and written by a copy in place; on GPUs by several in one program."""
     size, count = (2**28, 1) if jax.default_backend() == "cpu" else (2**30, 16)
     copy = jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: y + 1, x) if count > 1 else x + 1, donate_argnums=0)
     x = jnp.zeros(size // 4, jnp.float32)

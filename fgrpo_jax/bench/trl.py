@@ -97,7 +97,7 @@ def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    on_cpu = spec.dtype == "float32"
+    on_cpu = spec.dtype == "float32"  # see main
     model = transformers.LlamaForCausalLM(sizes).to(getattr(torch, spec.dtype))
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, spec.vocab_size, (shape.batch * steps, shape.prompt))
@@ -157,6 +157,8 @@ def compare(spec: DecoderSpec, shape: Shape, repeats: int, threads: int) -> dict
     """Seconds of both steps, in turns; the first ones are dropped. Raises ConfigError without TRL."""
     if lacking := [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"bench trl needs {' and '.join(lacking)}: pip install 'fgrpo_jax[parity]' trl")
+    if spec.dtype == "bfloat16" and not importlib.import_module("torch").cuda.is_available():
+        raise ConfigError("JAX computes on a GPU that this PyTorch does not see: install its CUDA build")
     programs, steps = measure.build(spec, shape, shape.batch, ()), _WARM_UP + repeats
     state, times = programs.state, {name: [] for name in ("rollout", "update", "step", "trl")}
     ours = sum(x.size for x in jax.tree.leaves(state.params))

@@ -56,9 +56,7 @@ def action_logprobs(spec: Any, params: PyTree, hidden_BGTD: Array, actions_BGT: 
     def one(_: Any, chunk: tuple[Array, Array]):
         hidden, action = chunk
         logit = jnp.einsum("bgtd,vd->bgtv", hidden, rows_VD, preferred_element_type=jnp.float32)
-        # Not taken along the axis, whose gradient would be another array of logits, added to.
-        is_action = jnp.arange(logit.shape[-1]) == action[..., None]
-        chosen = jnp.where(is_action, logit, 0.0).sum(-1)
+        chosen = jnp.take_along_axis(logit, action[..., None], -1)[..., 0]
         return None, chosen - jax.nn.logsumexp(logit, -1)
 
     _, logp = jax.lax.scan(one, None, (chunked(hidden_BGTD), chunked(actions_BGT)))

@@ -15,6 +15,7 @@ from fgrpo_jax.types import Array
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
+@jax.custom_vjp
 def take(table: Array, index: Array) -> Array:
     """Rows [..., D] of a table [V, D].
 
@@ -22,20 +23,16 @@ def take(table: Array, index: Array) -> Array:
     would lose most of its gradient in bfloat16. And in an order that is always the same, as they are not where a
     GPU adds with atomic operations: a resumed run would not be the one that was not stopped.
     """
-    return _take(table.shape[0], table, index)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(rows: int, table: Array, index: Array) -> Array:
     return table[index]
 
 
-def _take_fwd(rows: int, table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-    return table[index], (index, jnp.zeros((0,), table.dtype))
+def _take_fwd(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[index], (index, jnp.zeros((table.shape[0], 0), table.dtype))
 
 
-def _take_bwd(rows: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+def _take_bwd(kept: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
     index, like = kept
+    rows = len(like)
     index = jnp.where(index < 0, index + rows, index)  # as indexing counts them
     grad = grad.astype(jnp.float32).reshape(-1, grad.shape[-1])
     scattered, in_order = (functools.partial(add, rows) for add in (add_scattered, add_in_order))
@@ -43,7 +40,7 @@ def _take_bwd(rows: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array,
     return total.astype(like.dtype), None
 
 
-_take.defvjp(_take_fwd, _take_bwd)
+take.defvjp(_take_fwd, _take_bwd)
 
 
 def add_scattered(rows: int, index_N: Array, x_ND: Array) -> Array:

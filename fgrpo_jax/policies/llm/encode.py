@@ -51,7 +51,7 @@ def encode(
     size = max(bucket(len(ids), config.data.prompt_buckets, e.query_id) for ids, e in zip(tokens, examples))
     names = [_identifiers(grammar, tokenizer, t.identifier, known, e) for e in examples]
     n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
-    width = max(t.identifier_width, _round_up(max(len(name) for pool in names for name in pool)))
+    width = _round_up(max(t.identifier_width, *(len(name) for pool in names for name in pool)))
     most = _round_up(int(n_candidates.max()))
     nothing = blank(grammar)
     prompt = np.full((len(examples), size), nothing.prompt)

@@ -68,7 +68,7 @@ def read(folder: Path) -> tuple[Config, str]:
     try:
         prompt, transcript, run = said["prompt"], said["transcript"], said["run"]
         names = [field.name for field in dataclasses.fields(TranscriptConfig)]
-        of_shapes = {"identifier_width": run.get("identifier_width", 1)}  # exports of before have none
+        of_shapes = {"identifier_width": run.get("identifier_width", 1)}  # older exports have none
         written = {"slate_open": prompt["opening"]} | transcript | of_shapes
         written |= {name: transcript[name]["text"] for name in ("separator", "slate_close", "rank_close")}
         config = Config(

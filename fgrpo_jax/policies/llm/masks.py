@@ -190,7 +190,7 @@ def shared_out(grammar: Grammar, query: Query, options: Choices, rollout: Rollou
     twin_BGTC = jnp.where(here[..., None], options.twin[:, None, None], 0).sum(-2)
 
     def share(twin_C: Array, open_C: Array, of_token_C: Array) -> Array:
-        count_C = jnp.zeros(n_candidates).at[twin_C].add(open_C, mode="promise_in_bounds")
+        count_C = jnp.zeros(n_candidates, jnp.int32).at[twin_C].add(open_C, mode="promise_in_bounds")
         return jnp.where(open_C, take(of_token_C[:, None], twin_C)[:, 0] / jnp.maximum(count_C[twin_C], 1), 0.0)
 
     return jax.vmap(jax.vmap(jax.vmap(share)))(twin_BGTC, open_BGTC, of_token_BGTC)

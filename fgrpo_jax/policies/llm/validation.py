@@ -9,6 +9,8 @@ from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
 from fgrpo_jax.stages import stages
 
+_WIDEST = 512  # tokens that names may be padded to
+
 
 def problems(config: Config) -> list[str]:
     return [*_rules(config), *_transcript(config), *_model(config.model), *_exact(config)]
@@ -48,8 +50,13 @@ def _transcript(config: Config) -> list[str]:
     for name in ("slate_open", "slate_close", "rank_close"):
         if not getattr(t, name):
             problems.append(f"transcript.{name} must not be empty")
-    if t.identifier_width < 1:
-        problems.append(f"transcript.identifier_width={t.identifier_width} must be at least 1")
+    if not 1 <= t.identifier_width <= _WIDEST:
+        problems.append(f"transcript.identifier_width={t.identifier_width} must be from 1 to {_WIDEST}")
+    elif t.identifier == "letter" and t.identifier_width > 1:
+        problems.append(
+            f"transcript.identifier_width={t.identifier_width} only lengthens transcripts of letters, which are one "
+            "token each (transcript.identifier='letter'): set it to 1"
+        )
     if t.identifier != "text" and config.tokenizer in MADE_OF_DATA:
         problems.append(
             f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers or letters: "
