@@ -32,7 +32,8 @@ LISTS = {  # slate_min, slate_max, rank_min, rank_max
     "hotpotqa": {**LETTERS, "slate_min": 4, "slate_max": 4, "rank_min": 2, "rank_max": 2},
     "musique": {**LETTERS, "slate_min": 5, "slate_max": 5, "rank_min": 3, "rank_max": 3},
 }
-# Of one GPU, where a program takes longer to compile than to run: the widths of nearly all prompts and of any title.
+# Of one GPU, where every shape of an update costs a quarter of a minute of compiling: the lengths of nine tenths of the
+# prompts or more, and of the longest (by `fgrpo_jax.data check`); the width of any title.
 FEWER_SHAPES = {
     "ml1m": ({"prompt_buckets": (512, 896)}, {"identifier_width": 36}),
     "hotpotqa": ({"prompt_buckets": (2048, 4096)}, {}),

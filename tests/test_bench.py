@@ -101,8 +101,7 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     """On a tiny workload, with a scan of one point."""
     monkeypatch.setattr(measure, "jit", quick_jit)
     monkeypatch.setitem(bench.WORKLOADS, "w1", (spec, SHAPE))
-    monkeypatch.setattr(measure, "matmul_gflops", lambda dtype: 100.0)
-    monkeypatch.setattr(measure, "copy_gbytes", lambda: 10.0)
+    monkeypatch.setattr(measure, "ceilings", lambda dtype: (100.0, 10.0))
     path = tmp_path / "bench.json"
     assert bench.main(["--repeats", "2", "--no-keep-memory", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -141,6 +140,26 @@ def test_sizes_of_a_workload_can_be_set(monkeypatch):
     assert [bench.as_computed_here(spec, kind).attention for kind in ("auto", "blocks")] == ["auto", "blocks"]
     _, spec, shape = bench.parse(["--preset", "gpu"])
     assert (spec, shape) == (qwen._replace(dtype="bfloat16"), theirs)
+
+
+def test_rates_are_those_of_all_products_and_copies_of_a_program(monkeypatch):
+    results = []
+
+    def timed(fn, x):
+        results.append(np.asarray(fn(x)))
+        return [9.0, 2.0, 0.5, 1.0][(len(results) - 1) % 4], jax.numpy.asarray(results[-1])
+
+    monkeypatch.setattr(measure, "timed", timed)
+    assert measure.copy_gbytes(40, 3) == 2 * 40 * 3 / 0.5 / 1e9 and measure.copy_gbytes(40, 1) == 2 * 40 / 0.5 / 1e9
+    assert [x.tolist() for x in results] == [[n] * 10 for n in (3, 6, 9, 12, 1, 2, 3, 4)]
+    results.clear()
+    rates = [measure.matmul_gflops("float32", 8, count) for count in (3, 1)]
+    assert rates == [2 * 8**3 * count / 0.5 / 1e9 for count in (3, 1)]
+    np.testing.assert_allclose(results[0], results[6], rtol=1e-5, atol=1e-6)  # x^4 by one call, and by three
+    monkeypatch.setattr(measure.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(measure, "matmul_gflops", lambda *given: given)
+    monkeypatch.setattr(measure, "copy_gbytes", lambda *given: given)
+    assert measure.ceilings("bfloat16") == (("bfloat16", 8192, 16), (2**30, 16))
 
 
 def test_kernels_are_refused_where_they_do_not_run(capsys, monkeypatch):

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import types
 
 import pytest
 
 from fgrpo_jax.bench import command, trl
 from fgrpo_jax.bench.measure import WORKLOADS
+from fgrpo_jax.config import ConfigError
 from fgrpo_jax.models.decoder import num_params
 
 
@@ -21,6 +23,14 @@ def test_without_trl_it_says_what_to_install(monkeypatch, capsys):
     assert command.main(["trl"]) == 2
     said = capsys.readouterr().err
     assert said == "error: bench trl needs torch and trl: pip install 'fgrpo_jax[parity]' trl\n"
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_named(spec, monkeypatch):
+    monkeypatch.setattr(trl.importlib.util, "find_spec", lambda name: True)
+    blind = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setattr(trl.importlib, "import_module", lambda name: blind)
+    with pytest.raises(ConfigError, match="a GPU that this PyTorch does not see"):
+        trl.compare(spec._replace(dtype="bfloat16"), WORKLOADS["smollm2"][1], 1, 1)
 
 
 def test_both_are_called_in_turns_and_the_first_round_is_dropped(spec, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def report(
     name: str, spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool, profile: str = ""
 ) -> dict:
     """Everything about one workload; the keys are those written by --json."""
-    rate, bandwidth = measure.matmul_gflops(spec.dtype), measure.copy_gbytes()
+    rate, bandwidth = measure.ceilings(spec.dtype)
     found = compare(spec, shape, repeats, with_repeated, profile)
     shared = found["shared"]
     update_gflop = flops.update_flops(spec, shape) / 1e9

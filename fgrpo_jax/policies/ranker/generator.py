@@ -145,6 +145,7 @@ def choices(spec: RankerSpec, encoded: Encoded, rollout: Rollout) -> tuple[Array
     open_BGTC = allowed(spec, encoded.present_BC, rollout.actions)
     # Untrained steps may choose anything: keep them finite, so their gradient is 0, not nan.
     logit = jnp.where(open_BGTC | ~trained_BGT[..., None], logits(spec, encoded, rollout.actions), -jnp.inf)
+    # Not taken along the axis, whose gradient is a scatter: see layers.take.
     is_action = jnp.arange(logit.shape[-1]) == rollout.actions[..., None]
     chosen = jnp.where(is_action, logit, 0.0).sum(-1)
     return jnp.where(trained_BGT, chosen - jax.nn.logsumexp(logit, -1), 0.0), jax.nn.softmax(logit)

@@ -249,8 +249,8 @@ def beside_history(spec: RankerSpec, params: PyTree, query: RankerQuery, x_BGTD:
     """
     place = jnp.arange(query.history.shape[1])
     recency_BH = jnp.clip(query.history_len[:, None] - 1 - place, 0, spec.history_max - 1)
-    history_B1HD = layers.take(params["items"], query.history) + layers.take(params["recency"], recency_BH)
-    history_B1HD = history_B1HD[:, None]
+    history_BHD = layers.take(params["items"], query.history) + layers.take(params["recency"], recency_BH)
+    history_B1HD = history_BHD[:, None]
     there = (place < query.history_len[:, None])[:, None, None]  # [B,1,1,H]
     among = there & (place <= place[:, None]) if spec.causal_history else there
 
