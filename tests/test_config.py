@@ -140,6 +140,10 @@ def test_values_of_the_wrong_type():
         (dict(transcript__rank_max=11), "rank_max=11 exceeds transcript.slate_max=10: only items of the slate"),
         (dict(transcript__slate_min=4), "rank_min=5 exceeds transcript.slate_min=4: .* lower rank_min or raise"),
         (dict(transcript__identifier_width=0), "transcript.identifier_width=0 must be from 1 to 512"),
+        (
+            dict(transcript__identifier="letter", transcript__identifier_width=4),
+            "identifier_width=4 only lengthens transcripts of letters",
+        ),
         (dict(transcript__rank_close=""), "transcript.rank_close must not be empty"),
         (dict(transcript__identifier="index"), "set transcript.identifier='text', or tokenizer to a Hugging Face"),
         (dict(prompt__chat=True), "prompt.chat needs a tokenizer with a chat template"),
