@@ -4,17 +4,17 @@
 
 my_logs holds interactions.csv (user,item,time) and items.csv (id,text); --data.interactions.user and so on name other
 columns (fgrpo_jax/data/interactions.py). `python -m fgrpo_jax.data check`, with the same arguments, first. The
-settings are those of configs/synthetic.py; a larger catalogue wants more steps and width.
+settings are those of configs/next_item.py; a larger catalogue wants more steps and width.
 """
 
 import dataclasses
 
-from configs.synthetic import get_config as synthetic
+from configs.next_item import get_config as next_item
 from fgrpo_jax.config import Config, DataConfig, EvalConfig
 
 
 def get_config() -> Config:
-    base = synthetic()
+    base = next_item()
     return dataclasses.replace(
         base,
         run_dir="runs/interactions",

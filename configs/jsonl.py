@@ -2,17 +2,17 @@
 
     python train.py configs/jsonl.py --data.manual-dir my_data
 
-The settings are those of configs/synthetic.py; a larger catalogue wants more steps and width.
+The settings are those of configs/next_item.py; a larger catalogue wants more steps and width.
 """
 
 import dataclasses
 
-from configs.synthetic import get_config as synthetic
+from configs.next_item import get_config as next_item
 from fgrpo_jax.config import Config, DataConfig, EvalConfig
 
 
 def get_config() -> Config:
-    base = synthetic()
+    base = next_item()
     return dataclasses.replace(
         base,
         run_dir="runs/jsonl",

@@ -8,12 +8,12 @@ Six minutes on two CPU cores. 2,767 validation queries, mean of seeds 0 to 2: ND
 
 import dataclasses
 
-from configs.synthetic import get_config as synthetic
+from configs.next_item import get_config as next_item
 from fgrpo_jax.config import Config, DataConfig, EvalConfig
 
 
 def get_config() -> Config:
-    base = synthetic()
+    base = next_item()
     return dataclasses.replace(
         base,
         run_dir="runs/lastfm",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from fgrpo_jax.config_of_data import DataConfig, InteractionsConfig, IrConfig  # noqa: F401 - imported from here
+from fgrpo_jax.config_of_data import DataConfig, InteractionsConfig, IrConfig, SyntheticConfig  # noqa: F401 - imported from here
 from fgrpo_jax.errors import UserError
 
 MADE_OF_DATA = ("catalogue", "words")  # tokenizers that need no file

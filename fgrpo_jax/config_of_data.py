@@ -63,16 +63,35 @@ class IrConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """Of the data set `synthetic`: a world that is made (data/synthetic.py)."""
+
+    seed: int = 20263
+    """Of the world; that of a run is another."""
+    interests: int = 3
+    """Shelves that a reader has read of; a visit is about one. With 1 nothing is left open."""
+    concentration: float = 6.0
+    """Of their shares: the higher, the more equal."""
+    pool: int = 80
+    """Candidates of a query."""
+    wanted: tuple[int, int] = (3, 6)
+    """Of them on each of the reader's shelves, from and to: as many as are relevant."""
+    misplaced: float = 0.0
+    """Share of the gains of training queries that are put on other candidates of the pool."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     name: str = "synthetic"
-    """Data set: interactions, ir and jsonl (your own), synthetic, categories, lastfm, musique, hotpotqa,
-    goalrank_world, goalrank_ml1m or goalrank_book."""
+    """Data set: interactions, ir and jsonl (your own), synthetic, next_item, categories, lastfm, musique,
+    hotpotqa, goalrank_world, goalrank_ml1m or goalrank_book."""
     manual_dir: str = ""
-    """Folder with the raw files of the data set (not used by synthetic, categories and goalrank_world)."""
+    """Folder with the raw files of the data set (not used by synthetic, next_item, categories and
+    goalrank_world)."""
     prepared_dir: str = "~/.cache/fgrpo_jax"
     """Where prepared data sets are kept, one folder per data set and content fingerprint."""
     pool_size: int = 20
-    """Candidates per training query where negatives are sampled (synthetic, lastfm), and of every query
+    """Candidates per training query where negatives are sampled (next_item, lastfm), and of every query
     (interactions, ir)."""
     kcore: int = 20
     """Interactions that every user and every item must have (goalrank_ml1m, goalrank_book)."""
@@ -88,5 +107,6 @@ class DataConfig:
     prompt_buckets: tuple[int, ...] | Literal["auto"] = (40, 256, 1024, 2048, 4096, 8192)
     """Padded prompt lengths, ascending, or auto: chosen from the data at the start and kept with the run. One program
     is compiled per bucket that occurs."""
+    synthetic: SyntheticConfig = SyntheticConfig()
     interactions: InteractionsConfig = InteractionsConfig()
     ir: IrConfig = IrConfig()

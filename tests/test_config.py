@@ -122,7 +122,7 @@ def test_values_of_the_wrong_type():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(data__name="nope"), "data.name: 'nope' is not one of .*jsonl, lastfm, musique, synthetic"),
+        (dict(data__name="nope"), "data.name: 'nope' is not one of .*jsonl, lastfm, musique, next_item, synthetic"),
         (dict(data__kcore=0), "data.kcore=0 must be positive"),
         (dict(data__retrieved=6), "data.retrieved=6 must be at least 12, two lists of six"),
         (dict(data__pool="half"), "data.pool='half' must be of type"),
@@ -299,7 +299,7 @@ def test_all_problems_are_told_at_once(capsys):
     assert capsys.readouterr().err == (
         "error: this configuration cannot run:\n"
         "  - data.name: 'nope' is not one of categories, goalrank_book, goalrank_ml1m, goalrank_world, hotpotqa, "
-        "interactions, ir, jsonl, lastfm, musique, synthetic\n"
+        "interactions, ir, jsonl, lastfm, musique, next_item, synthetic\n"
         "  - rl.group_size=1: an advantage centred by its group is then always 0; use 2 or more\n"
     )
 

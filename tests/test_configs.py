@@ -37,6 +37,26 @@ def test_every_variant_of_the_studies_is_possible():
         load_file(f"{ROOT / 'configs' / 'jsonl.py'}:x")
 
 
+def test_every_variant_of_the_default_is_possible():
+    """Each differs from the others; those of credit in `rl` alone, with the start of the run that they name."""
+    path = ROOT / "configs" / "synthetic_study.py"
+    study = runpy.run_path(str(path))
+    found = {name: load_file(f"{path}:{name}") for name in study["VARIANTS"]}
+    for config in found.values():
+        validate(config, KNOWN)
+    assert len({to_json(dataclasses.replace(config, run_dir="")) for config in found.values()}) == len(found)
+    default = load_file(ROOT / "configs" / "synthetic.py")
+    for name, config in found.items():
+        changes = {field.split(".")[0] for field in differences(default, config)} - {"run_dir"}
+        if name in study["CREDIT"]:
+            assert changes <= {"start_from", "sft", "rl"} and config.start_from == default.run_dir
+            assert set(differences(changed(default, {"sft.steps": 0}).sft, config.sft, "sft")) == set()
+        else:
+            assert changes <= {"data", "sft", "rl"} and not config.start_from
+    with pytest.raises(ConfigError, match="synthetic_study.py: 'x' is not one of as_it_is, grpo"):
+        load_file(f"{path}:x")
+
+
 def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
     pretrained, scratch = (load_file(f"{ROOT / 'configs' / 'smollm2.py'}{x}") for x in ("", ":scratch"))
     validate(scratch, KNOWN)

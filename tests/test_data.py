@@ -11,7 +11,7 @@ import pytest
 
 from fgrpo_jax.config import Config, DataConfig, StageConfig
 from fgrpo_jax.data import batches as data
-from fgrpo_jax.data import lastfm, synthetic
+from fgrpo_jax.data import lastfm, next_item
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.types import LoggedList, RankingExample
@@ -148,8 +148,8 @@ def look_up(train_pools, train_answers, pools, answers, n_items):
 
 def test_training_pools_give_nothing_away():
     """The look-up finds the answer in S-DPO's training pools, and only chance in ours."""
-    items = tuple((str(i), f"item {i}") for i in range(synthetic.N_ITEMS))
-    taken = synthetic.sequences()
+    items = tuple((str(i), f"item {i}") for i in range(next_item.N_ITEMS))
+    taken = next_item.sequences()
     train, held_out = taken[:4000], taken[4000:5000]
     rows = [
         RankingExample(f"train-{n:05d}-0", "", (items[s[-1]],), (1.0,), tuple(items[i] for i in s[:-1]))

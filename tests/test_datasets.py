@@ -1,4 +1,4 @@
-"""What all builders share, and the two without a catalogue to read: synthetic and musique."""
+"""What all builders share, and two without a catalogue to read: next_item and musique."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import pytest
 from raw_files import RAW, lengths, lines, load, real
 
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.data import builder, datasets, synthetic
+from fgrpo_jax.data import builder, datasets, next_item
 from fgrpo_jax.data.datasets import DataError
 
 
@@ -21,16 +21,16 @@ def ndcg5(score_BC, relevance_BC):
     return 100 * np.where(rank < 5, 1 / np.log2(rank + 2), 0).mean()
 
 
-# ---------------------------------------------------------------------- synthetic
+# ---------------------------------------------------------------------- next_item
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     prepared = tmp_path_factory.mktemp("prepared")
-    return datasets.load(DataConfig(prepared_dir=str(prepared))), prepared
+    return datasets.load(DataConfig(name="next_item", prepared_dir=str(prepared))), prepared
 
 
-def test_synthetic_has_the_documented_shape(world):
+def test_next_item_has_the_documented_shape(world):
     dataset, _ = world
     assert (dataset.kind, dataset.sampled_negatives) == ("recommendation", True)
     assert len(dict(dataset.catalogue)) == len({text for _, text in dataset.catalogue}) == 500
@@ -46,7 +46,7 @@ def test_synthetic_has_the_documented_shape(world):
     assert np.bincount(positions, minlength=20).min() > 25  # the frozen order says nothing
 
 
-def test_synthetic_needs_the_history(world):
+def test_next_item_needs_the_history(world):
     """Popularity beats random (14.7), and is far below what the history gives."""
     dataset, _ = world
     train = [[int(i) for i, _ in (*e.history, *e.candidates)] for e in dataset.splits["train"][3::4]]
@@ -68,8 +68,8 @@ def test_synthetic_needs_the_history(world):
 
 def test_the_world_does_not_depend_on_global_random_state(world):
     np.random.seed(2)
-    taken = synthetic.sequences()
-    assert all(len(set(row)) == synthetic.LENGTH for row in taken.tolist())
+    taken = next_item.sequences()
+    assert all(len(set(row)) == next_item.LENGTH for row in taken.tolist())
     for user, example in enumerate(world[0].splits["train"][3::4]):
         assert [int(i) for i, _ in (*example.history, *example.candidates)] == taken[user].tolist()
 
@@ -77,13 +77,13 @@ def test_the_world_does_not_depend_on_global_random_state(world):
 def test_a_data_set_is_prepared_once_and_its_pools_are_recorded(world):
     dataset, prepared = world
     files = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
-    again = datasets.load(DataConfig(prepared_dir=str(prepared)))
+    again = datasets.load(DataConfig(name="next_item", prepared_dir=str(prepared)))
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == files
     assert again.fingerprints == dataset.fingerprints and set(again.fingerprints) == set(again.splits)
-    (home,) = (prepared / "synthetic").iterdir()
+    (home,) = (prepared / "next_item").iterdir()
     record = json.loads((home / "candidates.json").read_text())
     assert set(record) == {"validation", "test"}
-    assert record["test"]["seed"] == synthetic.SEED and len(record["test"]["hash"]) == 64
+    assert record["test"]["seed"] == next_item.SEED and len(record["test"]["hash"]) == 64
     assert "uniform" in record["test"]["negatives"]
     example = dataset.splits["test"][17]
     assert record["test"]["pools"][example.query_id] == [i for i, _ in example.candidates]
@@ -101,11 +101,11 @@ def test_splits_read_like_lists(world):
 
 
 def test_unknown_names_and_unwritable_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="one of synthetic, lastfm, musique, hotpotqa, jsonl"):
+    with pytest.raises(DataError, match="one of synthetic, next_item, lastfm, musique, hotpotqa, jsonl"):
         datasets.load(DataConfig(name="netflix"))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="set data.prepared_dir"):
-        datasets.load(DataConfig(prepared_dir=str(tmp_path / "file")))
+        datasets.load(DataConfig(name="next_item", prepared_dir=str(tmp_path / "file")))
 
 
 def damage_rows(home):
@@ -124,11 +124,11 @@ def lose_features(home):
 @pytest.mark.parametrize("harm", [damage_rows, empty_meta, lose_features])
 def test_prepared_data_that_are_damaged_are_named(world, tmp_path, harm):
     shutil.copytree(world[1], tmp_path / "prepared")
-    (home,) = (tmp_path / "prepared" / "synthetic").iterdir()
+    (home,) = (tmp_path / "prepared" / "next_item").iterdir()
     harm(home)
     message = f"prepared data in {home} are damaged or gone .*: remove what is left of that folder, and give the same"
     with pytest.raises(DataError, match=message) as error:
-        list(datasets.load(DataConfig(prepared_dir=str(tmp_path / "prepared"))).splits["test"])
+        list(datasets.load(DataConfig(name="next_item", prepared_dir=str(tmp_path / "prepared"))).splits["test"])
     assert "\n" not in str(error.value)
 
 
@@ -136,10 +136,10 @@ def test_prepared_data_for_which_there_is_no_room(tmp_path, monkeypatch):
     def refuse(self, **options):
         raise RuntimeError("write() failed: No space left on device; writing /somewhere")  # as array_record does
 
-    monkeypatch.setattr(synthetic.Synthetic, "download_and_prepare", refuse)
-    with pytest.raises(DataError, match="cannot write to .*synthetic .No space left on device.: set data.prepared_dir"):
-        datasets.load(DataConfig(prepared_dir=str(tmp_path)))
-    assert not list((tmp_path / "synthetic").iterdir())
+    monkeypatch.setattr(next_item.NextItem, "download_and_prepare", refuse)
+    with pytest.raises(DataError, match="cannot write to .*next_item .No space left on device.: set data.prepared_dir"):
+        datasets.load(DataConfig(name="next_item", prepared_dir=str(tmp_path)))
+    assert not list((tmp_path / "next_item").iterdir())
 
 
 # ---------------------------------------------------------------------- musique

@@ -39,7 +39,7 @@ def quickly():
 def run(tmp_path_factory):
     """SFT and F-GRPO, then the table of the test split; shared and never changed."""
     folder = tmp_path_factory.mktemp("synthetic")
-    data = DataConfig(name="synthetic", prepared_dir=str(folder / "prepared"), prompt_buckets=(40,))
+    data = DataConfig(name="next_item", prepared_dir=str(folder / "prepared"), prompt_buckets=(40,))
     fields = {
         "data": data,
         "transcript": TranscriptConfig(slate_min=4, slate_max=5, rank_min=2, rank_max=3),
@@ -123,7 +123,7 @@ def test_what_was_said(run):
     plan = {line.split()[0]: line for line in lines[:8]}
     assert list(plan) == ["devices", "model", "data", "sft", "memory", "rl", "output"]
     assert "mesh data 1 x fsdp 1 x tensor 1" in plan["devices"] and "vocabulary 509" in plan["model"]
-    assert plan["data"].endswith("synthetic: train 16,000, validation 1,000, test 1,000 queries")
+    assert plan["data"].endswith("next_item: train 16,000, validation 1,000, test 1,000 queries")
     tokens = 8 * (40 + 4 * 11)
     assert f"3 steps of [B 8, G 4, S 40, T 11], {tokens:,} tokens a step (sampled, clipped_pg)" in plan["rl"]
     assert any(line.startswith("sft 3/24  loss ") and " tokens/s  ETA 0:" in line for line in lines)
@@ -190,7 +190,7 @@ def test_bad_evaluations_are_refused(run, tmp_path, capsys, monkeypatch):
         ([], "give the run directory first: python eval.py RUN_DIR"),
         ([str(tmp_path)], "is not a run directory: it holds no config.json"),
         ([str(unfinished)], "has no finished stage yet: let train.py run to its end"),
-        ([here, "--split", "dev"], "data set 'synthetic' has no split 'dev', only train, validation, test"),
+        ([here, "--split", "dev"], "data set 'next_item' has no split 'dev', only train, validation, test"),
         ([here, "--eval.baselines", "als"], "eval.baselines: 'als' is not one of bm25, covisitation"),
         ([here, "--eval.versus", "bm25", *random], "eval.versus='bm25' is not evaluated here; choose one of random"),
         ([here, "--data.name", "jsonl"], "data.name='jsonl' reads files: set data.manual_dir"),

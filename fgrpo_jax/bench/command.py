@@ -1,6 +1,6 @@
 """How fast a step is, and how near to what the machine can do.
 
-    python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|long|smollm2|qwen3-0.6b|qwen3-4b]
+    python -m fgrpo_jax.bench [--preset cpu|gpu] [--workload w1|default|next_item|long|smollm2|qwen3-0.6b|qwen3-4b]
                               [--layers N] [--batch N] [--prompt N] [--group N] [--length N]
                               [--attention auto|blocks|flash] [--repeats N] [--no-repeated] [--scan]
                               [--json FILE] [--png FILE] [--no-keep-memory] [--profile DIR]

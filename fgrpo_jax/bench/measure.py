@@ -60,7 +60,8 @@ _SMOLLM2 = decoder.DecoderSpec(
 )  # fmt: skip
 WORKLOADS = {
     "w1": (_W1, Shape(2, 1024, 8, 64)),
-    "default": (_SMALL, Shape(64, 64, 8, 18)),
+    "default": (_SMALL, Shape(32, 192, 8, 33)),
+    "next_item": (_SMALL, Shape(64, 64, 8, 18)),
     "long": (_W1, Shape(1, 8192, 8, 64)),
     "smollm2": (_SMOLLM2, Shape(1, 480, 8, 72)),
     "qwen3-0.6b": (_QWEN, Shape(2, 2048, 8, 64)),

@@ -28,6 +28,7 @@ Item = tuple[str, str]  # (id, text)
 # Module and class, by name: TensorFlow Datasets is only imported by the one that is used.
 DATASETS = {
     "synthetic": "fgrpo_jax.data.synthetic:Synthetic",
+    "next_item": "fgrpo_jax.data.next_item:NextItem",
     "lastfm": "fgrpo_jax.data.lastfm:Lastfm",
     "musique": "fgrpo_jax.data.musique:Musique",
     "hotpotqa": "fgrpo_jax.data.hotpotqa:Hotpotqa",

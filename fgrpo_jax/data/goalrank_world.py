@@ -44,7 +44,7 @@ import numpy as np
 
 from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import Item
-from fgrpo_jax.data.synthetic import ADJECTIVES
+from fgrpo_jax.data.next_item import ADJECTIVES
 from fgrpo_jax.types import LoggedList, RankingExample
 
 SEED = 22046

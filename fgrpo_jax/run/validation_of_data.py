@@ -47,7 +47,7 @@ def data_problems(config: RunConfig, datasets: frozenset[str]) -> list[str]:
         problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
     if d.history_max < 1:
         problems.append(f"data.history_max={d.history_max} must be at least 1")
-    if d.name in datasets - {"synthetic", "categories", "goalrank_world"} and not d.manual_dir:
+    if d.name in datasets - {"synthetic", "next_item", "categories", "goalrank_world"} and not d.manual_dir:
         problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
     return problems
 
@@ -59,10 +59,10 @@ def _ascending(sizes: tuple[int, ...]) -> bool:
 def own_data_problems(config: RunConfig) -> list[str]:
     """Options of data sets that have options of their own: set for another one, or impossible."""
     d, problems = config.data, unread(config.data)
-    for name, check in {"interactions": _check_interactions, "ir": _check_ir}.items():
+    for name, check in {"interactions": _check_interactions, "ir": _check_ir, "synthetic": _check_synthetic}.items():
         if d.name == name:
             problems += check(d)
-            if d.pool_size < max(config.limits()):
+            if name != "synthetic" and d.pool_size < max(config.limits()):
                 problems.append(
                     f"data.pool_size={d.pool_size} is smaller than the lists, of up to {max(config.limits())} items: "
                     "raise it, or shorten the lists"
@@ -114,4 +114,23 @@ def _check_ir(d: DataConfig) -> list[str]:
         problems.append("data.ir.run_file must name a file")
     if c.document_words < 0:
         problems.append(f"data.ir.document_words={c.document_words} must not be negative; 0: whole documents")
+    return problems
+
+
+def _check_synthetic(d: DataConfig) -> list[str]:
+    c, where, problems = d.synthetic, "data.synthetic", []
+    low, high = c.wanted
+    if not 1 <= c.interests <= 8:
+        problems.append(f"{where}.interests={c.interests} must be 1 to 8: there are 16 shelves")
+    if not 1 <= low <= high <= 20:
+        problems.append(f"{where}.wanted={c.wanted} must be two numbers from 1 to 20, ascending")
+    if not c.interests * high + 2 <= c.pool <= 1000:
+        problems.append(
+            f"{where}.pool={c.pool} must be from {c.interests * high + 2}, room for the wanted ones of every interest "
+            "and two others, to 1000"
+        )
+    if not 0 < c.concentration <= 1000:
+        problems.append(f"{where}.concentration={c.concentration} must be above 0 and at most 1000")
+    if not 0 <= c.misplaced < 1:
+        problems.append(f"{where}.misplaced={c.misplaced} must be in [0, 1)")
     return problems
