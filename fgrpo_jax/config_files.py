@@ -77,6 +77,9 @@ def _read(text: str) -> tuple[RunConfig, list[str]]:
     system = value.pop("system", Config.SYSTEM) if isinstance(value, dict) else Config.SYSTEM
     if isinstance(value, dict) and isinstance(value.get("tensorboard"), bool):  # of an earlier version
         value["trackers"] = ["tensorboard"] if value.pop("tensorboard") else []
+    data = value.get("data") if isinstance(value, dict) else None
+    if isinstance(data, dict) and data.get("name") == "synthetic" and "synthetic" not in data:
+        data["name"] = "next_item"  # what was called so by an earlier version
     config = _build(system_class(system)(), value, "", lacking, unknown)
     if unknown:
         raise ConfigError(

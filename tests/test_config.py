@@ -97,6 +97,13 @@ def test_json_of_another_version():
             from_json(broken)
 
 
+def test_the_world_that_was_called_synthetic_has_another_name_now():
+    old = json.loads(to_json(Config()))
+    del old["data"]["synthetic"]
+    assert from_json(json.dumps(old)).data.name == "next_item"
+    assert from_json(to_json(Config())).data.name == "synthetic"
+
+
 def test_values_of_the_wrong_type():
     """Every field is looked at: each gets a value of no allowed type, in turn."""
 
