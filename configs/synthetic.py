@@ -45,5 +45,5 @@ def get_config() -> Config:
             eval_every=50,
             optim=OptimConfig(learning_rate=1e-3, decay="linear"),
         ),
-        eval=EvalConfig(split="test", train_queries=0),
+        eval=EvalConfig(split="test", train_queries=0, metrics=("recall", "hit", "ndcg", "slate_ndcg")),
     )

@@ -1,9 +1,9 @@
 """What a credit scheme, more imitation, or another world changes in the default run (configs/synthetic.py).
 
-    python train.py                                            # first: the SFT that VARIANTs of credit start from
+    python train.py                                            # first: its SFT is where VARIANTs of credit start
     python train.py configs/synthetic_study.py:VARIANT
 
-Variants in CREDIT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning. For another
+Variants in FROM_SFT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning. For another
 seed: --seed, --start-from a run of that seed, and --run-dir.
 """
 
@@ -21,7 +21,7 @@ def _credit(**fields):
 
 
 def _more_sft(config: Config) -> Config:
-    """Imitation goes on, on the queries that F-GRPO would see, for as long as it takes F-GRPO on two cores."""
+    """Imitation goes on, on the queries that F-GRPO would see; 400 steps take a little longer than its 250."""
     nll = ObjectiveConfig(name="nll")
     optim = dataclasses.replace(config.rl.optim, learning_rate=2e-3)
     sft = dict(source="logged", group_size=1, batch_queries=64, steps=400, eval_every=100)
@@ -29,8 +29,8 @@ def _more_sft(config: Config) -> Config:
 
 
 def _sft_in_order(config: Config) -> Config:
-    """Imitation alone, of slates that begin with what is wanted in the order of gain, on all queries, for the time of
-    both stages."""
+    """Imitation alone, of slates that begin with what is wanted in the order of gain, on all queries, and for a little
+    longer than both stages take."""
     target = dataclasses.replace(config.sft.target, fill="first")
     sft = dataclasses.replace(config.sft, target=target, subset=(0.0, 1.0), steps=700)
     return dataclasses.replace(config, sft=sft, rl=dataclasses.replace(config.rl, steps=0))
@@ -51,7 +51,7 @@ def _less_sft(steps: int):
     return lambda c: dataclasses.replace(c, sft=dataclasses.replace(c.sft, steps=steps, eval_every=steps))
 
 
-CREDIT = {
+FROM_SFT = {
     "as_it_is": lambda config: config,
     "grpo": _credit(terms=_JOINT),
     "gdpo": _credit(terms=_JOINT, normalise="each"),
@@ -66,7 +66,7 @@ WHOLE = {
     **{f"start_{n}": _less_sft(n) for n in (50, 100)},
     "sft_in_order": _sft_in_order,
 }
-VARIANTS = CREDIT | WHOLE
+VARIANTS = FROM_SFT | WHOLE
 
 
 def get_config(variant: str = "as_it_is") -> Config:
@@ -77,4 +77,4 @@ def get_config(variant: str = "as_it_is") -> Config:
     if variant in WHOLE:
         return WHOLE[variant](base)
     start = {"start_from": "runs/synthetic", "sft": dataclasses.replace(base.sft, steps=0)}
-    return CREDIT[variant](dataclasses.replace(base, **start))
+    return FROM_SFT[variant](dataclasses.replace(base, **start))

@@ -55,7 +55,8 @@ def to_json(config: RunConfig) -> str:
 def from_json(text: str) -> RunConfig:
     """Inverse of `to_json`. A field that the text lacks (see `absent`) has its default.
 
-    So a new field must come with the default under which earlier runs were made, or with a line in _BEFORE.
+    So a new field must come with the default under which earlier runs were made, or with a line in _BEFORE. A text
+    whose data set is `synthetic` and that lacks that one's settings is of before that name meant another world.
     Raises ConfigError on what is not JSON, or has fields that do not exist.
     """
     return _read(text)[0]

@@ -75,7 +75,7 @@ class SyntheticConfig:
     pool: int = 80
     """Candidates of a query."""
     wanted: tuple[int, int] = (3, 6)
-    """Of them on each of the reader's shelves, from and to: as many as are relevant."""
+    """How many of them are of each of the reader's shelves, from and to; those of one are relevant."""
     misplaced: float = 0.0
     """Share of the gains of training queries that are put on other candidates of the pool."""
 

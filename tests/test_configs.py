@@ -48,7 +48,7 @@ def test_every_variant_of_the_default_is_possible():
     default = load_file(ROOT / "configs" / "synthetic.py")
     for name, config in found.items():
         changes = {field.split(".")[0] for field in differences(default, config)} - {"run_dir"}
-        if name in study["CREDIT"]:
+        if name in study["FROM_SFT"]:
             assert changes <= {"start_from", "sft", "rl"} and config.start_from == default.run_dir
             assert set(differences(changed(default, {"sft.steps": 0}).sft, config.sft, "sft")) == set()
         else:

@@ -38,7 +38,7 @@ def quickly():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """SFT and F-GRPO, then the table of the test split; shared and never changed."""
-    folder = tmp_path_factory.mktemp("synthetic")
+    folder = tmp_path_factory.mktemp("next_item")
     data = DataConfig(name="next_item", prepared_dir=str(folder / "prepared"), prompt_buckets=(40,))
     fields = {
         "data": data,

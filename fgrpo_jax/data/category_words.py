@@ -1,4 +1,5 @@
-"""Everyday categories and common words of each, for the data set `categories`: general knowledge, compiled for it.
+"""Everyday categories and common words of each, for the data sets `categories` and `synthetic`: general knowledge,
+compiled for them.
 
 A word is in one category only, and no category holds another.
 """

@@ -46,7 +46,8 @@ class Judged:
     name: str
     """Data set, as the configuration's data.name."""
     manual_dir: str
-    """Folder with the raw files of the data set (not used by synthetic)."""
+    """Folder with the raw files of the data set (not used by synthetic, next_item, categories
+    and goalrank_world)."""
     prepared_dir: str
     """Where prepared data sets are kept."""
     pool: Literal["open", "closed"]

@@ -62,9 +62,10 @@ def own_data_problems(config: RunConfig) -> list[str]:
     for name, check in {"interactions": _check_interactions, "ir": _check_ir, "synthetic": _check_synthetic}.items():
         if d.name == name:
             problems += check(d)
-            if name != "synthetic" and d.pool_size < max(config.limits()):
+            field, size = ("synthetic.pool", d.synthetic.pool) if name == "synthetic" else ("pool_size", d.pool_size)
+            if size < max(config.limits()):
                 problems.append(
-                    f"data.pool_size={d.pool_size} is smaller than the lists, of up to {max(config.limits())} items: "
+                    f"data.{field}={size} is smaller than the lists, of up to {max(config.limits())} items: "
                     "raise it, or shorten the lists"
                 )
             continue
@@ -120,6 +121,10 @@ def _check_ir(d: DataConfig) -> list[str]:
 def _check_synthetic(d: DataConfig) -> list[str]:
     c, where, problems = d.synthetic, "data.synthetic", []
     low, high = c.wanted
+    if c.seed < 0:
+        problems.append(f"{where}.seed={c.seed} must not be negative")
+    if d.pool_size != DataConfig().pool_size:
+        problems.append(f"data.pool_size={d.pool_size}: data.name='synthetic' does not read it; set {where}.pool")
     if not 1 <= c.interests <= 8:
         problems.append(f"{where}.interests={c.interests} must be 1 to 8: there are 16 shelves")
     if not 1 <= low <= high <= 20:
@@ -133,4 +138,6 @@ def _check_synthetic(d: DataConfig) -> list[str]:
         problems.append(f"{where}.concentration={c.concentration} must be above 0 and at most 1000")
     if not 0 <= c.misplaced < 1:
         problems.append(f"{where}.misplaced={c.misplaced} must be in [0, 1)")
+    if c.misplaced and c.pool < 2 * high:
+        problems.append(f"{where}.misplaced needs room for {high} gains on other candidates: raise {where}.pool")
     return problems
