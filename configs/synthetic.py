@@ -2,7 +2,8 @@
 
     python train.py
 
-TIMES (see README)
+Five minutes on two CPU cores, hardly more on one. 1,000 test queries, mean of seeds 0 to 2: NDCG@5 33.8 after SFT, 43.0
+after F-GRPO (BM25 28.8, co-visitation 27.8), slate recall 58.3 and 71.6. Variants: configs/synthetic_study.py.
 """
 
 from fgrpo_jax.config import (
