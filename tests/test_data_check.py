@@ -25,7 +25,7 @@ def check(capsys, *flags):
 
 def flags(folder, name, *more):
     here = ("--data.manual-dir", folder, "--data.prepared-dir", folder / "prepared", "--data.name", name)
-    return (*here, "--data.prompt-buckets", "auto", *more)
+    return (*here, "--tokenizer", "catalogue", "--data.prompt-buckets", "auto", *more)
 
 
 def test_interactions(tmp_path, capsys):

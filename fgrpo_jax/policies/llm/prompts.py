@@ -108,7 +108,7 @@ def _unknown_text(tokenizer: Any, text: str, query_id: str) -> str:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start, end = encoded["offset_mapping"][encoded["input_ids"].index(tokenizer.unk_token_id)]
     return (
-        f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; with the catalogue "
-        "tokenizer every line must be an item, or part of the template, seen when the run was started; "
-        "for free text set tokenizer to a Hugging Face directory and transcript.identifier to index"
+        f"query {query_id!r}: the tokenizer has no token for {text[start:end]!r}; a tokenizer made of the data knows "
+        "the items and the template that were there when the run was started (catalogue: their lines, words: their "
+        "words); for free text set tokenizer to a Hugging Face directory and transcript.identifier to index"
     )
