@@ -25,8 +25,8 @@ def get_config() -> Config:
         data=DataConfig(name="synthetic", prompt_buckets=(192,)),
         model=ModelConfig(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=192),
         # The two stages see different readers. What is wanted stands shuffled among fill in the slates to imitate: in
-        # the order of gain SFT is better by itself, and learns rankings as copies of the slate's start, which
-        # F-GRPO, that credits slates as sets, then has to undo.
+        # the order of gain SFT is better by itself, and its rankings are copies of the slate's first five (67 % of
+        # them, here 12 %), which F-GRPO, that credits slates as sets, scrambles before it mends them.
         sft=StageConfig(
             steps=300,
             source="logged",

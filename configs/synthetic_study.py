@@ -21,7 +21,7 @@ def _credit(**fields):
 
 
 def _more_sft(config: Config) -> Config:
-    """Imitation goes on, on the queries that F-GRPO would see; 400 steps take a little longer than its 250."""
+    """Imitation goes on, on the queries that F-GRPO would see; 400 steps take about as long as its 250."""
     nll = ObjectiveConfig(name="nll")
     optim = dataclasses.replace(config.rl.optim, learning_rate=2e-3)
     sft = dict(source="logged", group_size=1, batch_queries=64, steps=400, eval_every=100)
@@ -29,8 +29,8 @@ def _more_sft(config: Config) -> Config:
 
 
 def _sft_in_order(config: Config) -> Config:
-    """Imitation alone, of slates that begin with what is wanted in the order of gain, on all queries, and for a little
-    longer than both stages take."""
+    """Imitation alone, of slates that begin with what is wanted in the order of gain, on all queries, and for about as
+    long as both stages take."""
     target = dataclasses.replace(config.sft.target, fill="first")
     sft = dataclasses.replace(config.sft, target=target, subset=(0.0, 1.0), steps=700)
     return dataclasses.replace(config, sft=sft, rl=dataclasses.replace(config.rl, steps=0))

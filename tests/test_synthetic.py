@@ -80,6 +80,17 @@ def test_pools_and_gains_are_as_documented(articles, visits):
     assert 0.47 < np.mean(places) < 0.53  # the frozen order says nothing
 
 
+def test_what_is_read_pleases_and_pools_are_drawn_evenly(articles, visits):
+    """Histories by exp(TASTE x pleasing), of a third of each kind; pools whatever it pleases, on every shelf."""
+    weight = np.exp(synthetic.TASTE * np.arange(3))
+    history = np.concatenate([visit.history for visit in visits[1]])
+    pool = np.concatenate([visit.pool_C for visit in visits[1]])
+    of_reader = np.concatenate([np.isin(articles.shelf[v.pool_C], articles.shelf[v.history]) for v in visits[1]])
+    for numbers, expected in ((history, weight), (pool[of_reader], np.ones(3)), (pool[~of_reader], np.ones(3))):
+        found = np.bincount(articles.pleasing[numbers], minlength=3) / len(numbers)
+        np.testing.assert_allclose(found, expected / expected.sum(), atol=0.02)
+
+
 def shares(articles, visit):
     """Of every candidate: the probability that its shelf is meant, given the history."""
     read = np.bincount(articles.shelf[visit.history], minlength=len(synthetic.SHELVES))
