@@ -51,6 +51,8 @@ def test_shelves_share_no_word(articles):
     for name, shelf in zip(articles.names, articles.shelf):
         first, second = name.split()
         assert first in shelves[shelf] and second in shelves[shelf] and first != second
+    as_pleasing = {(name.split()[0], pleasing) for name, pleasing in zip(articles.names, articles.pleasing)}
+    assert len(as_pleasing) == len({first for first, _ in as_pleasing})  # as the word does that it begins with
     known_words = {w for name, known in zip(articles.names, articles.known) if known for w in name.split()}
     assert known_words == set(words)  # a new article is made of words that training sees
 
