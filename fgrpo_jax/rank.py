@@ -20,6 +20,7 @@ code 1: some lines were in error. 2: nothing can be ranked.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gzip
 import itertools
@@ -42,7 +43,7 @@ from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.data.jsonl import read_line
 from fgrpo_jax.files import path_of, reason, storing
 from fgrpo_jax.run import experiment
-from fgrpo_jax.run.ranking import Ranked, Ranker, read_config
+from fgrpo_jax.run.ranking import Finish, Ranked, Ranker, read_config
 from fgrpo_jax.types import RankingExample
 
 __all__ = ["Ranked", "Ranker"]
@@ -52,24 +53,42 @@ ERROR_MAX = 500  # characters of a line's error, which may quote it
 
 
 def rank_stream(
-    ranker: Ranker, lines: Iterable[bytes | None], target: BinaryIO, samples: int = 0, seed: int = 0
+    ranker: Ranker, lines: Iterable[bytes | None], target: BinaryIO, samples: int = 0, seed: int = 0, ahead: int = 0
 ) -> tuple[int, int]:
     """Write a line for every line, flushed batch by batch; how many there were, and how many in error.
 
-    lines: None stands for one that is longer than LINE_MAX. Raises StorageError.
+    lines: None stands for one that is longer than LINE_MAX. ahead: batches that are read, encoded and begun before
+    one is written, so that the devices do not wait for the host. Raises StorageError, and what `lines` raises.
     """
-    rows, total, errors = map(_row, lines), 0, 0
-    for number in itertools.count():
-        batch = list(itertools.islice(rows, ranker.batch_queries))
-        if not batch:
-            break
-        found = ranker.rank_rows(batch, samples, seed, number)
+    total = errors = 0
+    for batch, found in _finished(ranker, map(_row, lines), samples, seed, ahead):
         text = "".join(_line(n, *said) for n, said in enumerate(zip(batch, found, strict=True), total + 1))
         with storing("standard output"):
             target.write(text.encode("utf-8"))
             target.flush()
         total, errors = total + len(batch), errors + sum(isinstance(one, DataError) for one in found)
     return total, errors
+
+
+def _finished(ranker: Ranker, rows: Iterator, samples: int, seed: int, ahead: int) -> Iterator[tuple[list, list]]:
+    """(rows, what they got) batch by batch. What was read before `rows` raise is finished first."""
+    begun: collections.deque[tuple[list, Finish]] = collections.deque()
+    failed = None
+    for number in itertools.count():
+        batch: list = []
+        try:
+            batch.extend(itertools.islice(rows, ranker.batch_queries))
+        except DataError as error:  # of the file; that of a line is a row
+            failed = error
+        if batch:
+            begun.append((batch, ranker.start(batch, samples, seed, number)))
+        while begun and (len(begun) > ahead or failed or not batch):
+            rows_of, finish = begun.popleft()
+            yield rows_of, finish()
+        if failed:
+            raise failed
+        if not batch:
+            return
 
 
 def read_lines(queries: str) -> Iterator[bytes | None]:
@@ -146,7 +165,8 @@ def start(run_dir: str, queries: str, arguments: RankArguments) -> int:
         lines = read_lines(queries)
         ranker = Ranker.open(run_dir, a.stage, a.batch_queries, a.max_candidates, a.mesh)
         print(f"ranking with {ranker.name} of {run_dir}", file=sys.stderr, flush=True)
-        total, errors = rank_stream(ranker, lines, sys.stdout.buffer, a.samples, a.seed)
+        ahead = 0 if queries == "-" else 1  # who writes line by line waits for what was written
+        total, errors = rank_stream(ranker, lines, sys.stdout.buffer, a.samples, a.seed, ahead)
     except (UserError, OSError) as error:
         return refuse(error)
     print(f"{total:,} lines, {errors:,} of them in error", file=sys.stderr)

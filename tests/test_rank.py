@@ -1,6 +1,7 @@
 """Ranking new queries: the lists of an evaluation, one line for every line, whatever the lines hold."""
 
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -209,7 +211,8 @@ def test_in_python_one_query_and_many(runs, rankers):
 # --------------------------------------------------------------------- a stream
 
 
-def test_a_batch_is_read_and_written_at_a_time(runs):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_batch_is_read_and_written_at_a_time(runs, ahead):
     """So memory does not grow with the input, and a process that is killed loses nothing that was written."""
     ranker = Ranker.open(runs["llm"].run_dir, batch_queries=4)
     read, written, rows = [0], [], queries(runs["llm"])
@@ -223,8 +226,12 @@ def test_a_batch_is_read_and_written_at_a_time(runs):
         def flush(self):
             written.append((self.getvalue().count(b"\n"), read[0]))
 
-    rank_stream(ranker, lines(), Target())
-    assert written == [(4, 4), (8, 8), (12, 12), (16, 16), (20, 20), (22, 22)]
+    target, whole = Target(), io.BytesIO()
+    rank_stream(ranker, lines(), target, ahead=ahead)
+    reads = [4, 8, 12, 16, 20, 22, *[22] * ahead][ahead:]
+    assert written == list(zip([4, 8, 12, 16, 20, 22], reads, strict=True))
+    rank_stream(Ranker.open(runs["llm"].run_dir, batch_queries=4), lines(), whole)
+    assert target.getvalue() == whole.getvalue()
 
 
 def test_killed_it_has_written_every_batch(runs):
@@ -299,10 +306,6 @@ def hostile(row):
         "candidates are texts": (row | {"candidates": ["a"]}, "must be an object with id and text"),
         "no candidate": (row | {"candidates": []}, "candidates is empty"),
         "twice": (row | {"candidates": [first, *others, first]}, "two candidates have the id"),
-        "twice the text": (
-            row | {"candidates": [first, *others, {"id": "new", "text": first["text"]}]},
-            "two candidates have the text",
-        ),
         "many": (row | {"candidates": many, "retrieval": [0.0] * len(many), "topics": [0] * len(many)}, "10000 cand"),
         "many, the last twice": (row | {"candidates": [*many, many[-1]]}, "two candidates have the id 'm9999'"),
         "misspelt": (row | {"histroy": []}, "unknown field(s) histroy"),
@@ -316,6 +319,10 @@ def test_hostile_lines_are_one_error_each(runs, rankers, system, stage):
     lines = hostile(rows[0] | {"retrieval": [], "topics": []})
     if system == "llm":
         lines["foreign"] = rows[0] | {"history": [{"id": "new", "text": "never seen"}]}, "no token for 'never seen'"
+        plain = {name: rows[0][name] for name in ("query_id", "query", "history")}
+        copy = {"id": "new", "text": rows[0]["candidates"][0]["text"]}
+        twice = plain | {"candidates": [*rows[0]["candidates"], copy]}
+        lines["twice the text"] = twice, "have the same identifier: give them texts that differ"
     else:
         lines["foreign"] = rows[0] | {"history": [{"id": "new", "text": "a"}]}, "item 'new' of its history"
         small = {name: rows[0][name][:2] for name in ("candidates", "retrieval", "topics")}
@@ -372,11 +379,10 @@ def test_a_run_without_a_finished_stage_is_refused(runs, tmp_path):
 
 
 def test_a_damaged_file_ends_it_with_what_was_ranked(runs, tmp_path, capfd):
-    import gzip
-
     whole = gzip.compress(b"".join(encoded(queries(runs["llm"]) * 200)), mtime=0)
     (tmp_path / "q.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     assert rank.main([runs["llm"].run_dir, str(tmp_path / "q.jsonl.gz")]) == 2
     said = capfd.readouterr()
     assert "cannot be read on" in said.err
-    assert [json.loads(line)["line"] for line in said.out.splitlines()][:3] == [1, 2, 3]
+    sound = zlib.decompressobj(31).decompress(whole[: len(whole) // 2]).count(b"\n")
+    assert [json.loads(line)["line"] for line in said.out.splitlines()] == list(range(1, sound + 1)) and sound > 300

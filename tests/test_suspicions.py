@@ -14,9 +14,14 @@ from fgrpo_jax.types import Missed, RankingExample
 N, POOL = 60, 8
 
 
+def padded(rng, i):
+    """A text of its own, of any length."""
+    return str(i).rjust(rng.randint(5, 20), "x")
+
+
 def example(rng, query_id, ids=range(100, 1000), **fields):
     """Random items, two of which are relevant, with a history and scores of a first stage that knows a little."""
-    items = [(str(i), "x" * rng.randint(5, 20)) for i in rng.sample(ids, POOL + 5)]
+    items = [(str(i), padded(rng, i)) for i in rng.sample(ids, POOL + 5)]
     gains = [1.0, 0.5, *[0.0] * (POOL - 2)]
     rng.shuffle(gains)
     scores = tuple(rng.random() + gain for gain in gains)
@@ -78,6 +83,16 @@ def first_place(rng, e):
     return dataclasses.replace(e, relevance=tuple(float(c == place) for c in range(POOL)))
 
 
+def copies(rng, e):
+    """The text of an answer is that of a candidate that is none, in some pools."""
+    if rng.random() < 0.9:
+        return e
+    answer, other = (next(c for c, gain in enumerate(e.relevance) if (gain > 0) is wanted) for wanted in (True, False))
+    pool = list(e.candidates)
+    pool[other] = pool[other][0], pool[answer][1]
+    return dataclasses.replace(e, candidates=tuple(pool))
+
+
 def in_history(rng, e):
     best = tuple(item for item, gain in zip(e.candidates, e.relevance) if gain)
     return dataclasses.replace(e, history=e.history + best)
@@ -99,7 +114,7 @@ def drawn_by_the_answer(rng, e):
     answer = rng.randrange(30)
     ids = [answer, *random.Random(answer).sample(range(30, 200), POOL - 1)]
     rng.shuffle(ids)
-    pool = tuple((str(i), "x" * rng.randint(5, 20)) for i in ids)
+    pool = tuple((str(i), padded(rng, i)) for i in ids)
     return RankingExample(e.query_id, "", pool, tuple(float(i == answer) for i in ids), e.history)
 
 
@@ -107,13 +122,13 @@ def drawn_freely(rng, e):
     answer = rng.randrange(30)
     ids = [answer, *rng.sample([i for i in range(200) if i != answer], POOL - 1)]
     rng.shuffle(ids)
-    return RankingExample(
-        e.query_id, "", tuple((str(i), "x" * rng.randint(5, 20)) for i in ids), tuple(float(i == answer) for i in ids)
-    )
+    pool = tuple((str(i), padded(rng, i)) for i in ids)
+    return RankingExample(e.query_id, "", pool, tuple(float(i == answer) for i in ids))
 
 
 SUSPICIOUS = {
     "order_by_id": ordered,
+    "same_text": copies,
     "same_place": first_place,
     "largest_id": by(lambda e, item: int(item[0])),
     "smallest_id": by(lambda e, item: int(item[0]), highest=False),

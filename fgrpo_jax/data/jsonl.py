@@ -10,7 +10,7 @@ data.manual_dir holds `train.jsonl`, `validation.jsonl`, `test.jsonl`, any of th
 
     query_id    text, unique in its file
     query       text; may be "" where there is a history
-    candidates  the pool, at least one; ids differ, and so do texts
+    candidates  the pool, at least one; ids differ, and where transcripts name items by their text, texts
     relevance   one number per candidate: the gain, finite and >= 0; 0 is not relevant
     history     optional: what the user took before, oldest first
 
@@ -222,11 +222,10 @@ def _is_text(value: Any) -> bool:
 def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:
     if not candidates:
         reasons.append("candidates is empty")
-    for part, name in enumerate(("id", "text")):
-        values = [item[part] for item in candidates]
-        if len(set(values)) < len(values):
-            twice = next(value for value, count in Counter(values).items() if count > 1)
-            reasons.append(f"two candidates have the {name} {twice!r}")
+    ids = [item for item, _ in candidates]
+    if len(set(ids)) < len(ids):
+        twice = next(item for item, count in Counter(ids).items() if count > 1)
+        reasons.append(f"two candidates have the id {twice!r}")
 
 
 def _numbers(

@@ -44,6 +44,7 @@ def find(
         *order_by_id(examples),
         *fixed_order(dataset),
         *duplicates(dataset),
+        *same_text(examples),
         *same_place(examples),
         *popularity(scores, metric),
     ]
@@ -120,6 +121,20 @@ def _content(example: RankingExample) -> tuple:
     answers = [item for (item, _), gain in zip(example.candidates, example.relevance) if gain > 0]
     answers += [lost.item for lost in example.missed]
     return tuple(item for item, _ in example.history), tuple(sorted(answers))
+
+
+def same_text(examples: Sequence[RankingExample]) -> list[Suspicion]:
+    """Whether pools hold a relevant candidate and a copy of it that nobody judged, or judged otherwise."""
+    copies = 0
+    for example in examples:
+        gains: dict[str, set[float]] = defaultdict(set)
+        for (_, text), gain in zip(example.candidates, example.relevance):
+            gains[text].add(gain)
+        copies += any(len(found) > 1 for found in gains.values())
+    if not copies:
+        return []
+    text = f"in {copies:,} of {len(examples):,} pools candidates of the same text have different gains"
+    return [Suspicion("same_text", f"{text}: nobody can tell them apart, and half of the lists are judged wrong")]
 
 
 def same_place(examples: Sequence[RankingExample]) -> list[Suspicion]:

@@ -59,6 +59,9 @@ class Ranked(NamedTuple):
     samples: tuple[Ranked, ...] = ()
 
 
+Finish = Callable[[], list[Ranked | DataError]]
+
+
 class Method(NamedTuple):
     """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
 
@@ -128,7 +131,7 @@ class Ranker:
         Raises DataError for a query that is malformed, or that the run cannot read.
         """
         said = {"query_id": query_id, "query": query, "candidates": _items(candidates), "history": _items(history)}
-        (found,) = self._batch([jsonl.example_of(said)], self._single, samples, seed, 0)
+        (found,) = self._started([jsonl.example_of(said)], self._single, samples, seed, 0)()
         if isinstance(found, DataError):
             raise found
         return found
@@ -145,34 +148,40 @@ class Ranker:
                 rows.append(error)
         size = self.batch_queries
         parts = range(0, len(rows), size)
-        return [one for at in parts for one in self.rank_rows(rows[at : at + size], samples, seed, at // size)]
+        return [one for at in parts for one in self.start(rows[at : at + size], samples, seed, at // size)()]
 
-    def rank_rows(
+    def start(
         self, rows: Sequence[RankingExample | DataError], samples: int = 0, seed: int = 0, number: int = 0
-    ) -> list[Ranked | DataError]:
-        """As `rank_batch`, of at most batch_queries rows, the `number`th of a stream; errors stay where they are.
+    ) -> Finish:
+        """Begin with at most batch_queries rows, the `number`th of a stream: called, what is returned waits for the
+        devices and gives what `rank_batch` does; errors stay where they are.
 
         What is drawn is a function of (seed, number, place in the batch, batch_queries).
         """
         if len(rows) > self.batch_queries:
             raise ValueError(f"{len(rows)} rows; a batch has {self.batch_queries}")
-        return self._batch(rows, self.batch_queries, samples, seed, number)
+        return self._started(rows, self.batch_queries, samples, seed, number)
 
     # ----------------------------------------------------------------- a batch
 
-    def _batch(self, rows: Sequence, size: int, samples: int, seed: int, number: int) -> list[Ranked | DataError]:
+    def _started(self, rows: Sequence, size: int, samples: int, seed: int, number: int) -> Finish:
         if samples < 0 or (samples and not self._method.sampled):
             raise ConfigError(f"samples={samples}: {self.name} makes one list of a query; only generators draw several")
         found = [row if isinstance(row, DataError) else self._shown(row) for row in rows]
         query = self._encoded(found, size)
         if query is None:
-            return found
+            return lambda: found
         params, frozen = self._method.params, self._experiment.base(self._method.policy)
-        made = [_on_host(self._greedy(params, frozen, query))]
+        made = [self._greedy(params, frozen, query)]
         if samples:
             key = random_key(seed, self.name, "rank", number)
-            made.append(_on_host(self._sampled(samples)(params, frozen, query, key)))
-        return [one if isinstance(one, DataError) else self._read(one, made, i) for i, one in enumerate(found)]
+            made.append(self._sampled(samples)(params, frozen, query, key))
+
+        def finish() -> list[Ranked | DataError]:
+            lists = list(map(_on_host, made))
+            return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(found)]
+
+        return finish
 
     def _shown(self, row: RankingExample) -> tuple[RankingExample, np.ndarray] | DataError:
         if len(row.candidates) > self._max_candidates:

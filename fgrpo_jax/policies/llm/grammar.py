@@ -124,7 +124,10 @@ def check_identifiers(
         if grammar.eos in key:
             raise ValueError(f"query {query_id}: the identifier of candidate {name} contains eos")
         if key in seen:
-            raise ValueError(f"query {query_id}: candidates {seen[key]} and {name} have the same identifier")
+            raise ValueError(
+                f"query {query_id}: candidates {seen[key]} and {name} have the same identifier: give them texts that "
+                "differ, or name candidates by number (transcript.identifier=index)"
+            )
         if not grammar.separator and key[0] in closes:
             raise ValueError(
                 f"query {query_id}: the identifier of candidate {name} starts like a closing tag, "
