@@ -3,8 +3,8 @@
     python train.py                                            # first: its SFT is where VARIANTs of credit start
     python train.py configs/synthetic_study.py:VARIANT
 
-Variants in FROM_SFT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning. For another
-seed: --seed, --start-from a run of that seed, and --run-dir.
+Variants in FROM_SFT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning; wanted_1+grpo
+trains `rl` anew from runs/study/wanted_1. For another seed: --seed, --start-from a run of that seed, and --run-dir.
 """
 
 import dataclasses
@@ -70,11 +70,17 @@ VARIANTS = FROM_SFT | WHOLE
 
 
 def get_config(variant: str = "as_it_is") -> Config:
-    if variant not in VARIANTS:
-        raise ConfigError(f"{variant!r} is not one of {', '.join(VARIANTS)}")
-    base = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))["get_config"]()
-    base = dataclasses.replace(base, run_dir=f"runs/study/{variant}")
-    if variant in WHOLE:
-        return WHOLE[variant](base)
-    start = {"start_from": "runs/synthetic", "sft": dataclasses.replace(base.sft, steps=0)}
-    return FROM_SFT[variant](dataclasses.replace(base, **start))
+    whole, plus, credit = ("", "+", variant) if variant in FROM_SFT else variant.partition("+")
+    if (whole and whole not in WHOLE) or (plus and credit not in FROM_SFT):
+        raise ConfigError(
+            f"there is no variant {variant!r}, only {', '.join(VARIANTS)}, and one of the worlds with a "
+            "credit, as wanted_1+grpo"
+        )
+    config = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))["get_config"]()
+    config = dataclasses.replace(config, run_dir=f"runs/study/{variant}")
+    if whole:
+        config = WHOLE[whole](config)
+    if not plus:
+        return config
+    start = f"runs/study/{whole}" if whole else "runs/synthetic"
+    return FROM_SFT[credit](dataclasses.replace(config, start_from=start, sft=dataclasses.replace(config.sft, steps=0)))

@@ -53,8 +53,15 @@ def test_every_variant_of_the_default_is_possible():
             assert set(differences(changed(default, {"sft.steps": 0}).sft, config.sft, "sft")) == set()
         else:
             assert changes <= {"data", "sft", "rl"} and not config.start_from
-    with pytest.raises(ConfigError, match="synthetic_study.py: 'x' is not one of as_it_is, grpo"):
+    with pytest.raises(ConfigError, match="synthetic_study.py: there is no variant 'x', only as_it_is, grpo"):
         load_file(f"{path}:x")
+    small, joint = (load_file(f"{path}:pool_40{credit}") for credit in ("", "+grpo"))
+    validate(joint, KNOWN)
+    assert joint.start_from == small.run_dir and joint.rl.credit == found["grpo"].rl.credit
+    assert set(differences(small, joint)) == {"run_dir", "start_from", "sft.steps", "rl.credit.terms"}
+    for wrong in ("x+grpo", "pool_40+x", "grpo+exact", "pool_40+"):
+        with pytest.raises(ConfigError, match="there is no variant"):
+            load_file(f"{path}:{wrong}")
 
 
 def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
