@@ -65,6 +65,13 @@ EVERYTHING = {
     "rl.microbatches": 2,
     "reward.rules": (("slate_duplicate", -0.5), ("rank_too_short", -0.2)),
 }
+# Files whose programs are those of another one but for its numbers, or fewer of them.
+ALIKE = {
+    "goalrank_ml1m": "goalrank",
+    "jsonl": "interactions",
+    "smollm2_real": "smollm2",
+    "synthetic_study": "synthetic",
+}
 
 
 def configs(folder):
@@ -126,6 +133,8 @@ def main(folder):
     processes.initialize_distributed()
     made, found = {}, {}
     for name, config in configs(folder).items():
+        if name in ALIKE:
+            continue
         said = to_json(config)  # of several it is the same, now that they are on the same data
         found[name] = made[said] = made.get(said) or programs(config)
     (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(found))
