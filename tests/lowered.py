@@ -69,6 +69,7 @@ EVERYTHING = {
 ALIKE = {
     "goalrank_ml1m": "goalrank",
     "jsonl": "interactions",
+    "ml1m_study": "interactions",
     "smollm2_real": "smollm2",
     "synthetic_study": "synthetic",
 }

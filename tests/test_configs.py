@@ -64,6 +64,19 @@ def test_every_variant_of_the_default_is_possible():
             load_file(f"{path}:{wrong}")
 
 
+@pytest.mark.parametrize("pool, size, wanted", [("hundred", 100, 5), ("twenty", 20, 1)])
+def test_credits_are_compared_on_films(pool, size, wanted):
+    path = ROOT / "configs" / "ml1m_study.py"
+    start, exact, more = (load_file(f"{path}:{pool}{credit}") for credit in ("", "+exact", "+more_sft"))
+    for config in (start, exact, more):
+        validate(config, KNOWN)
+    assert (start.data.pool_size, start.data.interactions.targets) == (size, wanted)
+    assert set(differences(start, exact)) == {"run_dir", "start_from", "sft.steps", "rl.credit.scheme"}
+    assert exact.start_from == start.run_dir and more.rl.source == "logged"
+    with pytest.raises(ConfigError, match="no variant 'x', only hundred and twenty"):
+        load_file(f"{path}:x")
+
+
 def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
     pretrained, scratch = (load_file(f"{ROOT / 'configs' / 'smollm2.py'}{x}") for x in ("", ":scratch"))
     validate(scratch, KNOWN)
