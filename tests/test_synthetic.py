@@ -289,7 +289,7 @@ def test_impossible_worlds_are_refused(fields, message):
 
 def test_settings_of_others_are_refused():
     config = load_file(ROOT / "configs" / "synthetic.py")
-    with pytest.raises(ValueError, match="data.pool_size=50: data.name='synthetic' does not read it; set data.synth"):
+    with pytest.raises(ValueError, match="data.pool_size=50: data.name='synthetic' does not read it; leave it"):
         validate(changed(config, {"data.pool_size": 50}), KNOWN)
     with pytest.raises(ValueError, match="data.synthetic.seed: 20263 -> 1: data.name='next_item' does not read it"):
         validate(changed(config, {"data.name": "next_item", "data.synthetic.seed": 1}), KNOWN)

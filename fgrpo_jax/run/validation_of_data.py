@@ -12,6 +12,7 @@ from fgrpo_jax.config_files import differences
 _READERS = {
     "kcore": ("goalrank_ml1m", "goalrank_book"),
     "retrieved": ("goalrank_ml1m", "goalrank_book"),
+    "pool_size": ("interactions", "ir", "lastfm", "next_item"),
     "pool": ("goalrank_ml1m", "goalrank_book", "interactions", "ir"),
 }
 
@@ -123,8 +124,6 @@ def _check_synthetic(d: DataConfig) -> list[str]:
     low, high = c.wanted
     if c.seed < 0:
         problems.append(f"{where}.seed={c.seed} must not be negative")
-    if d.pool_size != DataConfig().pool_size:
-        problems.append(f"data.pool_size={d.pool_size}: data.name='synthetic' does not read it; set {where}.pool")
     if not 1 <= c.interests <= 8:
         problems.append(f"{where}.interests={c.interests} must be 1 to 8: there are 16 shelves")
     if not 1 <= low <= high <= 20:
