@@ -43,7 +43,8 @@ from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.data.jsonl import read_line
 from fgrpo_jax.files import path_of, reason, storing
 from fgrpo_jax.run import experiment
-from fgrpo_jax.run.ranking import Finish, Ranked, Ranker, read_config
+from fgrpo_jax.run.methods import read_config
+from fgrpo_jax.run.ranking import Finish, Ranked, Ranker
 from fgrpo_jax.types import RankingExample
 
 __all__ = ["Ranked", "Ranker"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers import quick_jit
 
+from fgrpo_jax.bench import ceilings, flops, measure
 from fgrpo_jax.bench import command as bench
-from fgrpo_jax.bench import flops, measure
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.models import decoder
 
@@ -101,7 +101,7 @@ def test_it_writes_what_it_measures(spec, tmp_path, monkeypatch, capsys):
     """On a tiny workload, with a scan of one point."""
     monkeypatch.setattr(measure, "jit", quick_jit)
     monkeypatch.setitem(bench.WORKLOADS, "w1", (spec, SHAPE))
-    monkeypatch.setattr(measure, "ceilings", lambda dtype: (100.0, 10.0))
+    monkeypatch.setattr(ceilings, "ceilings", lambda dtype: (100.0, 10.0))
     path = tmp_path / "bench.json"
     assert bench.main(["--repeats", "2", "--no-keep-memory", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -149,17 +149,17 @@ def test_rates_are_those_of_all_products_and_copies_of_a_program(monkeypatch):
         results.append(np.asarray(fn(x)))
         return [9.0, 2.0, 0.5, 1.0][(len(results) - 1) % 4], jax.numpy.asarray(results[-1])
 
-    monkeypatch.setattr(measure, "timed", timed)
-    assert measure.copy_gbytes(40, 3) == 2 * 40 * 3 / 0.5 / 1e9 and measure.copy_gbytes(40, 1) == 2 * 40 / 0.5 / 1e9
+    monkeypatch.setattr(ceilings, "timed", timed)
+    assert ceilings.copy_gbytes(40, 3) == 2 * 40 * 3 / 0.5 / 1e9 and ceilings.copy_gbytes(40, 1) == 2 * 40 / 0.5 / 1e9
     assert [x.tolist() for x in results] == [[n] * 10 for n in (3, 6, 9, 12, 1, 2, 3, 4)]
     results.clear()
-    rates = [measure.matmul_gflops("float32", 8, count) for count in (3, 1)]
+    rates = [ceilings.matmul_gflops("float32", 8, count) for count in (3, 1)]
     assert rates == [2 * 8**3 * count / 0.5 / 1e9 for count in (3, 1)]
     np.testing.assert_allclose(results[0], results[6], rtol=1e-5, atol=1e-6)  # x^4 by one call, and by three
-    monkeypatch.setattr(measure.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(measure, "matmul_gflops", lambda *given: given)
-    monkeypatch.setattr(measure, "copy_gbytes", lambda *given: given)
-    assert measure.ceilings("bfloat16") == (("bfloat16", 8192, 16), (2**30, 16))
+    monkeypatch.setattr(ceilings.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(ceilings, "matmul_gflops", lambda *given: given)
+    monkeypatch.setattr(ceilings, "copy_gbytes", lambda *given: given)
+    assert ceilings.ceilings("bfloat16") == (("bfloat16", 8192, 16), (2**30, 16))
 
 
 def test_kernels_are_refused_where_they_do_not_run(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from raw_files import RAW, lengths, lines, load, real
 
 from fgrpo_jax.config import DataConfig
-from fgrpo_jax.data import builder, datasets, next_item
+from fgrpo_jax.data import datasets, next_item, raw_files
 from fgrpo_jax.data.datasets import DataError
 
 
@@ -219,7 +219,7 @@ def test_a_gz_that_is_none_or_is_damaged_is_named(tmp_path, name, harm):
 
 def test_a_raw_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="gone.jsonl cannot be read .No such file or directory.: restore it"):
-        list(builder.numbered_lines(tmp_path / "gone.jsonl"))
+        list(raw_files.numbered_lines(tmp_path / "gone.jsonl"))
 
 
 @real

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from fgrpo_jax.bench import credit, flops, jump, measure, plan, ranker, trl
+from fgrpo_jax.bench import ceilings, credit, flops, jump, measure, plan, ranker, trl
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ConfigError, ModelConfig
@@ -71,7 +71,7 @@ def report(
     name: str, spec: decoder.DecoderSpec, shape: Shape, repeats: int, with_repeated: bool, profile: str = ""
 ) -> dict:
     """Everything about one workload; the keys are those written by --json."""
-    rate, bandwidth = measure.ceilings(spec.dtype)
+    rate, bandwidth = ceilings.ceilings(spec.dtype)
     found = compare(spec, shape, repeats, with_repeated, profile)
     shared = found["shared"]
     update_gflop = flops.update_flops(spec, shape) / 1e9

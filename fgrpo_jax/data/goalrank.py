@@ -46,8 +46,9 @@ import numpy as np
 
 from fgrpo_jax.config import DataConfig
 from fgrpo_jax.data import published
-from fgrpo_jax.data.builder import RankingBuilder, manual_folder
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, Item
+from fgrpo_jax.data.raw_files import manual_folder
 from fgrpo_jax.data.retriever import FoldedRetriever, core, pool_of
 from fgrpo_jax.types import LoggedList, Missed, RankingExample
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder, find_splits, open_raw
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.raw_files import find_splits, open_raw
 from fgrpo_jax.types import Missed, RankingExample
 
 _OFFICIAL = {"train": "hotpot_train_v1.1", "validation": "hotpot_dev_distractor_v1"}

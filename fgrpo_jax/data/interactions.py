@@ -35,8 +35,9 @@ import numpy as np
 
 from fgrpo_jax.config import DataConfig, InteractionsConfig
 from fgrpo_jax.data import events, tables
-from fgrpo_jax.data.builder import RankingBuilder, folder_of, manual_folder
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, Item, Note
+from fgrpo_jax.data.raw_files import folder_of, manual_folder
 from fgrpo_jax.data.retriever import FoldedRetriever, pool_of
 from fgrpo_jax.types import Missed, RankingExample
 

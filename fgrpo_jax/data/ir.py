@@ -30,8 +30,9 @@ from fgrpo_jax.config import DataConfig, IrConfig
 from fgrpo_jax.data import trec
 from fgrpo_jax.data.batches import generator
 from fgrpo_jax.data.bm25 import Bm25
-from fgrpo_jax.data.builder import RankingBuilder, find_one, folder_of, manual_folder
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, Item, Note
+from fgrpo_jax.data.raw_files import find_one, folder_of, manual_folder
 from fgrpo_jax.types import Missed, RankingExample
 
 _QRELS = {"train": ("train",), "validation": ("dev", "validation", "val", "valid"), "test": ("test",)}

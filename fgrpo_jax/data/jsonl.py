@@ -38,8 +38,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, open_raw
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, Item, one_line
+from fgrpo_jax.data.raw_files import find_one, manual_folder, open_raw
 from fgrpo_jax.types import LoggedList, RankingExample
 
 SPLITS = ("train", "validation", "test")

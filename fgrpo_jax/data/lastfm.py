@@ -27,8 +27,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgrpo_jax.data.builder import RankingBuilder, find_one, manual_folder, numbered_lines, open_raw
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, Item, one_line
+from fgrpo_jax.data.raw_files import find_one, manual_folder, numbered_lines, open_raw
 from fgrpo_jax.types import RankingExample
 
 HISTORY_MIN, HISTORY_MAX, NEGATIVES = 3, 10, 19

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder, find_splits, numbered_lines
+from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.raw_files import find_splits, numbered_lines
 from fgrpo_jax.types import RankingExample
 
 _OFFICIAL = {"train": "train", "validation": "dev", "test": "test"}

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgrpo_jax.data.builder import find_one, open_raw
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.raw_files import find_one, open_raw
 
 # In the order of MovieLens's README.
 GENRES = (

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fgrpo_jax.data.builder import find_one, numbered_lines
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.raw_files import find_one, numbered_lines
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 

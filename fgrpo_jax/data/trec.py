@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fgrpo_jax.data import tables
-from fgrpo_jax.data.builder import numbered_lines
 from fgrpo_jax.data.datasets import DataError, one_line
 from fgrpo_jax.data.jsonl import GAIN_MAX
+from fgrpo_jax.data.raw_files import numbered_lines
 
 
 def read_corpus(path: Path) -> dict[str, str]:

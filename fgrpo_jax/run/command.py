@@ -102,7 +102,7 @@ def parse_ranking(argv: list[str], description: str) -> tuple[str, str, RankArgu
     """The run directory, the file of queries, and the arguments over the run's own configuration."""
     paths, config = ("RUN_DIR", "QUERIES"), Config()
     if len(argv) > 1 and not any(text.startswith("-") and text != "-" for text in argv[:2]):
-        from fgrpo_jax.run.ranking import read_config  # slow to import, and help needs none of it
+        from fgrpo_jax.run.methods import read_config  # slow to import, and help needs none of it
 
         paths, argv = (argv[0], argv[1]), argv[2:]
         config = read_config(path_of(paths[0]))

@@ -21,20 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgrpo_jax import policies, shards
-from fgrpo_jax.config import ConfigError, MeshConfig, RunConfig, StageConfig
+from fgrpo_jax import shards
+from fgrpo_jax.config import ConfigError, MeshConfig
 from fgrpo_jax.data import jsonl
 from fgrpo_jax.data.batches import shown
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.evaluation.evaluate import DIGITS
 from fgrpo_jax.files import path_of
-from fgrpo_jax.run import directory, sharding
 from fgrpo_jax.run import experiment as experiments
+from fgrpo_jax.run import sharding
 from fgrpo_jax.run.command import MAX_CANDIDATES
 from fgrpo_jax.run.experiment import Experiment, random_key
-from fgrpo_jax.run.finished import best_params, place_of, prompts_for, prompts_of
-from fgrpo_jax.stages import stages
-from fgrpo_jax.types import PHASES, TRAINED, Lists, Policy, PyTree, RankingExample, Rollout
+from fgrpo_jax.run.methods import Method, open_method, read_config
+from fgrpo_jax.types import PHASES, TRAINED, Lists, PyTree, RankingExample, Rollout
 
 Written = list[list[tuple[list[int], list[int], int, list[float]]]]  # see _on_host
 Item = tuple[str, str] | str  # (id, text), or what is both
@@ -60,21 +59,6 @@ class Ranked(NamedTuple):
 
 
 Finish = Callable[[], list[Ranked | DataError]]
-
-
-class Method(NamedTuple):
-    """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
-
-    policy: that encodes the queries. params: what the functions take; table: their Params.
-    sampled: (lists of a query) -> (params, frozen, query, key) -> (Rollout, Lists).
-    """
-
-    name: str
-    policy: Policy
-    params: PyTree
-    table: PyTree
-    greedy: Callable
-    sampled: Callable[[int], Callable] | None
 
 
 class Ranker:
@@ -113,7 +97,7 @@ class Ranker:
         config = dataclasses.replace(config, mesh=mesh or config.mesh)
         if batch_queries < 0 or max_candidates < 1:
             raise ConfigError(f"batch_queries={batch_queries} and max_candidates={max_candidates} must be positive")
-        experiment, method = _open(config, run_dir, stage)
+        experiment, method = open_method(config, run_dir, stage)
         return cls(experiment, method, batch_queries or config.eval.batch_queries, max_candidates)
 
     def rank(
@@ -267,64 +251,6 @@ def _on_host(made: tuple[Lists, jax.Array]) -> Written:
 def _by_phase(rollout: Rollout) -> jax.Array:
     of_phases = [jnp.where(rollout.phase == label, rollout.logp, 0.0).sum(-1) for label in TRAINED]
     return jnp.stack(of_phases, -1)
-
-
-# --------------------------------------------------------------------- what a run has to rank with
-
-
-def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run, or what an exported directory says of it. Raises ConfigError for what is neither."""
-    found = policies.exported(run_dir)
-    return found[0] if found else directory.read_config(run_dir)
-
-
-def _open(config: RunConfig, run_dir: Path, stage: str) -> tuple[Experiment, Method]:
-    if found := policies.exported(run_dir):
-        if stage:
-            raise ConfigError(f"stage={stage!r}: {run_dir} is an export, of one stage; leave it empty")
-        experiment = experiments.assemble(config, prompts_for(config, found[1]), run_dir)
-        (policy,) = experiment.policies.values()
-        params = experiments.initial_params(experiment, policy)
-        return experiment, _generating("export", policy, params, StageConfig())
-    finished = _finished(config, run_dir)
-    stage = stage or _last(config, run_dir, finished)
-    experiment = experiments.assemble(config, prompts_of(config, run_dir), run_dir)
-    return experiment, _method(experiment, finished, stage)
-
-
-def _finished(config: RunConfig, run_dir: Path) -> dict[str, Path]:
-    """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
-    places = {name: place_of(config, run_dir, name) for name in stages(config)}
-    return {name: place for name, place in places.items() if place and directory.is_done(place, name)}
-
-
-def _last(config: RunConfig, run_dir: Path, finished: dict[str, Path]) -> str:
-    own = [name for name in finished if stages(config)[name].steps]
-    if not own:
-        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
-    return own[-1]
-
-
-def _method(experiment: Experiment, finished: dict[str, Path], name: str) -> Method:
-    """Raises ConfigError for a name that is no finished stage, and no selection among such ones."""
-    config = experiment.config
-    selections = policies.selections(config, experiment.policies)
-    allowed = {other: one for other, one in selections.items() if set(one.stages) <= set(finished)}
-    if name in finished:
-        params = best_params(experiment, finished[name], name)
-        return _generating(name, experiment.policy(name), params, stages(config)[name])
-    if name not in allowed:
-        raise ConfigError(f"stage={name!r} is not finished here; choose one of {', '.join([*finished, *allowed])}")
-    of = allowed[name].stages
-    params = {other: best_params(experiment, finished[other], other) for other in of}
-    table = {other: experiment.policy(other).table for other in of}
-    return Method(name, experiment.policy(of[0]), params, table, allowed[name].greedy, None)
-
-
-def _generating(name: str, policy: Policy, params: PyTree, stage: StageConfig) -> Method:
-    source = policy.sources.get("sampled")
-    sampled = source and (lambda count: source(dataclasses.replace(stage, group_size=count)))
-    return Method(name, policy, params, policy.table, policy.greedy, sampled)
 
 
 def _items(items: Sequence[Item]) -> list[dict[str, str]]:
