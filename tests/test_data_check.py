@@ -81,6 +81,8 @@ def test_prompts_are_those_of_the_policy(tmp_path, capsys, system):
         return
     dataset = datasets.load(config.data)
     seen = policies.preview(config, dataset, 3)
+    assert "identifiers: up to 1 token\n" in out
+    assert policies.preview(changed(config, {"tokenizer": "words"}), dataset, 3).widest == 2  # item a
     for example, (prompt, transcript) in zip(
         make_batches(dataset, config, "preview", config.sft).batch_at(0), seen.shown
     ):

@@ -11,7 +11,7 @@ import numpy as np
 from fgrpo_jax.config import Config, StageConfig
 from fgrpo_jax.data.batches import evaluation_examples, make_batches
 from fgrpo_jax.data.datasets import Dataset
-from fgrpo_jax.policies.llm import buckets, prompts, targets, tokenizers
+from fgrpo_jax.policies.llm import buckets, prompts, serving, targets, tokenizers
 from fgrpo_jax.policies.llm.encode import encode
 from fgrpo_jax.policies.llm.policy import make_grammar
 from fgrpo_jax.policies.llm.system import prompt_lengths
@@ -20,11 +20,12 @@ from fgrpo_jax.types import RankingExample
 
 class Preview(NamedTuple):
     """lengths: of sampled training prompts, in tokens. longest: that may occur. buckets: that "auto" chooses.
-    shown: prompts and their target transcripts, as text."""
+    widest: tokens of the longest identifier. shown: prompts and their target transcripts, as text."""
 
     lengths: list[int]
     longest: int
     buckets: tuple[int, ...]
+    widest: int
     shown: list[tuple[str, str]]
 
 
@@ -34,7 +35,18 @@ def preview(config: Config, dataset: Dataset, count: int) -> Preview:
     lengths, longest = buckets.measure(
         config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
     )
-    return Preview(lengths, longest, buckets.choose(lengths, longest), examples_of(config, dataset, count, tokenizer))
+    widest = _widest(config.transcript.identifier, dataset, tokenizer)
+    shown = examples_of(config, dataset, count, tokenizer)
+    return Preview(lengths, longest, buckets.choose(lengths, longest), widest, shown)
+
+
+def _widest(identifier: str, dataset: Dataset, tokenizer: Any) -> int:
+    """Of the pools of all splits, and where negatives are drawn of the catalogue."""
+    texts = {text for _, text in dataset.catalogue} if identifier == "text" and dataset.sampled_negatives else set()
+    for split in dataset.splits.values():
+        for example in split:
+            texts.update(prompts.identifier_texts(example, identifier))
+    return max(map(len, serving.encoded(sorted(texts), tokenizer)))
 
 
 def examples_of(config: Config, dataset: Dataset, count: int, tokenizer: Any = None) -> list[tuple[str, str]]:
