@@ -101,9 +101,9 @@ def make_inputs(n: RankerSizes) -> Inputs:
 Programs = dict[str, Callable[[], Any]]  # by JOBS; a call has ended when it returns
 
 
-def ours(n: RankerSizes) -> Programs:
+def ours(n: RankerSizes, inputs: Inputs) -> Programs:
     """Compiled sampling and update, put together as training does on one device."""
-    spec, given = spec_of(n), jax.tree.map(jnp.asarray, make_inputs(n))
+    spec, given = spec_of(n), jax.tree.map(jnp.asarray, inputs)
     optimizer = make_optimizer(_RATE, 1, 0, "constant", *_BETAS, _EPS, _DECAY, _CLIP, True)
 
     def logprobs(params, frozen, query, rollout):
@@ -129,14 +129,14 @@ def ours(n: RankerSizes) -> Programs:
     return {"sample": lambda: jax.block_until_ready(sampling(params, given.query, key)), "step": step}
 
 
-def theirs(n: RankerSizes, threads: int) -> Programs:
+def theirs(n: RankerSizes, given: Inputs, threads: int) -> Programs:
     """PyTorch's; to be called in a process of its own."""
     import torch
 
     from fgrpo_jax.bench import torch_ranker
 
     torch.set_num_threads(threads)
-    spec, given = spec_of(n), make_inputs(n)
+    spec = spec_of(n)
     params, query = torch_ranker.parameters(given.params), torch_ranker.tensors(given.query)
     actions, reward = torch.tensor(given.actions).long(), torch.tensor(given.reward)
     rng = torch.Generator().manual_seed(0)
@@ -148,12 +148,12 @@ def theirs(n: RankerSizes, threads: int) -> Programs:
 
 
 def _serve(line: Connection, threads: int) -> None:
-    """The other process: given RankerSizes it prepares them, given a job it does it and says how long that took."""
+    """The other process: given sizes and inputs it prepares them, given a job it says how long that took."""
     keep_memory()
     programs = {}
     while (asked := line.recv()) is not None:
-        if isinstance(asked, RankerSizes):
-            programs = theirs(asked, threads)
+        if isinstance(asked, tuple):
+            programs = theirs(*asked, threads)
             line.send(None)
         else:
             line.send(_seconds(programs[asked]))
@@ -166,7 +166,7 @@ def _seconds(program: Callable[[], Any]) -> float:
 
 
 @contextlib.contextmanager
-def torch_process(threads: int) -> Iterator[Callable[[RankerSizes | str], float]]:
+def torch_process(threads: int) -> Iterator[Callable[[tuple[RankerSizes, Inputs] | str], float]]:
     """Asks it, and waits for the answer."""
     # Threads that spin while they wait make PyTorch 10 to 20 times slower once another program shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when the process starts
@@ -176,7 +176,7 @@ def torch_process(threads: int) -> Iterator[Callable[[RankerSizes | str], float]
     process.start()
     end.close()  # so that its death is noticed here
 
-    def ask(what: RankerSizes | str) -> float:
+    def ask(what: tuple[RankerSizes, Inputs] | str) -> float:
         line.send(what)
         return line.recv()
 
@@ -191,10 +191,11 @@ def torch_process(threads: int) -> Iterator[Callable[[RankerSizes | str], float]
 # --------------------------------------------------------------------- measured
 
 
-def measure(n: RankerSizes, repeats: int, ask: Callable[[RankerSizes | str], float]) -> dict[str, Any]:
+def measure(n: RankerSizes, repeats: int, ask: Callable[[tuple[RankerSizes, Inputs] | str], float]) -> dict[str, Any]:
     """{"ours" and "torch": {job: seconds}} of calls in turns, the first ones dropped; and the FLOPs of a job."""
-    programs = ours(n)
-    ask(n)
+    inputs = make_inputs(n)
+    programs = ours(n, inputs)
+    ask((n, inputs))
     times = {name: {job: [] for job in JOBS} for name in ("ours", "torch")}
     for _ in range(_WARM_UP + repeats):
         for job in JOBS:
