@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -23,7 +24,8 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
 
     Raises ConfigError for attention or weights that this machine cannot compute and for pools with more
     candidates than letters, where these name them; DataError for the longest queries of every split where
-    they fit no bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them.
+    they fit no bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them, and
+    of one whose tokens for the candidates of `split` are not trained.
     """
     check_attention(config.model)
     _check_bfloat16(config.model, mesh)
@@ -31,6 +33,7 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
         _check_letters(dataset, config.data.pool_size)
     _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
+    warn_of_untrained(config, dataset, split)
 
 
 def check_attention(model: ModelConfig) -> None:
@@ -104,3 +107,23 @@ def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:
                 stacklevel=2,
             )
             return
+
+
+UNTRAINED_SHARE = 0.05  # of the candidates
+
+
+def warn_of_untrained(config: Config, dataset: Dataset, split: str) -> None:
+    """Warn where an item is a token of its own, and many candidates of `split` are in no training query."""
+    if config.tokenizer != "catalogue" or dataset.sampled_negatives or "train" not in dataset.splits:
+        return
+    left = Counter(text for example in dataset.splits[split] for _, text in example.candidates)
+    total = untrained = left.total()
+    for example in dataset.splits["train"]:  # of which the first few name most
+        untrained -= sum(left.pop(text, 0) for _, text in (*example.candidates, *example.history))
+        if untrained <= UNTRAINED_SHARE * total:
+            return
+    warnings.warn(
+        f"tokenizer='catalogue' makes every item a token, and {untrained / total:.1%} of the candidates of {split} are "
+        "in no training query: nothing is learnt of them; 'words' or a tokenizer of your own reads their texts",
+        stacklevel=2,
+    )
