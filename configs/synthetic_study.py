@@ -3,8 +3,8 @@
     python train.py                                            # first: its SFT is where VARIANTs of credit start
     python train.py configs/synthetic_study.py:VARIANT
 
-Variants in FROM_SFT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning; wanted_1+grpo
-trains `rl` anew from runs/study/wanted_1. For another seed: --seed, --start-from a run of that seed, and --run-dir.
+Variants in FROM_SFT train `rl` anew from runs/synthetic; the others, WHOLE, train from the beginning; wanted_6+grpo
+trains `rl` anew from runs/study/wanted_6. For another seed: --seed, --start-from a run of that seed, and --run-dir.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ FROM_SFT = {
 WHOLE = {
     **{f"interests_{n}": _world(interests=n) for n in (1, 2, 4)},
     **{f"pool_{n}": _world(pool=n) for n in (40, 60)},
-    **{f"wanted_{n}": _world(wanted=(n, n)) for n in (1, 2, 3)},
+    **{f"wanted_{n}": _world(wanted=(n, n)) for n in (2, 6, 10)},
     **{f"misplaced_{n}": _world(misplaced=n) for n in (0.2, 0.5)},
     **{f"start_{n}": _less_sft(n) for n in (50, 100)},
     "sft_in_order": _sft_in_order,
@@ -74,7 +74,7 @@ def get_config(variant: str = "as_it_is") -> Config:
     if (whole and whole not in WHOLE) or (plus and credit not in FROM_SFT):
         raise ConfigError(
             f"there is no variant {variant!r}, only {', '.join(VARIANTS)}, and one of the worlds with a "
-            "credit, as wanted_1+grpo"
+            "credit, as wanted_6+grpo"
         )
     config = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))["get_config"]()
     config = dataclasses.replace(config, run_dir=f"runs/study/{variant}")
