@@ -79,7 +79,7 @@ def _finished(ranker: Ranker, rows: Iterator, samples: int, seed: int, ahead: in
         batch: list = []
         try:
             batch.extend(itertools.islice(rows, ranker.batch_queries))
-        except DataError as error:  # of the file; that of a line is a row
+        except (DataError, OSError) as error:  # of the file; that of a line is a row
             failed = error
         if batch:
             begun.append((batch, ranker.start(batch, samples, seed, number)))
@@ -166,7 +166,7 @@ def start(run_dir: str, queries: str, arguments: RankArguments) -> int:
         lines = read_lines(queries)
         ranker = Ranker.open(run_dir, a.stage, a.batch_queries, a.max_candidates, a.mesh)
         print(f"ranking with {ranker.name} of {run_dir}", file=sys.stderr, flush=True)
-        ahead = 0 if queries == "-" else 1  # who writes line by line waits for what was written
+        ahead = int(path_of(queries).is_file()) if queries != "-" else 0  # who writes to a pipe waits for its answer
         total, errors = rank_stream(ranker, lines, sys.stdout.buffer, a.samples, a.seed, ahead)
     except (UserError, OSError) as error:
         return refuse(error)

@@ -1,18 +1,20 @@
 """`python -m fgrpo_jax.data check`: what it prints of each kind of data set, and what it refuses."""
 
+import json
 import re
 
 import pytest
 from test_interactions import logs
 from test_ir import collection
-from tiny import changed, config_file, tiny_config, write_world
+from tiny import changed, config_file, run_training, tiny_config, write_world
 
 from fgrpo_jax import policies
 from fgrpo_jax.config import Config
 from fgrpo_jax.config_files import load_file
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.policies.llm import prompts
+from fgrpo_jax.data.datasets import DataError
+from fgrpo_jax.policies.llm import encode, prompts
 from fgrpo_jax.policies.ranker.config import RankerConfig
 from fgrpo_jax.run import data_check
 
@@ -93,6 +95,35 @@ def test_prompts_are_those_of_the_policy(tmp_path, capsys, system):
         ranked = [gains[text] for text in ranking.split(" | ")]
         assert set(ranking.split(" | ")) <= set(slate.split(" | ")) <= set(gains) and len(slate.split(" | ")) == 3
         assert ranked == sorted(gains.values(), reverse=True)[:2]
+
+
+def test_a_name_that_would_widen_every_transcript_is_refused(tmp_path, monkeypatch):
+    write_world(tmp_path)
+    config = changed(tiny_config(tmp_path, tmp_path / "prepared", tmp_path / "run"), {"tokenizer": "words"})
+    monkeypatch.setattr(encode, "LONGEST_NAME", 1)
+    with pytest.raises(
+        DataError, match="the text of candidate '.*', which names it, has 2 tokens, more than 1: shorten"
+    ):
+        policies.preview(config, datasets.load(config.data), 3)
+
+
+def test_names_that_are_the_same_are_refused_before_anything_is_trained(tmp_path, capsys):
+    """In whatever split: not when that is evaluated, after the training."""
+    write_world(tmp_path)
+    with (tmp_path / "test.jsonl").open("r+") as file:
+        *lines, last = file.readlines()
+        row = json.loads(last)
+        row["candidates"][2]["text"] = row["candidates"][0]["text"]
+        file.seek(0)
+        file.writelines([*lines, json.dumps(row) + "\n"])
+        file.truncate()
+    config = tiny_config(tmp_path, tmp_path / "prepared", tmp_path / "run", sft_steps=2)
+    first, second = row["candidates"][0]["id"], row["candidates"][2]["id"]
+    told = f"split 'test', query 'test-8': candidates '{first}' and '{second}' have the same text"
+    code, _, err = check(capsys, config_file(config, tmp_path / "config.py"))
+    assert code == 2 and told in err
+    assert run_training(config) == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 @pytest.mark.parametrize(

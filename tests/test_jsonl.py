@@ -24,6 +24,8 @@ def test_jsonl_reads_what_its_documentation_shows(tmp_path):
     assert example.query_id == "q17" and example.relevance == (0.0, 2.5)
     assert example.candidates == (("p1", "First passage."), ("p2", "Second."))
     assert example.history == (("p9", "Seen before."),)
+    (tmp_path / "test.jsonl").write_bytes("\ufeff".encode() + (tmp_path / "test.jsonl").read_bytes())  # as Windows does
+    assert load("jsonl", tmp_path, tmp_path / "prepared").splits["test"][0] == example
 
 
 def test_jsonl_kinds_splits_and_queries_without_a_relevant_candidate(tmp_path):

@@ -204,6 +204,17 @@ def test_in_python_one_query_and_many(runs, rankers):
             assert ranker.rank(**row, candidates=pairs[0], history=pairs[1]).slate == many[3].slate
             with pytest.raises(DataError, match="candidates is empty"):
                 ranker.rank("who?", candidates=[])
+            assert ranker.rank(**row, candidates=rows[3]["candidates"], history=pairs[1]).slate == many[3].slate
+            for odd in ("item a", None, [5], [("item a",)], [["item a", "b", "c"]]):
+                with pytest.raises(DataError, match="an item is a pair|are lists of items"):
+                    ranker.rank("who?", candidates=odd)
+            unusual = [None, [], {**rows[3], "query": "\ud800"}]
+            errors = [str(one) for one in ranker.rank_batch([*unusual, rows[3]])[:3]]
+            assert errors == [
+                "expected an object, found NoneType",
+                "expected an object, found list",
+                "a text is not Unicode (surrogates not allowed)",
+            ]
             with pytest.raises(DataError, match="no token for 'Heat'"):
                 ranker.rank("", candidates=["Heat", "item a"], history=["item b"])
 
@@ -308,6 +319,7 @@ def hostile(row):
         "twice": (row | {"candidates": [first, *others, first]}, "two candidates have the id"),
         "many": (row | {"candidates": many, "retrieval": [0.0] * len(many), "topics": [0] * len(many)}, "10000 cand"),
         "many, the last twice": (row | {"candidates": [*many, many[-1]]}, "two candidates have the id 'm9999'"),
+        "lists of no item": (row | {"logged": [{"items": [["x"]] * 50_000, "feedback": []}]}, "which is no candidate"),
         "misspelt": (row | {"histroy": []}, "unknown field(s) histroy"),
         "nothing to rank by": (row | {"query": "", "history": []}, "nothing to rank by"),
     }
@@ -355,7 +367,7 @@ def test_shapes_that_the_run_never_saw_are_errors(runs):
         (["{run}", "{data}"], "is no file"),
         (["{run}", "{data}/none.jsonl"], "is no file"),
         (["{run}", "-", "--stage", "mine"], "stage='mine' is not finished here; choose one of sft"),
-        (["{run}", "-", "--batch-queries", "-1"], "must be positive"),
+        (["{run}", "-", "--batch-queries", "-1"], "must not be negative"),
     ],
 )
 def test_what_cannot_be_ranked_with_is_refused(runs, capfd, arguments, message):

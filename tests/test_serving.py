@@ -210,6 +210,15 @@ def test_an_export_is_ranked_with_as_its_run(made):
         Ranker.open(str(out), "sft")
 
 
+def test_candidates_are_shown_in_the_order_of_an_evaluation(made, shipped):
+    config, _ = made
+    ranking, said = shipped
+    for row in queries(config):
+        order = shown(example_of(row), config)[1].tolist()
+        assert ranking.order(said, row["query_id"], len(row["candidates"])) == order
+    assert len({tuple(ranking.order(said, f"q{n}", 9)) for n in range(50)}) > 40
+
+
 def test_the_export_needs_nothing_of_this_package(made):
     code = "import sys, ranking; s = ranking.load('.'); print(ranking.regex(s, ['a', 'b', 'c'])); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=made[1], capture_output=True, text=True, check=True)

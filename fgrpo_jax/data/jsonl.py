@@ -118,18 +118,27 @@ def read_line(line: bytes, judged: bool = True) -> tuple[RankingExample | None, 
     return None if reasons else _example(value, reasons, judged), reasons
 
 
-def example_of(value: dict[str, Any]) -> RankingExample:
+def example_of(value: Any) -> RankingExample:
     """The query that an object says, perhaps unjudged. Raises DataError with every reason why it is malformed."""
     reasons: list[str] = []
-    row = _example(value, reasons, judged=False)
+    row = None
+    if isinstance(value, dict):
+        row = _example(value, reasons, judged=False)
+    else:
+        reasons.append(f"expected an object, found {type(value).__name__}")
     if row is None:
         raise DataError("; ".join(reasons))
+    texts = [row.query_id, row.query, *(text for item in (*row.candidates, *row.history) for text in item)]
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text is not Unicode ({error.reason})") from None
     return row
 
 
 def _parse(line: bytes, reasons: list[str]) -> Any:
     try:
-        text = line.decode("utf-8").strip()
+        text = line.decode("utf-8-sig").strip()
         if not text:
             raise ValueError("the line is empty")
         value = json.loads(text)
@@ -184,18 +193,19 @@ def _for_rankers(value: dict[str, Any], ids: list[str], reasons: list[str]) -> d
     if "logged" in value and not isinstance(value["logged"], list):
         reasons.append("logged must be a list of objects with items and feedback")
     elif "logged" in value:
-        found["logged"] = tuple(_shown(f"logged[{n}]", one, ids, reasons) for n, one in enumerate(value["logged"]))
+        places = {item: place for place, item in enumerate(ids)}
+        found["logged"] = tuple(_shown(f"logged[{n}]", one, places, reasons) for n, one in enumerate(value["logged"]))
     return found
 
 
-def _shown(where: str, value: Any, ids: list[str], reasons: list[str]) -> LoggedList | None:
+def _shown(where: str, value: Any, places: dict[str, int], reasons: list[str]) -> LoggedList | None:
     if not isinstance(value, dict) or set(value) != {"items", "feedback"} or not isinstance(value["items"], list):
         reasons.append(f"{where} must be an object with items (a list of ids) and feedback, and nothing else")
         return None
-    if strange := [item for item in value["items"] if item not in ids]:
+    if strange := [item for item in value["items"] if not isinstance(item, str) or item not in places]:
         reasons.append(f"{where} shows {strange[0]!r}, which is no candidate")
         return None
-    items = tuple(ids.index(item) for item in value["items"])
+    items = tuple(places[item] for item in value["items"])
     if len(set(items)) < len(items):
         reasons.append(f"{where} shows a candidate twice")
     return LoggedList(items, _numbers(f"{where}.feedback", value["feedback"], len(items), "items", reasons, high=1))

@@ -58,7 +58,11 @@ def find(
 
 def _key(item: str) -> tuple[int, str]:
     """Numbers in their order, before text."""
-    return (int(item), "") if item.isdecimal() else (10**18, item)
+    return (int(item), "") if _is_number(item) else (10**18, item)
+
+
+def _is_number(item: str) -> bool:
+    return item.isdecimal() and len(item) <= 18
 
 
 def order_by_id(examples: Sequence[RankingExample]) -> list[Suspicion]:
@@ -134,7 +138,7 @@ def same_text(examples: Sequence[RankingExample]) -> list[Suspicion]:
     if not copies:
         return []
     text = f"in {copies:,} of {len(examples):,} pools candidates of the same text have different gains"
-    return [Suspicion("same_text", f"{text}: nobody can tell them apart, and half of the lists are judged wrong")]
+    return [Suspicion("same_text", f"{text}: which of them a list names, is judged by chance")]
 
 
 def same_place(examples: Sequence[RankingExample]) -> list[Suspicion]:
@@ -202,7 +206,7 @@ def first(scores: Sequence[float], relevant: np.ndarray) -> float:
 
 def _ids(example: RankingExample) -> list[int] | None:
     items = [item for item, _ in example.candidates]
-    return list(map(int, items)) if all(item.isdecimal() for item in items) else None
+    return list(map(int, items)) if all(map(_is_number, items)) else None
 
 
 def _smallest_id(example: RankingExample) -> list[float] | None:
@@ -213,7 +217,7 @@ def _smallest_id(example: RankingExample) -> list[float] | None:
 def _next_id(example: RankingExample) -> list[float] | None:
     """The nearest id above the history's last one; ids below come after those."""
     ids = _ids(example)
-    if ids is None or not example.history or not example.history[-1][0].isdecimal():
+    if ids is None or not example.history or not _is_number(example.history[-1][0]):
         return None
     last = int(example.history[-1][0])
     return [1 / (i - last) if i > last else -1.0 for i in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from fgrpo_jax.evaluation.fit import Shown, fit
 from fgrpo_jax.run import sharding
 from fgrpo_jax.run.experiment import Experiment, Predictor, batches_of, encode
 from fgrpo_jax.run.finished import best_params
-from fgrpo_jax.run.processes import note
+from fgrpo_jax.run.processes import note, say
+from fgrpo_jax.run.progress import announced, telling
 from fgrpo_jax.stages import credited, stages
 from fgrpo_jax.types import Array, Lists, Policy, PyTree, RankingExample, is_param, num_params
 
@@ -38,16 +40,23 @@ def predict(run: Opened, rows: Sequence[str]) -> dict[str, list[Prediction]]:
     for name in run.places:
         policy = stages(experiment.config)[name].policy
         if policy not in programs:  # shared by the stages of a policy
-            programs[policy] = Predictor(experiment, experiment.policy(name))
+            programs[policy] = _telling(Predictor(experiment, experiment.policy(name)), f"the lists of {name}")
         predicted[name] = programs[policy](run.params(name), run.shown)
     selections = policies.selections(experiment.config, experiment.policies) if rows else {}
     for name in rows:
         selection = selections[name]
         table = {other: experiment.policy(other).table for other in selection.stages}
         policy = experiment.policy(selection.stages[0])
-        program = Predictor(experiment, policy, selection.greedy, table)
+        program = _telling(Predictor(experiment, policy, selection.greedy, table), f"the lists of {name}")
         predicted[name] = program({other: run.params(other) for other in selection.stages}, run.shown)
     return predicted
+
+
+def _telling(predictor: Predictor, what: str) -> Predictor:
+    """Which says when it compiles."""
+    compiling = functools.partial(telling, "evaluation", what, functools.partial(say, flush=True))
+    predictor.program = announced(predictor.program, 2, compiling)
+    return predictor
 
 
 def parameters_of(run: Opened, rows: Sequence[str]) -> dict[str, int]:

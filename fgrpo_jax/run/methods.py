@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fgrpo_jax import policies
 from fgrpo_jax.config import ConfigError, RunConfig, StageConfig
+from fgrpo_jax.files import check_reachable
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.experiment import Experiment
@@ -34,6 +35,7 @@ class Method(NamedTuple):
 
 def read_config(run_dir: Path) -> RunConfig:
     """The configuration of a run, or what an exported directory says of it. Raises ConfigError for what is neither."""
+    check_reachable(run_dir)
     found = policies.exported(run_dir)
     return found[0] if found else directory.read_config(run_dir)
 

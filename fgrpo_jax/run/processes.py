@@ -102,10 +102,14 @@ def code() -> str:
     return "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(package.rglob("*.py")))
 
 
-def note(text: str) -> None:
-    """Say something once."""
+def say(text: str, flush: bool = False) -> None:
+    """Of several processes the first says it."""
     if jax.process_index() == 0:
-        print(f"note: {text}")
+        print(text, flush=flush)
+
+
+def note(text: str) -> None:
+    say(f"note: {text}")
 
 
 def on_first(action: Callable[[], None]) -> None:

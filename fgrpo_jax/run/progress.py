@@ -80,31 +80,17 @@ class Progress:
         XLA may find what it would compile in its cache on disk, and then takes less long; where a call waits for its
         result, as on a CPU with keep_memory, the time told is that of the first run too.
         """
-        seen = set()
-
-        def call(*arguments: Any) -> Any:
-            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments[changing]))
-            if shapes in seen:
-                return program(*arguments)
-            seen.add(shapes)
-            with self._compiling(what):
-                return program(*arguments)
-
-        return call
+        return announced(program, changing, lambda: self._compiling(what))
 
     @contextlib.contextmanager
     def _compiling(self, what: str) -> Iterator[None]:
-        started = time.monotonic()
         if self._bar:
             self._draw(f"compiling {what} ...")
-        else:
-            self._print(f"{self._stage}: compiling {what} ...")
-        yield
-        took = time.monotonic() - started
-        if self._bar:
+            yield
             self._draw()
         else:
-            self._print(f"{self._stage}: {what} compiled in {took:.1f} s")
+            with telling(self._stage, what, self._print):
+                yield
 
     def close(self) -> None:
         if self._bar:
@@ -118,6 +104,30 @@ class Progress:
     def _print(self, line: str) -> None:
         if self._is_main:
             print(line, flush=True)
+
+
+def announced(program: Callable, changing: int, compiling: Callable[[], contextlib.AbstractContextManager]) -> Callable:
+    """The program, inside `compiling()` whenever its argument `changing` has other shapes than before."""
+    seen = set()
+
+    def call(*arguments: Any) -> Any:
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments[changing]))
+        if shapes in seen:
+            return program(*arguments)
+        seen.add(shapes)
+        with compiling():
+            return program(*arguments)
+
+    return call
+
+
+@contextlib.contextmanager
+def telling(who: str, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Says that something compiles, and how long it took."""
+    started = time.monotonic()
+    say(f"{who}: compiling {what} ...")
+    yield
+    say(f"{who}: {what} compiled in {time.monotonic() - started:.1f} s")
 
 
 def _bar() -> Bar:

@@ -96,7 +96,9 @@ class Ranker:
         config = read_config(run_dir)
         config = dataclasses.replace(config, mesh=mesh or config.mesh)
         if batch_queries < 0 or max_candidates < 1:
-            raise ConfigError(f"batch_queries={batch_queries} and max_candidates={max_candidates} must be positive")
+            raise ConfigError(
+                f"batch_queries={batch_queries} must not be negative, nor max_candidates={max_candidates} below 1"
+            )
         experiment, method = open_method(config, run_dir, stage)
         return cls(experiment, method, batch_queries or config.eval.batch_queries, max_candidates)
 
@@ -111,7 +113,8 @@ class Ranker:
     ) -> Ranked:
         """One query, in a program for one query (for one on every shard of the mesh).
 
-        candidates, history: (id, text) pairs, or strings that are both; the history oldest first.
+        candidates, history: (id, text) pairs, {"id": ..., "text": ...}, or strings that are both; the history oldest
+            first.
         Raises DataError for a query that is malformed, or that the run cannot read.
         """
         said = {"query_id": query_id, "query": query, "candidates": _items(candidates), "history": _items(history)}
@@ -253,8 +256,18 @@ def _by_phase(rollout: Rollout) -> jax.Array:
     return jnp.stack(of_phases, -1)
 
 
-def _items(items: Sequence[Item]) -> list[dict[str, str]]:
-    pairs = [(item, item) if isinstance(item, str) else tuple(item) for item in items]
-    if odd := next((pair for pair in pairs if len(pair) != 2), None):
-        raise DataError(f"an item is a pair of id and text, or a text that is both, not {odd!r}")
-    return [{"id": item, "text": text} for item, text in pairs]
+def _items(items: Sequence[Item | Mapping[str, str]]) -> list[Any]:
+    """As in a line of a JSONL, which says what is wrong with the texts. Raises DataError."""
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise DataError(f"candidates and history are lists of items, not {type(items).__name__}")
+    return [_item(item) for item in items]
+
+
+def _item(item: Item | Mapping[str, str]) -> Any:
+    if isinstance(item, Mapping):
+        return dict(item)
+    if isinstance(item, str):
+        return {"id": item, "text": item}
+    if isinstance(item, Sequence) and len(item) == 2:
+        return {"id": item[0], "text": item[1]}
+    raise DataError(f"an item is a pair of id and text, an object of both, or a text that is both, not {item!r}")

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from fgrpo_jax.config import MADE_OF_DATA, Config, ConfigError, ModelConfig
-from fgrpo_jax.data.datasets import Dataset
+from fgrpo_jax.data.datasets import DataError, Dataset
 from fgrpo_jax.policies.llm import prompts
 from fgrpo_jax.policies.llm.files import attention_of
 from fgrpo_jax.policies.llm.serving import LETTERS
@@ -23,14 +23,17 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
     """See Policy.check; `encode` is the policy's.
 
     Raises ConfigError for attention or weights that this machine cannot compute and for pools with more
-    candidates than letters, where these name them; DataError for the longest queries of every split where
-    they fit no bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them, and
-    of one whose tokens for the candidates of `split` are not trained.
+    candidates than letters, where these name them; DataError for pools in which two candidates are named by the same
+    text, and for the longest queries of every split where they fit no bucket. Warns of a tokenizer that merges pieces
+    of transcripts, as a query of `split` shows them, and of one whose tokens for the candidates of `split` are not
+    trained.
     """
     check_attention(config.model)
     _check_bfloat16(config.model, mesh)
     if config.transcript.identifier == "letter":
         _check_letters(dataset, config.data.pool_size)
+    if config.transcript.identifier == "text":
+        check_names(dataset)
     _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
     warn_of_untrained(config, dataset, split)
@@ -66,6 +69,21 @@ def _check_letters(dataset: Dataset, pool_size: int) -> None:
                 f"transcript.identifier='letter' has {len(LETTERS)} letters, and split {name!r} has pools of {most} "
                 "candidates: set it to 'index'"
             )
+
+
+def check_names(dataset: Dataset) -> None:
+    """Raises DataError for given pools in which two candidates have the same text, by which transcripts name them."""
+    for name, split in dataset.splits.items():
+        for example in split:
+            if len({text for _, text in example.candidates}) < len(example.candidates):
+                known: dict[str, str] = {}
+                first, second = next(
+                    (known[text], item) for item, text in example.candidates if known.setdefault(text, item) != item
+                )
+                raise DataError(
+                    f"split {name!r}, query {example.query_id!r}: candidates {first!r} and {second!r} have the same "
+                    "text, by which transcripts name them: leave one out, or set transcript.identifier='index'"
+                )
 
 
 def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_many: int = 16) -> None:

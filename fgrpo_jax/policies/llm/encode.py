@@ -17,6 +17,7 @@ from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.types import RankingExample
 
 _REMEMBERED = 100_000  # identifier texts whose token ids are kept
+LONGEST_NAME = 256  # tokens: transcripts of a whole batch are as wide as its longest name
 
 
 def blank(grammar: transcript.Grammar) -> Query:
@@ -86,6 +87,11 @@ def _identifiers(
             new = texts
         known.update(zip(new, serving.encoded(new, tokenizer), strict=True))
     names = [known[text] for text in texts]
+    if long := [(c, len(name)) for (c, _), name in zip(example.candidates, names) if len(name) > LONGEST_NAME]:
+        raise DataError(
+            f"query {example.query_id!r}: the text of candidate {long[0][0]!r}, which names it, has {long[0][1]:,} "
+            f"tokens, more than {LONGEST_NAME}: shorten it, or set transcript.identifier='index'"
+        )
     try:
         transcript.check_identifiers(grammar, example.query_id, [c for c, _ in example.candidates], names)
     except ValueError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from fgrpo_jax.config import Config, StageConfig
 from fgrpo_jax.data.batches import evaluation_examples, make_batches
 from fgrpo_jax.data.datasets import Dataset
-from fgrpo_jax.policies.llm import buckets, prompts, serving, targets, tokenizers
+from fgrpo_jax.policies.llm import buckets, checks, prompts, serving, targets, tokenizers
 from fgrpo_jax.policies.llm.encode import encode
 from fgrpo_jax.policies.llm.policy import make_grammar
 from fgrpo_jax.policies.llm.system import prompt_lengths
@@ -35,6 +35,8 @@ def preview(config: Config, dataset: Dataset, count: int) -> Preview:
     lengths, longest = buckets.measure(
         config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
     )
+    if config.transcript.identifier == "text":
+        checks.check_names(dataset)
     widest = _widest(config.transcript.identifier, dataset, tokenizer)
     shown = examples_of(config, dataset, count, tokenizer)
     return Preview(lengths, longest, buckets.choose(lengths, longest), widest, shown)

@@ -3,6 +3,7 @@
 An export copies this file beside ranking.json, as ranking.py: it needs nothing but Python and jinja2.
 
     said = ranking.load("exported")
+    candidates = [candidates[i] for i in ranking.order(said, query_id, len(candidates))]  # as eval.py and rank do
     text = ranking.prompt(said, query, candidates, history)        # candidates, history: texts
     grammar = ranking.lark(said, candidates, tokenizer)            # for llguidance: exactly the lists
 
@@ -18,6 +19,7 @@ What a grammar can say:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
@@ -52,6 +54,16 @@ def prompt(
         return body + p["opening"]
     turns = [{"role": "user", "content": body.removesuffix("\n")}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + p["opening"]
+
+
+def order(said: Said, query_id: str, count: int) -> list[int]:
+    """In which order an evaluation, and fgrpo_jax.rank, show the `count` candidates of a query: place p holds
+    candidate order[p] of those in order of the data. Needs numpy. Who shows them otherwise gets other lists."""
+    import numpy
+
+    parts = json.dumps([said["run"]["seed"], "evaluation", query_id])
+    seed = int.from_bytes(hashlib.sha256(parts.encode()).digest()[:16], "little")
+    return numpy.random.default_rng(seed).permutation(count).tolist()
 
 
 def one_line(text: str) -> str:
