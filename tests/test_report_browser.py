@@ -49,6 +49,7 @@ def test_it_opens_and_hostile_texts_stay_texts(page):
     assert page.run("return document.title").startswith(HOSTILE[0]) and page.run("return document.images.length") == 0
     for q in range(len(HOSTILE)):
         page.run("document.querySelector(`[data-query='${arguments[0]}']`).click()", q)
+        page.run("document.querySelector('#query .scroll + button')?.click()")
         assert page.run("return document.querySelectorAll('script').length") == 2
     texts = page.run("return [...document.querySelectorAll('#query tbody th bdi:first-child')].map(e => e.textContent)")
     assert any(text.startswith(HOSTILE[0]) for text in texts)
@@ -81,6 +82,22 @@ def test_the_keyboard_does_all_of_it(page):
     page.run("document.getElementById('next').focus()")
     page.press("enter")
     assert found(page) == list(range(50, 60)) and page.text("#page") == "page 2 of 2"
+
+
+def test_candidates_in_no_list_are_shown_on_request(page, evaluation):  # noqa: F811
+    page.run("document.querySelector(`[data-query='3']`).click()")
+    rows = "return document.querySelectorAll('#query .pool tbody:not([hidden]) tr').length"
+    pool = len(evaluation.examples[3].candidates)
+    button = "document.querySelector('#query .scroll + button')"
+    listed = {c for lists in evaluation.predictions.values() for c in (*lists[3].slate, *lists[3].ranking)}
+    listed |= {c for c, gain in enumerate(evaluation.examples[3].relevance) if gain > 0}
+    assert page.run(rows) == len(listed) < pool
+    assert page.run(f"return {button}.textContent") == f"Show {pool - len(listed)} others, in no list"
+    page.run(f"{button}.focus()")
+    page.press("enter")
+    assert page.run(rows) == pool and page.run(f"return {button}.getAttribute('aria-expanded')") == "true"
+    page.press("enter")
+    assert page.run(rows) == len(listed)
 
 
 def test_a_transcript_is_stepped_through(page):

@@ -19,12 +19,14 @@ GATES = (
     ("rank_drop", "rank drop", "c3"),
 )
 _WIDTH, _HEIGHT, _THICK, _TOP, _GATE = 460, 190, 84, 26, 100
+_APART = 80  # middles of labels, at least: the widest is "nothing to find"
 _LOW, _END, _TURN = _HEIGHT - 34, _WIDTH - 26, 26  # where branches end, and the stream; the radius of a branch
 
 
 def flow(method: str, errors: Mapping[str, int]) -> str:
     """The stream of a method's queries from left to right: at every gate a part of them leaves downward."""
     total, branches = sum(errors.values()), []
+    labelled = -_APART
     left, edge = total, f"M0,{_TOP} V{_TOP + _THICK}"  # of the stream, along its lower side
     for i, (name, said, colour) in enumerate(GATES):
         x, count = (i + 0.45) * _GATE, errors[name]
@@ -33,7 +35,8 @@ def flow(method: str, errors: Mapping[str, int]) -> str:
         edge += f" H{x:.1f} V{low:.1f}"
         if count:
             branches.append(_branch(x, low, max(leaves, 1.5), colour))
-            branches.append(_label(x + _TURN + leaves / 2, _LOW + 14, said, _percent(count, total)))
+            labelled = max(x + _TURN + leaves / 2, labelled + _APART)
+            branches.append(_label(labelled, _LOW + 14, said, _percent(count, total)))
     parts = [void("path", d=f"{edge} H{_END} V{_TOP} Z", class_="stream"), *branches]
     parts.append(void("rect", x=_END, y=_TOP, width=12, height=f"{left / total * _THICK:.1f}", class_="c2"))
     parts.append(_text(_END + 12, _TOP - 9, f"ok {_percent(left, total)}", "end"))

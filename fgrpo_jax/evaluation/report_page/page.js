@@ -158,7 +158,8 @@
     const head = made("tr", {}, cell("th", "candidate", { scope: "col" }), cell("th", "gain", { scope: "col" }),
       ...methods.map((m) => cell("th", data.methods[m], { scope: "col", title: data.methods[m] })));
     const order = pool.map((_, c) => c).sort((a, b) => (gain.get(b) ?? 0) - (gain.get(a) ?? 0) || a - b);
-    const rows = order.map((c) => made("tr", { className: gain.has(c) ? "relevant" : "" },
+    const listed = (c) => gain.has(c) || methods.some((m) => data.lists[m][q][0].includes(c) || data.lists[m][q][1].includes(c));
+    const row = (c) => made("tr", { className: gain.has(c) ? "relevant" : "" },
       made("th", { scope: "row" }, isolated(data.texts[pool[c]]), made("span", {}, isolated(data.ids[pool[c]]))),
       cell("td", gain.get(c) ?? "0"),
       ...methods.map((m) => {
@@ -166,14 +167,24 @@
         const place = ranking.indexOf(c);
         if (place >= 0) return cell("td", place + 1, { className: "at" });
         return slate.includes(c) ? cell("td", "slate", { className: "in" }) : cell("td", "");
-      })));
+      }));
+    const others = order.filter((c) => !listed(c));
+    const rest = made("tbody", { hidden: true });
+    const more = made("button", { type: "button", textContent: `Show ${others.length} others, in no list` });
+    more.setAttribute("aria-expanded", false);
+    more.onclick = () => {
+      if (!rest.childElementCount) rest.append(...others.map(row));
+      rest.hidden = !rest.hidden;
+      more.setAttribute("aria-expanded", !rest.hidden);
+      more.textContent = `${rest.hidden ? "Show" : "Hide"} ${others.length} others, in no list`;
+    };
     const table = made("table", { className: "pool" },
       made("caption", {}, cell("span", `The pool of ${pool.length}, relevant first: the place in each ranking, or "slate" where it went no further`)),
-      made("thead", {}, head), made("tbody", {}, ...rows));
+      made("thead", {}, head), made("tbody", {}, ...order.filter(listed).map(row)), rest);
     const region = made("div", { className: "scroll", tabIndex: 0 }, table);
     region.setAttribute("role", "region");
     region.setAttribute("aria-label", "Pool and rankings");
-    return region;
+    return made("div", {}, region, ...(others.length ? [more] : []));
   }
 
   // ------------------------------------------------------------------ one transcript
