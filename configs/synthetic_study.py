@@ -71,7 +71,7 @@ VARIANTS = FROM_SFT | WHOLE
 
 def get_config(variant: str = "as_it_is") -> Config:
     whole, plus, credit = ("", "+", variant) if variant in FROM_SFT else variant.partition("+")
-    if (whole and whole not in WHOLE) or (plus and credit not in FROM_SFT):
+    if (variant not in FROM_SFT and whole not in WHOLE) or (plus and credit not in FROM_SFT):
         raise ConfigError(
             f"there is no variant {variant!r}, only {', '.join(VARIANTS)}, and one of the worlds with a "
             "credit, as wanted_6+grpo"

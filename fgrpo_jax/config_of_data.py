@@ -92,7 +92,7 @@ class DataConfig:
     """Where prepared data sets are kept, one folder per data set and content fingerprint."""
     pool_size: int = 20
     """Candidates per training query where negatives are sampled (next_item, lastfm), and of every query
-    (interactions, ir). For synthetic: synthetic.pool; others have the pools of their files."""
+    (interactions, ir). Others have pools of their own (synthetic.pool, retrieved, their files)."""
     kcore: int = 20
     """Interactions that every user and every item must have (goalrank_ml1m, goalrank_book)."""
     retrieved: int = 50

@@ -72,17 +72,20 @@ def rank_stream(
 
 
 def _finished(ranker: Ranker, rows: Iterator, samples: int, seed: int, ahead: int) -> Iterator[tuple[list, list]]:
-    """(rows, what they got) batch by batch. What was read before `rows` raise is finished first."""
+    """(rows, what they got) batch by batch. What was read and begun before something is raised is finished first."""
     begun: collections.deque[tuple[list, Finish]] = collections.deque()
-    failed = None
+    failed: Exception | None = None
     for number in itertools.count():
         batch: list = []
         try:
             batch.extend(itertools.islice(rows, ranker.batch_queries))
-        except (DataError, OSError) as error:  # of the file; that of a line is a row
+        except (DataError, OSError) as error:  # of the file, after some rows; that of a line is a row
             failed = error
-        if batch:
-            begun.append((batch, ranker.start(batch, samples, seed, number)))
+        try:
+            if batch:
+                begun.append((batch, ranker.start(batch, samples, seed, number)))
+        except Exception as error:  # of whatever compiles, or has not enough memory
+            failed = error
         while begun and (len(begun) > ahead or failed or not batch):
             rows_of, finish = begun.popleft()
             yield rows_of, finish()

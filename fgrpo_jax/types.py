@@ -86,7 +86,7 @@ class RankingExample:
 
     query_id: unique within a split.
     query: free text (a question); empty when the history is the query.
-    candidates: the pool, `(id, text)` each; ids are unique within a pool, texts may not be.
+    candidates: the pool, `(id, text)` each; ids are unique within a pool, texts need not be.
     relevance: graded gain of each candidate, >= 0, finite; 0 is not relevant.
     history: items the user consumed before, oldest first, `(id, text)` each.
 

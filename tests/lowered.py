@@ -65,14 +65,8 @@ EVERYTHING = {
     "rl.microbatches": 2,
     "reward.rules": (("slate_duplicate", -0.5), ("rank_too_short", -0.2)),
 }
-# Files whose programs are those of another one but for its numbers, or fewer of them.
-ALIKE = {
-    "goalrank_ml1m": "goalrank",
-    "jsonl": "interactions",
-    "ml1m_study": "interactions",
-    "smollm2_real": "smollm2",
-    "synthetic_study": "synthetic",
-}
+# Files whose programs are those of another one but for numbers, or fewer of them.
+ALIKE = {"jsonl": "interactions", "ml1m_study": "interactions", "synthetic_study": "synthetic"}
 
 
 def configs(folder):

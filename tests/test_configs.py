@@ -59,7 +59,7 @@ def test_every_variant_of_the_default_is_possible():
     validate(joint, KNOWN)
     assert joint.start_from == small.run_dir and joint.rl.credit == found["grpo"].rl.credit
     assert set(differences(small, joint)) == {"run_dir", "start_from", "sft.steps", "rl.credit.terms"}
-    for wrong in ("x+grpo", "pool_40+x", "grpo+exact", "pool_40+"):
+    for wrong in ("x+grpo", "pool_40+x", "grpo+exact", "pool_40+", "+grpo", "+"):
         with pytest.raises(ConfigError, match="there is no variant"):
             load_file(f"{path}:{wrong}")
 

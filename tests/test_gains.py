@@ -20,7 +20,9 @@ def runs(tmp_path):
     for name, (pool, noise) in WORLDS.items():
         folder = tmp_path / name
         (folder / "eval" / "test").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"data": {"pool": pool, "noise": noise}}))
+        (folder / "config.json").write_text(
+            json.dumps({"data": {"pool": pool, "noise": noise, "buckets": [pool]}, "seed": name[-1]})
+        )
         logged = [{"stage": "sft", "step": 1}, {"stage": "rl", "step": 0, "eval/ndcg@5": 0.5}]
         logged += [{"stage": "rl", "step": step, "dead_groups/slate": step / pool} for step in (10, 20)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, logged)))
@@ -44,7 +46,9 @@ def test_every_pair_on_its_own_queries_by_what_differs_from_the_base(runs):
     folder, scores = runs
     a, b = (entries(folder, WORLDS, method) for method in ("rl", "sft"))
     text = compare(a, b + a, ("data.pool", "data.noise"), str(folder / "base0"), ("sft", "itself"))
-    _, pools, noise = (part.splitlines() for part in text.split("\n\n"))
+    _, pools, noise, notes = (part.splitlines() for part in text.split("\n\n"))
+    told = "note: {0}/{1} differs from {0}/base0 in data.buckets too"
+    assert notes == [told.format(folder, name) for name in ("small", "both")]
     assert [line.split()[0] for line in pools] == ["data.pool", "40", "80"]  # in order, and "both" in no panel
     assert [line.split()[:4] for line in noise[1:]] == [["0.0", "2", "12", "%"], ["0.5", "1", "12", "%"]]
     assert pools[1].split()[1:4] == ["1", "25", "%"]
@@ -72,7 +76,12 @@ def test_a_plot_is_the_same_again(runs, kind, start):
     [
         ({"b": ()}, "1 of --a, 0 of --b and 1 --names"),
         ({"by": ()}, "give a list as long as a for each"),
-        ({"by": ("data.x",)}, "'data.x' is no field of"),
+        ({"by": ("data.x",)}, "by='data.x' is no field of"),
+        (
+            {"a": ("both:rl",), "b": ("both:sft",), "by": ("data.pool", "data.noise")},
+            "no run of a differs from .*base0 in this one alone",
+        ),
+        ({"a": ("base0",), "b": ("base0:sft",)}, "give RUN_DIR:METHOD"),
         ({"b": ("small:sft",)}, "were not evaluated on the same queries"),
         ({"a": ("base0:x",)}, "has no method 'x', only rl, sft"),
         ({"plot": "gains.pdf"}, "must end in .svg or .png"),
@@ -85,3 +94,17 @@ def test_what_is_refused(runs, change, message):
         options[side] = tuple(f"{folder}/{entry}" for entry in options[side])
     with pytest.raises(ConfigError, match=message):
         compare(base=str(folder / "base0"), **options)
+
+
+def test_seeds_are_of_the_same_queries(runs):
+    folder, _ = runs
+    path = folder / "base1" / "eval" / "test" / "per_query.jsonl"
+    path.write_text(path.read_text().replace('"query_id": "80-', '"query_id": "81-'))
+    with pytest.raises(
+        ConfigError, match="base1:rl and .*base1:sft, or the seeds before, were not evaluated on the same"
+    ):
+        compare(
+            *(entries(folder, ("base0", "base1"), method) for method in ("rl", "sft")),
+            ("data.pool",),
+            str(folder / "base0"),
+        )

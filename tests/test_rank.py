@@ -205,6 +205,8 @@ def test_in_python_one_query_and_many(runs, rankers):
             with pytest.raises(DataError, match="candidates is empty"):
                 ranker.rank("who?", candidates=[])
             assert ranker.rank(**row, candidates=rows[3]["candidates"], history=pairs[1]).slate == many[3].slate
+            objects = ({"id": item["id"], "text": item["text"]}.items() for item in rows[3]["candidates"])
+            assert ranker.rank(**row, candidates=(dict(o) for o in objects), history=pairs[1]).slate == many[3].slate
             for odd in ("item a", None, [5], [("item a",)], [["item a", "b", "c"]]):
                 with pytest.raises(DataError, match="an item is a pair|are lists of items"):
                     ranker.rank("who?", candidates=odd)
@@ -243,6 +245,21 @@ def test_a_batch_is_read_and_written_at_a_time(runs, ahead):
     assert written == list(zip([4, 8, 12, 16, 20, 22], reads, strict=True))
     rank_stream(Ranker.open(runs["llm"].run_dir, batch_queries=4), lines(), whole)
     assert target.getvalue() == whole.getvalue()
+
+
+def test_what_was_begun_is_written_before_a_later_batch_fails(runs):
+    ranker, rows = Ranker.open(runs["llm"].run_dir, batch_queries=4), queries(runs["llm"])
+    start, target = ranker.start, io.BytesIO()
+
+    def failing(rows, samples, seed, number):
+        if number == 2:
+            raise MemoryError("no memory for this shape")
+        return start(rows, samples, seed, number)
+
+    ranker.start = failing
+    with pytest.raises(MemoryError):
+        rank_stream(ranker, iter(encoded(rows * 2)), target, ahead=1)
+    assert target.getvalue().count(b"\n") == 8
 
 
 def test_killed_it_has_written_every_batch(runs):

@@ -34,7 +34,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def example_of(value: Any) -> RankingExample:
     """The query that an object says, perhaps unjudged. Raises DataError with every reason why it is malformed."""
     reasons: list[str] = []
     row = None
-    if isinstance(value, dict):
-        row = _example(value, reasons, judged=False)
+    if isinstance(value, Mapping):
+        row = _example(dict(value), reasons, judged=False)
     else:
         reasons.append(f"expected an object, found {type(value).__name__}")
     if row is None:

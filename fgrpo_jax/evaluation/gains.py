@@ -5,7 +5,9 @@
         --by data.synthetic.pool --base runs/s0 --plot gains.svg
 
 Every pair of `a` and `b` is compared on its own queries, which, other than in fgrpo_jax.evaluation.study, need not be
-those of the next pair: another world has others. A panel shows the runs that differ from the base in its field alone.
+those of the next pair: another world has others. A panel shows the runs that of the fields given differ from the base
+in its own alone; in which others they differ is noted. ± is the standard deviation over seeds, "dead slates" the share
+of slate groups without signal in the first logged steps of a's stage.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import tyro
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.evaluation.evaluate import resampled_means
 from fgrpo_jax.evaluation.seeds import read, spread
-from fgrpo_jax.evaluation.study import value_of
-from fgrpo_jax.files import path_of, write_atomically
+from fgrpo_jax.files import path_of, read_json, read_rows, write_atomically
 
 DEAD = "dead_groups/slate"
+OWN = ("seed", "run_dir", "start_from", "data.prepared_dir")
 
 
 class Gain(NamedTuple):
@@ -43,34 +45,66 @@ class Gain(NamedTuple):
 
 
 def gains(a: tuple[str, ...], b: tuple[str, ...], by: tuple[str, ...], base: str, metric: str, split: str) -> dict:
-    """{field: [Gain, ...]} of the runs of `a` that differ from `base` in that field alone, and of the base.
+    """{field: [Gain, ...]} of the runs of `a` that of the fields `by` differ from `base` in that one alone.
 
     Runs of one value are its seeds. Numbers are in order, other values as their runs are. Raises ConfigError.
     """
-    usual = _values(base, by, split)
+    usual = _values(base, by)
     found: dict[str, list[Gain]] = {}
     for field in by:
         of_value: dict[Any, list[tuple[str, str]]] = {}
         for pair in zip(a, b, strict=True):
-            values = _values(pair[0].rpartition(":")[0], by, split)
+            values = _values(run_of(pair[0]), by)
             if all(values[other] == usual[other] for other in by if other != field):
                 of_value.setdefault(values[field], []).append(pair)
+        if not of_value:
+            raise ConfigError(f"by={field}: of the fields given no run of a differs from {base} in this one alone")
         rows = [_gain(value, pairs, metric, split) for value, pairs in of_value.items()]
         numbers = all(isinstance(row.value, (int, float)) for row in rows)
         found[field] = sorted(rows, key=lambda row: row.value) if numbers else rows
     return found
 
 
-def _values(run_dir: str, by: tuple[str, ...], split: str) -> dict[str, Any]:
-    return {field: value_of(run_dir, field, "", split) for field in by}
+def run_of(entry: str) -> str:
+    """Raises ConfigError for what is no `RUN_DIR:METHOD`."""
+    run_dir, _, method = entry.rpartition(":")
+    if not run_dir or not method:
+        raise ConfigError(f"{entry}: give RUN_DIR:METHOD of an evaluated run")
+    return run_dir
+
+
+def fields_of(run_dir: str) -> dict[str, Any]:
+    """Every field of a run's configuration, by its name with dots. Raises ConfigError."""
+    return _flat(read_json(path_of(run_dir) / "config.json", ()))
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: json.dumps(value) if isinstance(value, list) else value}
+    return {key: one for part, of in value.items() for key, one in _flat(of, f"{name}.{part}".lstrip(".")).items()}
+
+
+def _values(run_dir: str, by: tuple[str, ...]) -> dict[str, Any]:
+    fields = fields_of(run_dir)
+    if unknown := [field for field in by if field not in fields]:
+        raise ConfigError(f"by={unknown[0]!r} is no field of {run_dir}/config.json; give one as data.synthetic.pool")
+    return {field: fields[field] for field in by}
+
+
+def other_differences(run_dir: str, base: str, by: tuple[str, ...]) -> list[str]:
+    """The fields in which a run differs from the base, but for `by` and what makes it a run of its own."""
+    ours, usual = fields_of(run_dir), fields_of(base)
+    names = sorted(ours.keys() | usual.keys())
+    return [name for name in names if name not in (*by, *OWN) and ours.get(name) != usual.get(name)]
 
 
 def _gain(value: Any, pairs: list[tuple[str, str]], metric: str, split: str) -> Gain:
-    of_a, less, dead = [], [], []
+    of_a, less, dead, ids = [], [], [], None
     for one, other in pairs:
         left, right = (read(entry, split, (metric,)) for entry in (one, other))
-        if left.keys() != right.keys() or (less and len(left) != len(less[0])):
-            raise ConfigError(f"{one} and {other} were not evaluated on the same queries")
+        ids = ids or left.keys()
+        if not left.keys() == right.keys() == ids:
+            raise ConfigError(f"{one} and {other}, or the seeds before, were not evaluated on the same queries")
         of_a.append(100 * np.array([left[i][0] for i in sorted(left)]))
         less.append(of_a[-1] - 100 * np.array([right[i][0] for i in sorted(left)]))
         dead.append(_dead(*one.rpartition(":")[::2]))
@@ -80,9 +114,8 @@ def _gain(value: Any, pairs: list[tuple[str, str]], metric: str, split: str) -> 
 
 def _dead(run_dir: str, stage: str) -> float | None:
     """The first share of dead slate groups that the stage logged, in percent; None where it logged none."""
-    path = path_of(run_dir) / "metrics.jsonl"
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
-    return next((100 * row[DEAD] for row in rows if row.get("stage") == stage and DEAD in row), None)
+    rows = read_rows(path_of(run_dir) / "metrics.jsonl")
+    return next((100 * row[DEAD] for row in rows if row["stage"] == stage and DEAD in row), None)
 
 
 def compare(
@@ -126,7 +159,11 @@ def compare(
         lines += [_line(rows, resamples, seed) for rows in zip(*(of_name[field] for of_name in found.values()))]
     if plot:
         _plot(Path(plot), found, by, metric, resamples, seed)
-    return "\n".join(lines)
+    lines.append("")
+    for entry in dict.fromkeys(map(run_of, a)):
+        if others := other_differences(entry, base, by):
+            lines += [f"note: {entry} differs from {base} in {', '.join(others)} too"]
+    return "\n".join(lines).rstrip()
 
 
 def _line(rows: tuple[Gain, ...], resamples: int, seed: int) -> str:
@@ -141,8 +178,8 @@ def _line(rows: tuple[Gain, ...], resamples: int, seed: int) -> str:
 
 
 def _plot(path: Path, found: dict, by: tuple[str, ...], metric: str, resamples: int, seed: int) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
+    import matplotlib  # slow to import, only here
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(by), 3.2), layout="constrained")

@@ -138,7 +138,7 @@ def same_text(examples: Sequence[RankingExample]) -> list[Suspicion]:
     if not copies:
         return []
     text = f"in {copies:,} of {len(examples):,} pools candidates of the same text have different gains"
-    return [Suspicion("same_text", f"{text}: which of them a list names, is judged by chance")]
+    return [Suspicion("same_text", f"{text}: nothing that is read tells them apart")]
 
 
 def same_place(examples: Sequence[RankingExample]) -> list[Suspicion]:

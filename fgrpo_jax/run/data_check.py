@@ -64,7 +64,7 @@ def _prompts(config: RunConfig, dataset: datasets.Dataset) -> Iterator[str]:
     middle, most = np.quantile(seen.lengths, (0.5, 0.9), method="inverted_cdf").tolist()
     yield f"tokens: half up to {middle:,}, nine tenths up to {most:,}, the longest that may occur {seen.longest:,}"
     yield f"buckets: --data.prompt-buckets {' '.join(map(str, seen.buckets))}   (what auto chooses)"
-    one = f"   (--transcript.identifier-width {seen.widest}: one program for all pools)" * (seen.widest > 1)
+    one = f"   (--transcript.identifier-width {seen.widest}: one width for all pools)" * (seen.widest > 1)
     yield f"identifiers: up to {seen.widest} token{'s' * (seen.widest > 1)}{one}"
     for number, (prompt, transcript) in enumerate(seen.shown, 1):
         yield from ["", f"--- prompt {number}", prompt, f"--- its target, with fill: {transcript}"]

@@ -17,7 +17,7 @@ from fgrpo_jax.evaluation.fit import Shown, fit
 from fgrpo_jax.run import sharding
 from fgrpo_jax.run.experiment import Experiment, Predictor, batches_of, encode
 from fgrpo_jax.run.finished import best_params
-from fgrpo_jax.run.processes import note, say
+from fgrpo_jax.run.processes import note, warn
 from fgrpo_jax.run.progress import announced, telling
 from fgrpo_jax.stages import credited, stages
 from fgrpo_jax.types import Array, Lists, Policy, PyTree, RankingExample, is_param, num_params
@@ -53,8 +53,8 @@ def predict(run: Opened, rows: Sequence[str]) -> dict[str, list[Prediction]]:
 
 
 def _telling(predictor: Predictor, what: str) -> Predictor:
-    """Which says when it compiles."""
-    compiling = functools.partial(telling, "evaluation", what, functools.partial(say, flush=True))
+    """Which says when it compiles, beside the table, not in it."""
+    compiling = functools.partial(telling, "evaluation", what, warn)
     predictor.program = announced(predictor.program, 2, compiling)
     return predictor
 

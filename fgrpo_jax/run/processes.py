@@ -102,14 +102,16 @@ def code() -> str:
     return "".join(f"{path.relative_to(package)}\n{path.read_text()}" for path in sorted(package.rglob("*.py")))
 
 
-def say(text: str, flush: bool = False) -> None:
-    """Of several processes the first says it."""
-    if jax.process_index() == 0:
-        print(text, flush=flush)
-
-
 def note(text: str) -> None:
-    say(f"note: {text}")
+    """Say something once."""
+    if jax.process_index() == 0:
+        print(f"note: {text}")
+
+
+def warn(text: str) -> None:
+    """Say something once, on standard error."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def on_first(action: Callable[[], None]) -> None:

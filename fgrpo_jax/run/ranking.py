@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from fgrpo_jax.run.methods import Method, open_method, read_config
 from fgrpo_jax.types import PHASES, TRAINED, Lists, PyTree, RankingExample, Rollout
 
 Written = list[list[tuple[list[int], list[int], int, list[float]]]]  # see _on_host
-Item = tuple[str, str] | str  # (id, text), or what is both
+Item = tuple[str, str] | Mapping[str, str] | str  # (id, text), {"id": ..., "text": ...}, or what is both
 
 
 class Ranked(NamedTuple):
@@ -105,8 +105,8 @@ class Ranker:
     def rank(
         self,
         query: str = "",
-        candidates: Sequence[Item] = (),
-        history: Sequence[Item] = (),
+        candidates: Iterable[Item] = (),
+        history: Iterable[Item] = (),
         query_id: str = "query",
         samples: int = 0,
         seed: int = 0,
@@ -256,18 +256,19 @@ def _by_phase(rollout: Rollout) -> jax.Array:
     return jnp.stack(of_phases, -1)
 
 
-def _items(items: Sequence[Item | Mapping[str, str]]) -> list[Any]:
+def _items(items: Iterable[Item]) -> list[Any]:
     """As in a line of a JSONL, which says what is wrong with the texts. Raises DataError."""
-    if isinstance(items, str) or not isinstance(items, Sequence):
+    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
         raise DataError(f"candidates and history are lists of items, not {type(items).__name__}")
     return [_item(item) for item in items]
 
 
-def _item(item: Item | Mapping[str, str]) -> Any:
+def _item(item: Item) -> Any:
     if isinstance(item, Mapping):
         return dict(item)
     if isinstance(item, str):
         return {"id": item, "text": item}
-    if isinstance(item, Sequence) and len(item) == 2:
-        return {"id": item[0], "text": item[1]}
-    raise DataError(f"an item is a pair of id and text, an object of both, or a text that is both, not {item!r}")
+    pair = tuple(item) if isinstance(item, Iterable) else ()
+    if len(pair) != 2:
+        raise DataError(f"an item is a pair of id and text, an object of both, or a text that is both, not {item!r}")
+    return {"id": pair[0], "text": pair[1]}

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from fgrpo_jax.config import MADE_OF_DATA, Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import DataError, Dataset
-from fgrpo_jax.policies.llm import prompts
+from fgrpo_jax.policies.llm import prompts, serving
+from fgrpo_jax.policies.llm.encode import LONGEST_NAME, check_width
 from fgrpo_jax.policies.llm.files import attention_of
 from fgrpo_jax.policies.llm.serving import LETTERS
 from fgrpo_jax.types import RankingExample
@@ -33,7 +34,7 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
     if config.transcript.identifier == "letter":
         _check_letters(dataset, config.data.pool_size)
     if config.transcript.identifier == "text":
-        check_names(dataset)
+        check_names(dataset, tokenizer)
     _check_longest(encode, dataset, config.data.history_max)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
     warn_of_untrained(config, dataset, split)
@@ -71,19 +72,21 @@ def _check_letters(dataset: Dataset, pool_size: int) -> None:
             )
 
 
-def check_names(dataset: Dataset) -> None:
-    """Raises DataError for given pools in which two candidates have the same text, by which transcripts name them."""
-    for name, split in dataset.splits.items():
-        for example in split:
-            if len({text for _, text in example.candidates}) < len(example.candidates):
-                known: dict[str, str] = {}
-                first, second = next(
-                    (known[text], item) for item, text in example.candidates if known.setdefault(text, item) != item
-                )
-                raise DataError(
-                    f"split {name!r}, query {example.query_id!r}: candidates {first!r} and {second!r} have the same "
-                    "text, by which transcripts name them: leave one out, or set transcript.identifier='index'"
-                )
+def check_names(dataset: Dataset, tokenizer) -> None:
+    """Of given pools whose candidates are named by their texts: raises DataError where two have the same one, or where
+    one is too long for a name."""
+    for split, rows in dataset.splits.items():
+        for example in rows:
+            known: dict[str, str] = {}
+            for item, text in example.candidates:
+                if known.setdefault(text, item) != item:
+                    raise DataError(
+                        f"split {split!r}, query {example.query_id!r}: candidates {known[text]!r} and {item!r} have "
+                        "the same text, by which transcripts name them: leave one out, or set "
+                        "transcript.identifier='index'"
+                    )
+                if len(text.encode()) > LONGEST_NAME:  # no token is shorter than a byte
+                    check_width(example.query_id, item, serving.encoded([text], tokenizer)[0])
 
 
 def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_many: int = 16) -> None:
@@ -135,7 +138,7 @@ def warn_of_untrained(config: Config, dataset: Dataset, split: str) -> None:
     if config.tokenizer != "catalogue" or dataset.sampled_negatives or "train" not in dataset.splits:
         return
     left = Counter(text for example in dataset.splits[split] for _, text in example.candidates)
-    total = untrained = left.total()
+    total = untrained = max(1, left.total())
     for example in dataset.splits["train"]:  # of which the first few name most
         untrained -= sum(left.pop(text, 0) for _, text in (*example.candidates, *example.history))
         if untrained <= UNTRAINED_SHARE * total:

@@ -87,16 +87,22 @@ def _identifiers(
             new = texts
         known.update(zip(new, serving.encoded(new, tokenizer), strict=True))
     names = [known[text] for text in texts]
-    if long := [(c, len(name)) for (c, _), name in zip(example.candidates, names) if len(name) > LONGEST_NAME]:
-        raise DataError(
-            f"query {example.query_id!r}: the text of candidate {long[0][0]!r}, which names it, has {long[0][1]:,} "
-            f"tokens, more than {LONGEST_NAME}: shorten it, or set transcript.identifier='index'"
-        )
+    for (item, _), name in zip(example.candidates, names):
+        check_width(example.query_id, item, name)
     try:
         transcript.check_identifiers(grammar, example.query_id, [c for c, _ in example.candidates], names)
     except ValueError as error:
         raise DataError(str(error)) from None
     return names
+
+
+def check_width(query_id: str, item: str, name: Sequence[int]) -> None:
+    """Raises DataError for a name of more than LONGEST_NAME tokens."""
+    if len(name) > LONGEST_NAME:
+        raise DataError(
+            f"query {query_id!r}: the text of candidate {item!r}, which names it, has {len(name):,} tokens, more than "
+            f"{LONGEST_NAME}: shorten it, or train with transcript.identifier='index'"
+        )
 
 
 def _round_up(n: int) -> int:

@@ -126,7 +126,7 @@ def check_identifiers(
         if key in seen:
             raise ValueError(
                 f"query {query_id}: candidates {seen[key]} and {name} have the same identifier: give them texts that "
-                "differ, or name candidates by number (transcript.identifier=index)"
+                "differ"
             )
         if not grammar.separator and key[0] in closes:
             raise ValueError(

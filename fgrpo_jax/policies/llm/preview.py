@@ -36,7 +36,7 @@ def preview(config: Config, dataset: Dataset, count: int) -> Preview:
         config, prompt_lengths(config, tokenizer, dataset.kind, dataset.instruction), dataset
     )
     if config.transcript.identifier == "text":
-        checks.check_names(dataset)
+        checks.check_names(dataset, tokenizer)
     widest = _widest(config.transcript.identifier, dataset, tokenizer)
     shown = examples_of(config, dataset, count, tokenizer)
     return Preview(lengths, longest, buckets.choose(lengths, longest), widest, shown)

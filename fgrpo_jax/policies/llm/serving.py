@@ -1,6 +1,6 @@
 """Rank with an exported model in another engine: its prompts, and what it may write, from ranking.json alone.
 
-An export copies this file beside ranking.json, as ranking.py: it needs nothing but Python and jinja2.
+An export copies this file beside ranking.json, as ranking.py: it needs nothing but Python and jinja2 (`order` numpy).
 
     said = ranking.load("exported")
     candidates = [candidates[i] for i in ranking.order(said, query_id, len(candidates))]  # as eval.py and rank do
@@ -61,6 +61,7 @@ def order(said: Said, query_id: str, count: int) -> list[int]:
     candidate order[p] of those in order of the data. Needs numpy. Who shows them otherwise gets other lists."""
     import numpy
 
+    # As fgrpo_jax.data.batches.shown draws it.
     parts = json.dumps([said["run"]["seed"], "evaluation", query_id])
     seed = int.from_bytes(hashlib.sha256(parts.encode()).digest()[:16], "little")
     return numpy.random.default_rng(seed).permutation(count).tolist()
