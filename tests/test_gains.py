@@ -82,6 +82,7 @@ def test_a_plot_is_the_same_again(runs, kind, start):
             "no run of a differs from .*base0 in this one alone",
         ),
         ({"a": ("base0",), "b": ("base0:sft",)}, "give RUN_DIR:METHOD"),
+        ({"a": ("none:rl",)}, "none is not a run directory: it holds no config.json"),
         ({"b": ("small:sft",)}, "were not evaluated on the same queries"),
         ({"a": ("base0:x",)}, "has no method 'x', only rl, sft"),
         ({"plot": "gains.pdf"}, "must end in .svg or .png"),

@@ -75,7 +75,10 @@ def run_of(entry: str) -> str:
 
 def fields_of(run_dir: str) -> dict[str, Any]:
     """Every field of a run's configuration, by its name with dots. Raises ConfigError."""
-    return _flat(read_json(path_of(run_dir) / "config.json", ()))
+    path = path_of(run_dir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
+    return _flat(read_json(path, ()))
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
