@@ -180,6 +180,14 @@ def test_its_numbers_are_those_of_the_table(read, evaluation):
     assert any("±" in cell for row in read.rows for cell in row)
 
 
+@pytest.mark.parametrize("counts", [(0, 0, 97, 2), (50, 30, 15, 4), (1, 97, 1, 1)])
+def test_labels_of_a_flow_do_not_meet(counts):
+    drawn = losses.flow("m", {"ok": 1, **dict(zip(("no_relevant", "malformed", "slate_miss", "rank_drop"), counts))})
+    middles = sorted({float(x) for x in re.findall(r'x="([0-9.]+)"[^>]*text-anchor="middle"', drawn)})
+    assert len(middles) == sum(count > 0 for count in counts)
+    assert all(right - left >= 80 for left, right in zip(middles, middles[1:]))
+
+
 def test_a_flow_says_every_count(evaluation):
     for method, counts in evaluation.summary["errors"].items():
         drawn = losses.flow(method, counts)

@@ -269,3 +269,13 @@ def test_half_of_the_answers_inserted_below_what_was_retrieved_are_seen_at_the_e
         return dataclasses.replace(e, retrieval=tuple(scores))
 
     assert names(dataset(test=split(1, "test", half))) == ["reversed_retrieval"]
+
+
+def test_ids_of_many_digits_are_no_numbers():
+    """Python refuses to read more than 4,300 of them."""
+    made = dataset()
+    long = [
+        dataclasses.replace(e, candidates=tuple(("9" * 5000 + item, text) for item, text in e.candidates))
+        for e in made.splits["test"]
+    ]
+    assert names(dataset(test=long)) == names(made)

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.evaluation.evaluate import resampled_means
-from fgrpo_jax.evaluation.seeds import read, spread
+from fgrpo_jax.evaluation.seeds import command, interval, read, spread
 from fgrpo_jax.files import path_of, read_json, read_rows, write_atomically
 
 DEAD = "dead_groups/slate"
@@ -40,8 +37,7 @@ class Gain(NamedTuple):
 
     def interval(self, resamples: int, seed: int) -> tuple[float, float]:
         """95 %, over queries."""
-        low, high = np.percentile(resampled_means(self.less_SQ.mean(0)[:, None], resamples, seed), (2.5, 97.5))
-        return float(low), float(high)
+        return interval(self.less_SQ.mean(0), resamples, seed)
 
 
 def gains(a: tuple[str, ...], b: tuple[str, ...], by: tuple[str, ...], base: str, metric: str, split: str) -> dict:
@@ -206,8 +202,4 @@ def _plot(path: Path, found: dict, by: tuple[str, ...], metric: str, resamples: 
 
 
 if __name__ == "__main__":
-    try:
-        print(tyro.cli(compare, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(compare, __doc__)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import tyro
@@ -82,14 +83,25 @@ def compare(
     return "\n".join(lines)
 
 
+def interval(score_Q: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """The 95 % percentile bootstrap of the mean over queries."""
+    low, high = np.percentile(resampled_means(score_Q[:, None], resamples, seed), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def spread(means: np.ndarray) -> float:
     """Standard deviation over seeds; 0 of one."""
     return float(means.std(ddof=1)) if len(means) > 1 else 0.0
 
 
-if __name__ == "__main__":
+def command(function: Callable[..., str], description: str) -> None:
+    """A program that prints what the function says of the flags; exit code 2 where it cannot."""
     try:
-        print(tyro.cli(compare, description=__doc__))
+        print(tyro.cli(function, description=description))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    command(compare, __doc__)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.evaluation.evaluate import resampled_means
-from fgrpo_jax.evaluation.seeds import read, spread
+from fgrpo_jax.evaluation.seeds import command, interval, read, spread
 from fgrpo_jax.files import path_of, read_json, write_atomically
 
 
@@ -100,8 +97,8 @@ def study(
     for method, of_method in table.items():
         drawn[method] = []
         for cell in of_method:
-            low, high = np.percentile(resampled_means(cell.scores_RQ.mean(0)[:, None], resamples, seed), (2.5, 97.5))
-            drawn[method].append((cell.x, cell.scores_RQ.mean(), low, high))
+            low_high = interval(cell.scores_RQ.mean(0), resamples, seed)
+            drawn[method].append((cell.x, cell.scores_RQ.mean(), *low_high))
             lines.append(_line(cell, of_method[0], method, resamples, seed))
     if plot:
         _plot(Path(plot), drawn, x, metric)
@@ -114,7 +111,7 @@ def _line(cell: Cell, first: Cell, method: str, resamples: int, seed: int) -> st
     if cell is first:
         return line
     difference_Q = cell.scores_RQ.mean(0) - first.scores_RQ.mean(0)
-    low, high = np.percentile(resampled_means(difference_Q[:, None], resamples, seed), (2.5, 97.5))
+    low, high = interval(difference_Q, resamples, seed)
     return f"{line}   {difference_Q.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
@@ -143,8 +140,4 @@ def _plot(path: Path, drawn: dict[str, list[tuple]], x: str, metric: str) -> Non
 
 
 if __name__ == "__main__":
-    try:
-        print(tyro.cli(study, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(study, __doc__)
