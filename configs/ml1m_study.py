@@ -1,6 +1,7 @@
 """Credit on MovieLens-1M: 100 candidates, the next five films wanted and worth their rating; or 20 with the next one.
 
-    python train.py configs/ml1m_study.py:hundred --data.manual-dir ml        # or :twenty; README: Logs of interactions
+    python train.py configs/ml1m_study.py:hundred --data.manual-dir ml        # or another of POOLS; README: Logs of
+                                                                              # interactions
     python train.py configs/ml1m_study.py:hundred+grpo --data.manual-dir ml   # `rl` anew, with another credit
 
 A credit is one of configs/synthetic_study.py:FROM_SFT. For another seed: --seed, --start-from a run of that seed, and
@@ -13,14 +14,18 @@ from configs.next_item import get_config as next_item
 from configs.synthetic_study import FROM_SFT
 from fgrpo_jax.config import Config, ConfigError, DataConfig, EvalConfig, InteractionsConfig, OptimConfig
 
-POOLS = {"hundred": (100, 5, "rating"), "twenty": (20, 1, "one")}  # candidates, relevant ones, what each is worth
+POOLS = {  # candidates, relevant ones, what each is worth
+    "hundred": (100, 5, "rating"),
+    "converged": (100, 5, "rating"),  # as hundred, but SFT learns what it can, of all training queries, before `rl`
+    "twenty": (20, 1, "one"),
+}
 
 
 def get_config(variant: str = "hundred") -> Config:
     pool, plus, credit = variant.partition("+")
     if pool not in POOLS or (plus and credit not in FROM_SFT):
         raise ConfigError(
-            f"there is no variant {variant!r}, only {' and '.join(POOLS)}, and these with a credit, as hundred+grpo: "
+            f"there is no variant {variant!r}, only {', '.join(POOLS)}, and these with a credit, as hundred+grpo: "
             f"{', '.join(FROM_SFT)}"
         )
     base = next_item()
@@ -52,6 +57,9 @@ def get_config(variant: str = "hundred") -> Config:
         ),
         eval=EvalConfig(split="test", train_queries=1000, metrics=("recall", "hit", "ndcg")),
     )
+    if pool == "converged":
+        sft = dataclasses.replace(config.sft, steps=5000, eval_every=500, subset=(0.0, 1.0))
+        config = dataclasses.replace(config, sft=sft, rl=dataclasses.replace(config.rl, subset=(0.0, 1.0)))
     if not plus:
         return config
     start = {"start_from": f"runs/ml1m/{pool}", "sft": dataclasses.replace(config.sft, steps=0)}

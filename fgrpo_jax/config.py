@@ -24,6 +24,9 @@ class PromptConfig:
     """First line(s) of every prompt; empty: the data set's own default."""
     chat: bool = False
     """Wrap the prompt in the tokenizer's chat template (instruction-tuned checkpoints)."""
+    text_tokens: int = 0
+    """Tokens of a candidate's or a history item's text that are shown, the first ones; 0: all. How many texts that cuts
+    is said. Needs candidates that are not named by their text (transcript.identifier)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,9 @@ def _read(text: str) -> tuple[RunConfig, list[str]]:
     data = value.get("data") if isinstance(value, dict) else None
     if isinstance(data, dict) and data.get("name") == "synthetic" and "synthetic" not in data:
         data["name"] = "next_item"  # what was called so by an earlier version
+    ir = data.get("ir") if isinstance(data, dict) else None
+    if isinstance(ir, dict) and ir.get("document_words") == 0:  # nothing was cut; else it is refused as unknown
+        del ir["document_words"]
     config = _build(system_class(system)(), value, "", lacking, unknown)
     if unknown:
         raise ConfigError(

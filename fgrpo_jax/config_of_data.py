@@ -58,8 +58,6 @@ class IrConfig:
     """What retrieves the pools of data.pool_size documents: BM25, made here, or a TREC run."""
     run_file: str = "run.trec"
     """In data.manual_dir, of the queries of all splits."""
-    document_words: int = 0
-    """Words of a document that are shown, the first ones; 0: all. How many documents that cuts is said."""
 
 
 @dataclasses.dataclass(frozen=True)

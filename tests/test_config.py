@@ -104,6 +104,16 @@ def test_the_world_that_was_called_synthetic_has_another_name_now():
     assert from_json(to_json(Config())).data.name == "synthetic"
 
 
+def test_words_of_documents_gave_way_to_tokens_of_texts():
+    """Runs that cut nothing are read; those that did saw other prompts than they would now."""
+    old = json.loads(to_json(Config()))
+    old["data"]["ir"]["document_words"] = 0
+    assert from_json(json.dumps(old)) == Config()
+    old["data"]["ir"]["document_words"] = 40
+    with pytest.raises(ConfigError, match="unknown field.s. data.ir.document_words: "):
+        from_json(json.dumps(old))
+
+
 def test_values_of_the_wrong_type():
     """Every field is looked at: each gets a value of no allowed type, in turn."""
 
@@ -153,6 +163,8 @@ def test_values_of_the_wrong_type():
         ),
         (dict(transcript__rank_close=""), "transcript.rank_close must not be empty"),
         (dict(transcript__identifier="index"), "set transcript.identifier='text', or tokenizer to a Hugging Face"),
+        (dict(prompt__text_tokens=-1), "prompt.text_tokens=-1 must not be negative; 0: whole texts"),
+        (dict(prompt__text_tokens=9), "prompt.text_tokens=9 cuts the texts by which transcripts name candidates"),
         (dict(prompt__chat=True), "prompt.chat needs a tokenizer with a chat template"),
         (dict(model__num_heads=3), "model.num_heads=3 must be a multiple of num_kv_heads=2"),
         (dict(model__head_dim=5), "model.head_dim=5 must be even"),
@@ -287,7 +299,6 @@ def test_impossible_values_of_interactions(fields, message):
     [
         (dict(run_file="bm25.trec"), "data.ir.run_file='bm25.trec' is read with first_stage='run' only"),
         (dict(first_stage="run", run_file=""), "data.ir.run_file must name a file"),
-        (dict(document_words=-1), "data.ir.document_words=-1 must not be negative"),
         (dict(first_stage="tfidf"), "data.ir.first_stage='tfidf' must be of type Literal"),
         (dict(data__pool_size=5), "data.pool_size=5 is smaller than the lists, of up to 10 items"),
         (dict(data__interactions__targets=2), "data.interactions.targets: 1 -> 2: data.name='ir' does not read it"),

@@ -64,7 +64,7 @@ def test_every_variant_of_the_default_is_possible():
             load_file(f"{path}:{wrong}")
 
 
-@pytest.mark.parametrize("pool, size, wanted", [("hundred", 100, 5), ("twenty", 20, 1)])
+@pytest.mark.parametrize("pool, size, wanted", [("hundred", 100, 5), ("converged", 100, 5), ("twenty", 20, 1)])
 def test_credits_are_compared_on_films(pool, size, wanted):
     path = ROOT / "configs" / "ml1m_study.py"
     start, exact, more = (load_file(f"{path}:{pool}{credit}") for credit in ("", "+exact", "+more_sft"))
@@ -73,7 +73,7 @@ def test_credits_are_compared_on_films(pool, size, wanted):
     assert (start.data.pool_size, start.data.interactions.targets) == (size, wanted)
     assert set(differences(start, exact)) == {"run_dir", "start_from", "sft.steps", "rl.credit.scheme"}
     assert exact.start_from == start.run_dir and more.rl.source == "logged"
-    with pytest.raises(ConfigError, match="no variant 'x', only hundred and twenty"):
+    with pytest.raises(ConfigError, match="no variant 'x', only hundred, converged, twenty"):
         load_file(f"{path}:x")
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from bpe import train_bpe
 from test_interactions import logs
 from test_ir import collection
 from tiny import changed, config_file, run_training, tiny_config, write_world
@@ -95,6 +96,25 @@ def test_prompts_are_those_of_the_policy(tmp_path, capsys, system):
         ranked = [gains[text] for text in ranking.split(" | ")]
         assert set(ranking.split(" | ")) <= set(slate.split(" | ")) <= set(gains) and len(slate.split(" | ")) == 3
         assert ranked == sorted(gains.values(), reverse=True)[:2]
+
+
+def test_texts_that_are_cut_are_counted(tmp_path, capsys):
+    write_world(tmp_path)
+    train_bpe(["item", "Candidates:"], 300).save_pretrained(tmp_path / "tokenizer")
+    fields = {
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "transcript.identifier": "index",
+        "transcript.separator": ">",
+        "prompt.text_tokens": 1,
+    }
+    config = changed(tiny_config(tmp_path, tmp_path / "prepared", tmp_path / "run", sft_steps=2), fields)
+    code, out, _ = check(capsys, config_file(config, tmp_path / "config.py"))
+    dataset = datasets.load(config.data)
+    texts = {text for split in dataset.splits.values() for e in split for _, text in (*e.candidates, *e.history)}
+    assert code == 0 and f"texts: {len(texts)} of {len(texts)} are cut to prompt.text_tokens=1\n" in out
+    assert "\n[1] item\n[2] item\n" in out  # of "item a", of which "item" is a token
+    config = changed(config, {"prompt.text_tokens": 3})
+    assert policies.preview(config, dataset, 3)[4:6] == (0, len(texts))
 
 
 def test_a_name_that_would_widen_every_transcript_is_refused(tmp_path, monkeypatch):

@@ -127,19 +127,6 @@ def test_pools_of_a_run_are_its_best_by_rank(tmp_path):
     assert "test: 2 of 2 pools are smaller than data.pool_size=9" in notes(more)
 
 
-def test_documents_are_cut_to_a_budget_and_counted(tmp_path):
-    collection(tmp_path)
-    dataset = load(tmp_path, document_words=3)
-    texts = [text for split in dataset.splits.values() for e in split for _, text in e.candidates]
-    assert all(len(text.split()) == 3 for text in texts)
-    cut = {item for split in dataset.splits.values() for e in split for item, _ in e.candidates}
-    assert f"{len(cut)} documents of pools were cut to data.ir.document_words=3" in notes(dataset)
-    whole = load(tmp_path, document_words=5)
-    assert "0 documents of pools were cut" in notes(whole)
-    same = [load(tmp_path, document_words=0).splits[name][0].retrieval for name in ("train", "test")]
-    assert same == [dataset.splits[name][0].retrieval for name in ("train", "test")]  # BM25 reads whole documents
-
-
 def test_qrels_of_beir_and_trec_are_read_alike(tmp_path):
     lines(tmp_path / "a.tsv", ["query-id\tcorpus-id\tscore", "q1\td1\t2", "q1\td2\t0", "", "q2\td1\t1"])
     lines(tmp_path / "b.qrels", ["q1 0 d1 2", "q1 0 d2 0", "q2 0 d1 1"])

@@ -1,12 +1,16 @@
 """Prompt templates, and the tokenizers they are encoded with."""
 
 import pytest
+from bpe import train_bpe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
-from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
-from fgrpo_jax.policies.llm import prompts, tokenizers
+from fgrpo_jax.data.datasets import DataError, Dataset, in_memory, one_line
+from fgrpo_jax.policies.llm import prompts, serving, tokenizers
 from fgrpo_jax.types import RankingExample
 
+PIECES = train_bpe(["ab ab", "aab b"] * 9, 266)  # letters outside of ASCII are two to four tokens
 ITEMS = tuple((str(i), f"artist {i} & co") for i in range(30))
 EXAMPLE = RankingExample("q1", "", ITEMS[:2], (0.0, 1.0), ITEMS[2:4])
 QUESTION = RankingExample("q2", "who\n was it?", (("a", "A:  some\ttext"), ("b", "B: more")), (1.0, 0.0))
@@ -69,6 +73,34 @@ def test_separators_and_instructions_of_the_config_are_known():
     assert len(tokenizer.encode(" > ", add_special_tokens=False)) == 1
     ids = encode(tokenizer, render(EXAMPLE, instruction="Two\nlines"), False)
     assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["Two", "lines"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text("ab é\u4e2d\U0001f600.", max_size=12).map(one_line), max_size=4), st.integers(1, 8))
+def test_beginnings_have_at_most_so_many_tokens(texts, most):
+    """Of a tokenizer in which a letter can be several tokens, and a word other ones than its beginning."""
+    found = serving.beginnings(texts, most, PIECES)
+    for text, begin in zip(texts, found, strict=True):
+        assert text.startswith(begin) and begin == one_line(begin)
+        assert len(PIECES.encode(begin, add_special_tokens=False)) <= most
+        assert (begin == text) == (len(PIECES.encode(text, add_special_tokens=False)) <= most)
+    assert serving.beginnings(found, most, PIECES) == found
+
+
+def test_beginnings_lose_no_more_than_they_must():
+    ids = PIECES.encode("ab ab ab ab", add_special_tokens=False)
+    assert [PIECES.decode(ids[:n]) for n in (1, 2)] == ["ab", "ab ab"]
+    assert serving.beginnings(["ab ab ab ab", "ab"], 2, PIECES) == ["ab ab", "ab"]
+    assert serving.beginnings(["\U0001f600"], 2, PIECES) == [""]  # four tokens, of one letter
+    assert serving.beginnings([], 2, PIECES) == []
+
+
+def test_texts_of_candidates_and_history_are_shortened_and_the_question_is_not():
+    example = RankingExample("q", "ab ab ab", (("1", "ab  ab\nab"), ("2", "a")), (1.0, 0.0), (("3", "ab ab ab"),))
+    assert prompts.shortened([example], 0, None) == [example]
+    (short,) = prompts.shortened([example], 2, PIECES)
+    assert short.query == "ab ab ab" and short.candidates == (("1", "ab ab"), ("2", "a"))
+    assert short.history == (("3", "ab ab"),) and short.relevance == example.relevance
 
 
 def test_a_full_prompt_has_34_tokens():

@@ -28,6 +28,7 @@ from fgrpo_jax.types import RankingExample
 SPEC = decoder.DecoderSpec(
     vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8, init_std=0.3
 )
+LONG = 4  # tokens of a text that are shown
 TEXTS = [f"item {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
 
 
@@ -50,6 +51,7 @@ def made(tmp_path_factory):
         "tokenizer": str(folder / "qwen"),
         "transcript": TranscriptConfig("index", slate_min=2, slate_max=3, rank_min=1, rank_max=3, separator=" > "),
         "data.prompt_buckets": (256,),
+        "prompt.text_tokens": LONG,
         "sft.batch_queries": 4,
         "sft.eval_every": 1,
     }
@@ -125,6 +127,32 @@ def test_a_chat_prompt_is_the_same():
     assert tokenizer.encode(written, add_special_tokens=False) == expected
 
 
+def test_long_texts_are_shown_by_their_beginnings_everywhere(made, shipped):
+    """By a run, by its export and by ranking.py: as if the texts ended there, however long they are."""
+    config, out = made
+    ranking, said = shipped
+    _, tokenizer = opened(out)
+    texts, past = TEXTS[:5], TEXTS[5:8]
+    whole = [f"{text} and {'more of it ' * 200}" for text in texts]
+    begins = ranking.beginnings(whole, LONG, tokenizer)
+    assert all(begin.startswith(text) and len(begin) < 20 for begin, text in zip(begins, texts, strict=True))
+    short = ranking.prompt(said, "", begins, past, tokenizer)
+    with pytest.raises(ValueError, match="made with its tokenizer: give it too"):
+        ranking.prompt(said, "", begins, past)
+    assert ranking.prompt(said, "", whole, past, tokenizer) == short
+    assert short == prompts.render(
+        example_of({"query_id": "q", "query": "", "candidates": pairs(begins), "history": pairs(past)}),
+        "recommendation", said["prompt"]["instruction"], "index", "<SLATE>",
+    )  # fmt: skip
+    for ranker in (Ranker.open(config.run_dir), Ranker.open(out)):
+        lists = [ranker.rank("", pairs(texts), history=past) for texts in (begins, whole)]
+        assert lists[0] == lists[1]
+
+
+def pairs(texts):
+    return [{"id": str(n), "text": text} for n, text in enumerate(texts)]
+
+
 # --------------------------------------------------------------------- the same lists
 
 
@@ -168,7 +196,8 @@ def test_transformers_decodes_the_same_lists_token_for_token(made, shipped, tran
     ranking, said = shipped
     model, tokenizer = opened(made[1])
     for example, (texts, history), tokens, lists in transcripts:
-        prompt = tokenizer.encode(ranking.prompt(said, example.query, texts, history), add_special_tokens=False)
+        asked = ranking.prompt(said, example.query, texts, history, tokenizer)
+        prompt = tokenizer.encode(asked, add_special_tokens=False)
         written = decoded(model, prompt, ranking.allowed(said, texts, tokenizer))
         assert written == tokens[: len(written)] and set(tokens[len(written) :]) <= {said["transcript"]["eos"]}
         assert list(ranking.lists(said, texts, tokenizer, written)) == lists
@@ -194,7 +223,8 @@ def test_llguidance_decodes_the_same_lists_token_for_token(made, shipped, transc
             assert found == may_follow(so_far)
             return found
 
-        prompt = tokenizer.encode(ranking.prompt(said, example.query, texts, history), add_special_tokens=False)
+        asked = ranking.prompt(said, example.query, texts, history, tokenizer)
+        prompt = tokenizer.encode(asked, add_special_tokens=False)
         written = decoded(model, prompt, matched)
         assert written == tokens[: len(written)]
 

@@ -55,6 +55,8 @@ class Note(NamedTuple):
 
 def one_line(text: str) -> str:
     """Every run of white space as one space, none at the ends: an item is a line of the prompt."""
+    if text.isprintable() and "  " not in text and text.strip() is text:  # most are; no other white space is printable
+        return text
     return " ".join(text.split())
 
 

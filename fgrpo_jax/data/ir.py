@@ -12,8 +12,8 @@ the qrels, 0 for what they do not judge. Relevant documents outside of the pool 
 the places of the last others ("closed"), with the score that BM25 gives them or, after a run, one below all others:
 then the *reversed* order of the first stage finds them (goalrank.py). Documents without title and text are in no pool.
 
-`data.ir.document_words` cuts documents to their first words, in pools alone (BM25 reads all): how many were cut, how
-many pools hold nothing relevant and how many relevant documents were missed is noted.
+How many pools hold nothing relevant and how many relevant documents were missed is noted. Documents are whole here;
+`prompt.text_tokens` is how much of them a language model is shown.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Ir(RankingBuilder, skip_registration=True):
         super().__init__(files, given, options=options, **kwargs)
         names = {field.name for field in dataclasses.fields(IrConfig)}
         self._c = IrConfig(**{name: value for name, value in options.items() if name in names})
-        self._cut: set[str] = set()
         self._check()
 
     def _check(self) -> None:
@@ -126,9 +125,6 @@ class Ir(RankingBuilder, skip_registration=True):
         if short:
             text = f"{split}: {short:,} of {total:,} pools are smaller than data.pool_size={self.options['pool_size']}"
             self.notes.append(Note("data", text))
-        if split == self.split_names()[-1] and self._c.document_words:
-            text = f"{len(self._cut):,} documents of pools were cut to data.ir.document_words={self._c.document_words}"
-            self.notes.append(Note("data", text))
 
     def _example(self, query: str, judged: dict[str, float]) -> RankingExample:
         gains = {document: gain for document, gain in judged.items() if gain > 0}
@@ -139,7 +135,7 @@ class Ir(RankingBuilder, skip_registration=True):
         return RankingExample(
             query_id=query,
             query=self._queries[query],
-            candidates=tuple((document, self._shown(document)) for document in documents),
+            candidates=tuple((document, self._corpus[document]) for document in documents),
             relevance=tuple(gains.get(document, 0.0) for document in documents),
             retrieval=tuple(pool[document] for document in documents),
             missed=tuple(Missed(document, gains[document]) for document in lost),
@@ -171,13 +167,6 @@ class Ir(RankingBuilder, skip_registration=True):
         others = [document for document in pool if document not in gains]
         kept = {document: pool[document] for document in others[: max(0, size - len(wanted))]}
         return dict(sorted((kept | known).items(), key=lambda pair: -pair[1])[:size])
-
-    def _shown(self, document: str) -> str:
-        limit, text = self._c.document_words, self._corpus[document]
-        if not limit or len(words := text.split(" ")) <= limit:
-            return text
-        self._cut.add(document)
-        return " ".join(words[:limit])
 
     def frozen(self, split: str) -> dict[str, Any]:
         return {"seed": "the query's id", "negatives": f"retrieved, {self.options}; pool shuffled"}

@@ -45,7 +45,6 @@ from fgrpo_jax.types import LoggedList, RankingExample
 
 SPLITS = ("train", "validation", "test")
 REQUIRED, OPTIONAL = ("query_id", "query", "candidates", "relevance"), ("history", "retrieval", "topics", "logged")
-_OF_ITEM = {"id", "text"}
 GAIN_MAX = 1e30  # gains are float32 on the device, and summed
 
 
@@ -215,19 +214,18 @@ def _items(name: str, value: Any, reasons: list[str]) -> tuple[Item, ...] | None
     if not isinstance(value, list):
         reasons.append(f"{name} must be a list of objects with id and text")
         return None
+    found = []
     for number, item in enumerate(value):
-        if not isinstance(item, dict) or item.keys() != _OF_ITEM:
+        if not isinstance(item, dict) or len(item) != 2 or "id" not in item or "text" not in item:
             reasons.append(f"{name}[{number}] must be an object with id and text, and nothing else")
-        elif not (_is_text(item["id"]) and _is_text(item["text"])):
-            reasons.append(f"{name}[{number}]: id and text must be texts that are not empty")
-        else:
+            return None
+        identity, text = item["id"], item["text"]
+        if isinstance(identity, str) and isinstance(text, str) and identity.strip() and (line := one_line(text)):
+            found.append((identity, line))
             continue
+        reasons.append(f"{name}[{number}]: id and text must be texts that are not empty")
         return None
-    return tuple((item["id"], one_line(item["text"])) for item in value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not (value == "" or value.isspace())
+    return tuple(found)
 
 
 def _check_pool(candidates: tuple[Item, ...], reasons: list[str]) -> None:

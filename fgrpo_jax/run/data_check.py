@@ -66,5 +66,7 @@ def _prompts(config: RunConfig, dataset: datasets.Dataset) -> Iterator[str]:
     yield f"buckets: --data.prompt-buckets {' '.join(map(str, seen.buckets))}   (what auto chooses)"
     one = f"   (--transcript.identifier-width {seen.widest}: one width for all pools)" * (seen.widest > 1)
     yield f"identifiers: up to {seen.widest} token{'s' * (seen.widest > 1)}{one}"
+    if cut := config.prompt.text_tokens:
+        yield f"texts: {seen.cut:,} of {seen.of:,} are cut to prompt.text_tokens={cut}"
     for number, (prompt, transcript) in enumerate(seen.shown, 1):
         yield from ["", f"--- prompt {number}", prompt, f"--- its target, with fill: {transcript}"]

@@ -10,6 +10,7 @@ the newest items of the history. So a query with its id of the evaluation gets t
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -73,6 +74,8 @@ class Ranker:
         self.batch_queries = -(-batch_queries // parts) * parts
         self.name = method.name
         self._single = parts  # the least that the mesh computes
+        # A call may wait for its result (on CPUs it does), and the host has other batches to read and to write.
+        self._devices = concurrent.futures.ThreadPoolExecutor(1, "devices")
         self._experiment, self._method, self._max_candidates = experiment, method, max_candidates
         self._greedy = _program(experiment, method, method.greedy)
         self._sampled = functools.cache(lambda count: _program(experiment, method, method.sampled(count)))
@@ -159,13 +162,13 @@ class Ranker:
         if query is None:
             return lambda: found
         params, frozen = self._method.params, self._experiment.base(self._method.policy)
-        made = [self._greedy(params, frozen, query)]
+        made = [self._devices.submit(self._greedy, params, frozen, query)]
         if samples:
             key = random_key(seed, self.name, "rank", number)
-            made.append(self._sampled(samples)(params, frozen, query, key))
+            made.append(self._devices.submit(self._sampled(samples), params, frozen, query, key))
 
         def finish() -> list[Ranked | DataError]:
-            lists = list(map(_on_host, made))
+            lists = [_on_host(one.result()) for one in made]
             return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(found)]
 
         return finish

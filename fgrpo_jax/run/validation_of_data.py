@@ -114,8 +114,6 @@ def _check_ir(d: DataConfig) -> list[str]:
         problems.append(f"data.ir.run_file={c.run_file!r} is read with first_stage='run' only: set that")
     if not c.run_file:
         problems.append("data.ir.run_file must name a file")
-    if c.document_words < 0:
-        problems.append(f"data.ir.document_words={c.document_words} must not be negative; 0: whole documents")
     return problems
 
 

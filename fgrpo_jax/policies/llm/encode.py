@@ -72,7 +72,8 @@ def prompt_tokens(
 ) -> list[list[int]]:
     """Token ids of the examples' prompts. Raises DataError naming the query, see `prompts.encode_prompts`."""
     t = config.transcript
-    texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in examples]
+    shown = prompts.shortened(examples, config.prompt.text_tokens, tokenizer)
+    texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in shown]
     return prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
 
 

@@ -129,9 +129,12 @@ def _summary(config: Config, spec: decoder.DecoderSpec, weights: _Weights) -> st
     if spec.lora:
         trained = num_params(weights.table)
         adapters = f"adapters of rank {spec.lora.rank}: {trained:,} trained, {config.model.lora.base_dtype} base, "
+    cut = config.prompt.text_tokens
     return (
         f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
         f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {adapters}{spec.param_dtype} weights"
+        + f", texts cut to {cut} tokens"
+        * bool(cut)
     )
 
 

@@ -17,15 +17,20 @@ from fgrpo_jax.policies.llm.policy import make_grammar
 from fgrpo_jax.policies.llm.system import prompt_lengths
 from fgrpo_jax.types import RankingExample
 
+_AT_ONCE = 4096  # texts that are encoded in one call
+
 
 class Preview(NamedTuple):
     """lengths: of sampled training prompts, in tokens. longest: that may occur. buckets: that "auto" chooses.
-    widest: tokens of the longest identifier. shown: prompts and their target transcripts, as text."""
+    widest: tokens of the longest identifier. cut, of: texts that prompt.text_tokens cuts, of how many different ones.
+    shown: prompts and their target transcripts, as text."""
 
     lengths: list[int]
     longest: int
     buckets: tuple[int, ...]
     widest: int
+    cut: int
+    of: int
     shown: list[tuple[str, str]]
 
 
@@ -39,7 +44,8 @@ def preview(config: Config, dataset: Dataset, count: int) -> Preview:
         checks.check_names(dataset, tokenizer)
     widest = _widest(config.transcript.identifier, dataset, tokenizer)
     shown = examples_of(config, dataset, count, tokenizer)
-    return Preview(lengths, longest, buckets.choose(lengths, longest), widest, shown)
+    cut, of = _cut(config.prompt.text_tokens, dataset, tokenizer)
+    return Preview(lengths, longest, buckets.choose(lengths, longest), widest, cut, of, shown)
 
 
 def _widest(identifier: str, dataset: Dataset, tokenizer: Any) -> int:
@@ -49,6 +55,21 @@ def _widest(identifier: str, dataset: Dataset, tokenizer: Any) -> int:
         for example in split:
             texts.update(prompts.identifier_texts(example, identifier))
     return max(map(len, serving.encoded(sorted(texts), tokenizer)))
+
+
+def _cut(most: int, dataset: Dataset, tokenizer: Any) -> tuple[int, int]:
+    """Different texts of candidates and histories, of all splits and the catalogue: those that are cut, and all."""
+    if not most:
+        return 0, 0
+    texts = {text for _, text in dataset.catalogue}
+    for split in dataset.splits.values():
+        for example in split:
+            texts.update(text for _, text in (*example.candidates, *example.history))
+    found, count = sorted(texts), 0
+    for start in range(0, len(found), _AT_ONCE):
+        part = found[start : start + _AT_ONCE]
+        count += sum(a != b for a, b in zip(part, serving.beginnings(part, most, tokenizer), strict=True))
+    return count, len(found)
 
 
 def examples_of(config: Config, dataset: Dataset, count: int, tokenizer: Any = None) -> list[tuple[str, str]]:
@@ -64,6 +85,7 @@ def examples_of(config: Config, dataset: Dataset, count: int, tokenizer: Any = N
     grammar = make_grammar(config, tokenizer)
     query = encode(used, grammar, tokenizer, dataset.kind, instruction, {}, examples)
     slate, ranking = targets.target_lists(grammar, query, jax.random.key(config.seed), config.sft.target.fill)
+    examples = prompts.shortened(examples, config.prompt.text_tokens, tokenizer)
     return [
         (
             prompts.render(e, dataset.kind, instruction, config.transcript.identifier, config.transcript.slate_open),

@@ -120,6 +120,7 @@ class Asking:
         """The candidates that each answer names, at most `most` of them."""
         if not examples:
             return []
+        examples = prompts.shortened(examples, self.config.prompt.text_tokens, self.tokenizer)
         names = [self._names(example) for example in examples]
         asked = [self._prompt(example, of, question, most) for example, of in zip(examples, names, strict=True)]
         ids = [example.query_id for example in examples]

@@ -6,12 +6,13 @@ built from the identifiers piece by piece and never by this module.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.data.datasets import DataError, one_line
-from fgrpo_jax.policies.llm.serving import LETTERS, names_of
+from fgrpo_jax.data.datasets import DataError, Item, one_line
+from fgrpo_jax.policies.llm.serving import LETTERS, beginnings, names_of
 from fgrpo_jax.types import RankingExample
 
 HISTORY, CANDIDATES, QUESTION = "History:", "Candidates:", "Question: "
@@ -46,6 +47,20 @@ def render(example: RankingExample, kind: str, instruction: str, identifier: str
     for part in _ordered(kind, question, history, [CANDIDATES, *pool]):
         lines += part
     return "\n".join([*lines, slate_open])
+
+
+def shortened(examples: Sequence[RankingExample], most: int, tokenizer: Any) -> list[RankingExample]:
+    """With the first `most` tokens of the texts of candidates and histories; 0: all (PromptConfig.text_tokens)."""
+    if not most:
+        return list(examples)
+    parts = [part for e in examples for part in (e.candidates, e.history)]
+    whole = list(dict.fromkeys(one_line(text) for part in parts for _, text in part))
+    begins = dict(zip(whole, beginnings(whole, most, tokenizer), strict=True))
+
+    def cut(items: Sequence[Item]) -> tuple[Item, ...]:
+        return tuple((item, begins[one_line(text)]) for item, text in items)
+
+    return [dataclasses.replace(e, candidates=cut(e.candidates), history=cut(e.history)) for e in examples]
 
 
 def characters(example: RankingExample) -> int:

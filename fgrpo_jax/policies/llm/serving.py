@@ -4,8 +4,8 @@ An export copies this file beside ranking.json, as ranking.py: it needs nothing 
 
     said = ranking.load("exported")
     candidates = [candidates[i] for i in ranking.order(said, query_id, len(candidates))]  # as eval.py and rank do
-    text = ranking.prompt(said, query, candidates, history)        # candidates, history: texts
-    grammar = ranking.lark(said, candidates, tokenizer)            # for llguidance: exactly the lists
+    text = ranking.prompt(said, query, candidates, history, tokenizer)  # candidates, history: texts
+    grammar = ranking.lark(said, candidates, tokenizer)                 # for llguidance: exactly the lists
 
 What a grammar can say:
 
@@ -43,17 +43,39 @@ def load(folder: str | Path) -> Said:
 def prompt(
     said: Said, query: str, candidates: Sequence[str], history: Sequence[str] = (), tokenizer: Any = None
 ) -> str:
-    """The prompt of a query, to be encoded without special tokens. tokenizer: where its chat template is used."""
+    """The prompt of a query, to be encoded without special tokens. tokenizer: where its chat template is used, or where
+    texts are cut (prompt.text_tokens). Raises ValueError where it is needed and not given."""
     import jinja2
 
     p = said["prompt"]
-    shown = {"query": one_line(query), "candidates": [*map(one_line, candidates)]}
-    shown["history"] = [*map(one_line, history)][-p["history_max"] :]
+    if tokenizer is None and (p["chat"] or p.get("text_tokens")):
+        raise ValueError("prompts of this model are made with its tokenizer: give it too")
+    texts = [*map(one_line, history)][-p["history_max"] :]
+    shown = {"query": one_line(query), "candidates": [*map(one_line, candidates)], "history": texts}
+    if p.get("text_tokens"):
+        shown |= {name: beginnings(shown[name], p["text_tokens"], tokenizer) for name in ("candidates", "history")}
     body = jinja2.Template(p["template"]).render(shown, instruction=p["instruction"])
     if not p["chat"]:
         return body + p["opening"]
     turns = [{"role": "user", "content": body.removesuffix("\n")}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + p["opening"]
+
+
+def beginnings(texts: Sequence[str], most: int, tokenizer: Any) -> list[str]:
+    """The texts, those of more than `most` tokens cut before the first token too many, without a blank at the end.
+
+    Tokens of the text alone. A word that is cut may have other tokens than it began with: then less of it is left.
+    """
+    found = list(texts)
+    rest = [i for i, text in enumerate(found) if len(text.encode()) > most]  # no token is shorter than a byte
+    while rest:
+        encoded = tokenizer([found[i] for i in rest], add_special_tokens=False, return_offsets_mapping=True)
+        spans_of = dict(zip(rest, encoded["offset_mapping"], strict=True))
+        rest = [i for i in rest if found[i] and len(spans_of[i]) > most]
+        for i in rest:
+            end = min(spans_of[i][most][0], len(found[i]) - 1)  # always less of it, whatever the tokenizer says
+            found[i] = found[i][:end].rstrip()
+    return found
 
 
 def order(said: Said, query_id: str, count: int) -> list[int]:

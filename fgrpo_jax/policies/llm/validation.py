@@ -62,6 +62,13 @@ def _transcript(config: Config) -> list[str]:
             f"tokenizer={config.tokenizer!r} is made of the items' texts and has no numbers or letters: "
             "set transcript.identifier='text', or tokenizer to a Hugging Face directory"
         )
+    if config.prompt.text_tokens < 0:
+        problems.append(f"prompt.text_tokens={config.prompt.text_tokens} must not be negative; 0: whole texts")
+    elif config.prompt.text_tokens and t.identifier == "text":
+        problems.append(
+            f"prompt.text_tokens={config.prompt.text_tokens} cuts the texts by which transcripts name candidates "
+            "(transcript.identifier='text'): set that to 'index' or 'letter', or this to 0"
+        )
     if config.prompt.chat and config.tokenizer in MADE_OF_DATA:
         problems.append(f"prompt.chat needs a tokenizer with a chat template; {config.tokenizer!r} has none")
     return problems
