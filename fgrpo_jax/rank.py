@@ -20,7 +20,7 @@ code 1: some lines were in error. 2: nothing can be ranked.
 
 from __future__ import annotations
 
-import collections
+import concurrent.futures
 import contextlib
 import gzip
 import itertools
@@ -30,7 +30,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.run.command import RankArguments, parse_or_exit, parse_ranking, refuse
@@ -44,55 +44,66 @@ from fgrpo_jax.data.jsonl import read_line
 from fgrpo_jax.files import path_of, reason, storing
 from fgrpo_jax.run import experiment
 from fgrpo_jax.run.methods import read_config
-from fgrpo_jax.run.ranking import Finish, Ranked, Ranker
+from fgrpo_jax.run.ranking import Prepared, Ranked, Ranker
 from fgrpo_jax.types import RankingExample
 
 __all__ = ["Ranked", "Ranker"]
 
+T = TypeVar("T")
 LINE_MAX = 2**22  # bytes of a line: what is longer is not read
 ERROR_MAX = 500  # characters of a line's error, which may quote it
 
 
 def rank_stream(
-    ranker: Ranker, lines: Iterable[bytes | None], target: BinaryIO, samples: int = 0, seed: int = 0, ahead: int = 0
+    ranker: Ranker,
+    lines: Iterable[bytes | None],
+    target: BinaryIO,
+    samples: int = 0,
+    seed: int = 0,
+    ahead: bool = False,
 ) -> tuple[int, int]:
     """Write a line for every line, flushed batch by batch; how many there were, and how many in error.
 
-    lines: None stands for one that is longer than LINE_MAX. ahead: batches that are read, encoded and begun before
-    one is written, so that the devices do not wait for the host. Raises StorageError, and what `lines` raises.
+    lines: None stands for one that is longer than LINE_MAX. ahead: a batch is read and prepared while the one before
+    it is computed and written. Raises StorageError, and what `lines` raises, after what was read before is written.
     """
     total = errors = 0
-    for batch, found in _finished(ranker, map(_row, lines), samples, seed, ahead):
-        text = "".join(_line(n, *said) for n, said in enumerate(zip(batch, found, strict=True), total + 1))
+    batches = _batches(ranker, map(_row, lines))
+    for number, (rows, prepared) in enumerate(_one_ahead(batches) if ahead else batches):
+        found = ranker.ranked(prepared, samples, seed, number)
+        text = "".join(_line(n, *said) for n, said in enumerate(zip(rows, found, strict=True), total + 1))
         with storing("standard output"):
             target.write(text.encode("utf-8"))
             target.flush()
-        total, errors = total + len(batch), errors + sum(isinstance(one, DataError) for one in found)
+        total, errors = total + len(rows), errors + sum(isinstance(one, DataError) for one in found)
     return total, errors
 
 
-def _finished(ranker: Ranker, rows: Iterator, samples: int, seed: int, ahead: int) -> Iterator[tuple[list, list]]:
-    """(rows, what they got) batch by batch. What was read and begun before something is raised is finished first."""
-    begun: collections.deque[tuple[list, Finish]] = collections.deque()
+def _batches(ranker: Ranker, rows: Iterator[RankingExample | DataError]) -> Iterator[tuple[list, Prepared]]:
+    """Rows, and what was prepared of them. Rows that were read before something is raised come first."""
     failed: Exception | None = None
-    for number in itertools.count():
+    while not failed:
         batch: list = []
         try:
             batch.extend(itertools.islice(rows, ranker.batch_queries))
         except (DataError, OSError) as error:  # of the file, after some rows; that of a line is a row
             failed = error
-        try:
-            if batch:
-                begun.append((batch, ranker.start(batch, samples, seed, number)))
-        except Exception as error:  # of whatever compiles, or has not enough memory
-            failed = error
-        while begun and (len(begun) > ahead or failed or not batch):
-            rows_of, finish = begun.popleft()
-            yield rows_of, finish()
-        if failed:
-            raise failed
-        if not batch:
+        if batch:
+            yield batch, ranker.prepare(batch)
+        elif not failed:
             return
+    raise failed
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The next item is made by another thread while one is used: a call of XLA holds no lock of Python's.
+
+    Not the call itself: only the main thread's heap keeps its memory (launch.py)."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def read_lines(queries: str) -> Iterator[bytes | None]:
@@ -168,8 +179,8 @@ def start(run_dir: str, queries: str, arguments: RankArguments) -> int:
         experiment.prepare_process(read_config(path_of(run_dir)))
         lines = read_lines(queries)
         ranker = Ranker.open(run_dir, a.stage, a.batch_queries, a.max_candidates, a.mesh)
-        print(f"ranking with {ranker.name} of {run_dir}", file=sys.stderr, flush=True)
-        ahead = int(path_of(queries).is_file()) if queries != "-" else 0  # who writes to a pipe waits for its answer
+        print(f"ranking with {ranker.name} of {run_dir}: {ranker.summary}", file=sys.stderr, flush=True)
+        ahead = queries != "-" and path_of(queries).is_file()  # who writes to a pipe waits for its answer
         total, errors = rank_stream(ranker, lines, sys.stdout.buffer, a.samples, a.seed, ahead)
     except (UserError, OSError) as error:
         return refuse(error)

@@ -10,7 +10,6 @@ the newest items of the history. So a query with its id of the evaluation gets t
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -59,7 +58,11 @@ class Ranked(NamedTuple):
     samples: tuple[Ranked, ...] = ()
 
 
-Finish = Callable[[], list[Ranked | DataError]]
+class Prepared(NamedTuple):
+    """Rows of a batch, as they are shown and in which order, and the batch on the devices; None: nothing is left."""
+
+    found: list[tuple[RankingExample, np.ndarray] | DataError]
+    query: PyTree | None
 
 
 class Ranker:
@@ -72,10 +75,8 @@ class Ranker:
     def __init__(self, experiment: Experiment, method: Method, batch_queries: int, max_candidates: int):
         parts = sharding.query_shards(experiment.mesh)
         self.batch_queries = -(-batch_queries // parts) * parts
-        self.name = method.name
+        self.name, self.summary = method.name, method.policy.summary
         self._single = parts  # the least that the mesh computes
-        # A call may wait for its result (on CPUs it does), and the host has other batches to read and to write.
-        self._devices = concurrent.futures.ThreadPoolExecutor(1, "devices")
         self._experiment, self._method, self._max_candidates = experiment, method, max_candidates
         self._greedy = _program(experiment, method, method.greedy)
         self._sampled = functools.cache(lambda count: _program(experiment, method, method.sampled(count)))
@@ -121,7 +122,7 @@ class Ranker:
         Raises DataError for a query that is malformed, or that the run cannot read.
         """
         said = {"query_id": query_id, "query": query, "candidates": _items(candidates), "history": _items(history)}
-        (found,) = self._started([jsonl.example_of(said)], self._single, samples, seed, 0)()
+        (found,) = self.ranked(self._prepared([jsonl.example_of(said)], self._single), samples, seed)
         if isinstance(found, DataError):
             raise found
         return found
@@ -137,41 +138,39 @@ class Ranker:
             except DataError as error:
                 rows.append(error)
         size = self.batch_queries
-        parts = range(0, len(rows), size)
-        return [one for at in parts for one in self.start(rows[at : at + size], samples, seed, at // size)()]
+        parts = (self.prepare(rows[at : at + size]) for at in range(0, len(rows), size))
+        return [one for number, part in enumerate(parts) for one in self.ranked(part, samples, seed, number)]
 
-    def start(
-        self, rows: Sequence[RankingExample | DataError], samples: int = 0, seed: int = 0, number: int = 0
-    ) -> Finish:
-        """Begin with at most batch_queries rows, the `number`th of a stream: called, what is returned waits for the
-        devices and gives what `rank_batch` does; errors stay where they are.
+    def prepare(self, rows: Sequence[RankingExample | DataError]) -> Prepared:
+        """The host's part of at most batch_queries rows, for `ranked`; errors stay where they are."""
+        if len(rows) > self.batch_queries:
+            raise ValueError(f"{len(rows)} rows; a batch has {self.batch_queries}")
+        return self._prepared(rows, self.batch_queries)
+
+    def ranked(self, prepared: Prepared, samples: int = 0, seed: int = 0, number: int = 0) -> list[Ranked | DataError]:
+        """What `rank_batch` gives for rows that were prepared, the `number`th batch of a stream.
 
         What is drawn is a function of (seed, number, place in the batch, batch_queries).
         """
-        if len(rows) > self.batch_queries:
-            raise ValueError(f"{len(rows)} rows; a batch has {self.batch_queries}")
-        return self._started(rows, self.batch_queries, samples, seed, number)
+        if samples < 0 or (samples and not self._method.sampled):
+            raise ConfigError(f"samples={samples}: {self.name} makes one list of a query; only generators draw several")
+        found, query = prepared
+        if query is None:
+            return found
+        params, frozen = self._method.params, self._experiment.base(self._method.policy)
+        made = [self._greedy(params, frozen, query)]
+        if samples:
+            key = random_key(seed, self.name, "rank", number)
+            made.append(self._sampled(samples)(params, frozen, query, key))
+        lists = list(map(_on_host, made))
+        return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(found)]
 
     # ----------------------------------------------------------------- a batch
 
-    def _started(self, rows: Sequence, size: int, samples: int, seed: int, number: int) -> Finish:
-        if samples < 0 or (samples and not self._method.sampled):
-            raise ConfigError(f"samples={samples}: {self.name} makes one list of a query; only generators draw several")
+    def _prepared(self, rows: Sequence[RankingExample | DataError], size: int) -> Prepared:
         found = [row if isinstance(row, DataError) else self._shown(row) for row in rows]
         query = self._encoded(found, size)
-        if query is None:
-            return lambda: found
-        params, frozen = self._method.params, self._experiment.base(self._method.policy)
-        made = [self._devices.submit(self._greedy, params, frozen, query)]
-        if samples:
-            key = random_key(seed, self.name, "rank", number)
-            made.append(self._devices.submit(self._sampled(samples), params, frozen, query, key))
-
-        def finish() -> list[Ranked | DataError]:
-            lists = [_on_host(one.result()) for one in made]
-            return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(found)]
-
-        return finish
+        return Prepared(found, query)
 
     def _shown(self, row: RankingExample) -> tuple[RankingExample, np.ndarray] | DataError:
         if len(row.candidates) > self._max_candidates:
