@@ -5,7 +5,8 @@
     python train.py configs/ml1m_study.py:hundred+grpo --data.manual-dir ml   # `rl` anew, with another credit
 
 A credit is one of configs/synthetic_study.py:FROM_SFT. For another seed: --seed, --start-from a run of that seed, and
---run-dir. A model of 0.3 million parameters from scratch; five minutes for each of SFT and `rl` on one CPU core.
+--run-dir. A model of 0.3 million parameters from scratch; five minutes for each of SFT (nine for `converged`) and `rl`
+on one CPU core.
 """
 
 import dataclasses
@@ -16,7 +17,11 @@ from fgrpo_jax.config import Config, ConfigError, DataConfig, EvalConfig, Intera
 
 POOLS = {  # candidates, relevant ones, what each is worth
     "hundred": (100, 5, "rating"),
-    "converged": (100, 5, "rating"),  # as hundred, but SFT learns what it can, of all training queries, before `rl`
+    "converged": (
+        100,
+        5,
+        "rating",
+    ),  # as hundred; SFT learns what it can, of all queries, which `rl` sees again
     "twenty": (20, 1, "one"),
 }
 
@@ -64,6 +69,6 @@ def get_config(variant: str = "hundred") -> Config:
         return config
     start = {"start_from": f"runs/ml1m/{pool}", "sft": dataclasses.replace(config.sft, steps=0)}
     config = FROM_SFT[credit](dataclasses.replace(config, **start))
-    if credit == "more_sft":  # 1,200 steps take as long as the other credits
+    if credit == "more_sft":  # 1,200 steps would take as long as the other credits
         config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, steps=2000, eval_every=250))
     return config

@@ -25,8 +25,9 @@ class PromptConfig:
     chat: bool = False
     """Wrap the prompt in the tokenizer's chat template (instruction-tuned checkpoints)."""
     text_tokens: int = 0
-    """Tokens of a candidate's or a history item's text that are shown, the first ones; 0: all. How many texts that cuts
-    is said. Needs candidates that are not named by their text (transcript.identifier)."""
+    """Tokens of a candidate's or a history item's text that are shown, the first ones, counted in the text alone; 0:
+    all. The question is never cut. A run says that it cuts, `data check` how many texts. Needs candidates that are not
+    named by their text (transcript.identifier)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,8 +82,11 @@ def _read(text: str) -> tuple[RunConfig, list[str]]:
     if isinstance(data, dict) and data.get("name") == "synthetic" and "synthetic" not in data:
         data["name"] = "next_item"  # what was called so by an earlier version
     ir = data.get("ir") if isinstance(data, dict) else None
-    if isinstance(ir, dict) and ir.get("document_words") == 0:  # nothing was cut; else it is refused as unknown
-        del ir["document_words"]
+    if isinstance(ir, dict) and "document_words" in ir and (words := ir.pop("document_words")):  # 0: nothing was cut
+        raise ConfigError(
+            f"data.ir.document_words={words} is of an earlier version; prompt.text_tokens cuts texts by tokens now, so "
+            "prompts would be others: use the version that wrote it, or train anew"
+        )
     config = _build(system_class(system)(), value, "", lacking, unknown)
     if unknown:
         raise ConfigError(

@@ -14,8 +14,9 @@ and a query id may occur again. For each line comes one, in the same order:
 Indices are places in the line's own candidates. A phase that broke a rule (`outcome`) does not count. With
 `--samples N` a line has N further lists, drawn from the policy: "samples": [{"slate": ...}, ...].
 
-Lines are computed, and written, batch by batch, so a process that is killed loses none that was written. Exit
-code 1: some lines were in error. 2: nothing can be ranked.
+Lines are computed, and written, batch by batch, so a process that is killed loses none that was written. Of a file
+the next batch is read and encoded meanwhile; standard input is read when what came before is written. Exit code 1:
+some lines were in error. 2: nothing can be ranked.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def rank_stream(
     total = errors = 0
     batches = _batches(ranker, map(_row, lines))
     for number, (rows, prepared) in enumerate(_one_ahead(batches) if ahead else batches):
-        found = ranker.ranked(prepared, samples, seed, number)
+        found = ranker.rank_prepared(prepared, samples, seed, number)
         text = "".join(_line(n, *said) for n, said in enumerate(zip(rows, found, strict=True), total + 1))
         with storing("standard output"):
             target.write(text.encode("utf-8"))
@@ -96,9 +97,9 @@ def _batches(ranker: Ranker, rows: Iterator[RankingExample | DataError]) -> Iter
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The next item is made by another thread while one is used: a call of XLA holds no lock of Python's.
+    """The next item is made by another thread while one is used: programs run without Python's lock.
 
-    Not the call itself: only the main thread's heap keeps its memory (launch.py)."""
+    They stay on the main thread, because only its heap keeps the memory of one for the next (launch.py)."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:

@@ -25,3 +25,17 @@ def train_bpe(texts, vocab_size):
         additional_special_tokens=list(SPECIALS[2:]),
         clean_up_tokenization_spaces=False,
     )
+
+
+def marked_bpe(texts, vocab_size):
+    """As SentencePiece's: a mark before every word, letters of another form first, bytes for what is not known."""
+    made = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(made)
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<eos>", *bytes_], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")

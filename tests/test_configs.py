@@ -73,6 +73,9 @@ def test_credits_are_compared_on_films(pool, size, wanted):
     assert (start.data.pool_size, start.data.interactions.targets) == (size, wanted)
     assert set(differences(start, exact)) == {"run_dir", "start_from", "sft.steps", "rl.credit.scheme"}
     assert exact.start_from == start.run_dir and more.rl.source == "logged"
+    whole = pool == "converged"
+    assert (start.sft.steps, start.sft.subset) == ((5000, (0.0, 1.0)) if whole else (1500, (0.0, 0.5)))
+    assert start.rl.subset == exact.rl.subset == more.rl.subset == ((0.0, 1.0) if whole else (0.5, 1.0))
     with pytest.raises(ConfigError, match="no variant 'x', only hundred, converged, twenty"):
         load_file(f"{path}:x")
 

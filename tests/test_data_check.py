@@ -114,7 +114,8 @@ def test_texts_that_are_cut_are_counted(tmp_path, capsys):
     assert code == 0 and f"texts: {len(texts)} of {len(texts)} are cut to prompt.text_tokens=1\n" in out
     assert "\n[1] item\n[2] item\n" in out  # of "item a", of which "item" is a token
     config = changed(config, {"prompt.text_tokens": 3})
-    assert policies.preview(config, dataset, 3)[4:6] == (0, len(texts))
+    seen = policies.preview(config, dataset, 3)
+    assert (seen.cut, seen.of) == (0, len(texts))
 
 
 def test_a_name_that_would_widen_every_transcript_is_refused(tmp_path, monkeypatch):

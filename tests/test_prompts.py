@@ -1,7 +1,7 @@
 """Prompt templates, and the tokenizers they are encoded with."""
 
 import pytest
-from bpe import train_bpe
+from bpe import marked_bpe, train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +11,7 @@ from fgrpo_jax.policies.llm import prompts, serving, tokenizers
 from fgrpo_jax.types import RankingExample
 
 PIECES = train_bpe(["ab ab", "aab b"] * 9, 266)  # letters outside of ASCII are two to four tokens
+MARKED = marked_bpe(["ab ab", "aab b"] * 9, 300)
 ITEMS = tuple((str(i), f"artist {i} & co") for i in range(30))
 EXAMPLE = RankingExample("q1", "", ITEMS[:2], (0.0, 1.0), ITEMS[2:4])
 QUESTION = RankingExample("q2", "who\n was it?", (("a", "A:  some\ttext"), ("b", "B: more")), (1.0, 0.0))
@@ -76,22 +77,35 @@ def test_separators_and_instructions_of_the_config_are_known():
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.text("ab é\u4e2d\U0001f600.", max_size=12).map(one_line), max_size=4), st.integers(1, 8))
-def test_beginnings_have_at_most_so_many_tokens(texts, most):
-    """Of a tokenizer in which a letter can be several tokens, and a word other ones than its beginning."""
-    found = serving.beginnings(texts, most, PIECES)
+@given(
+    tokenizer=st.sampled_from([PIECES, MARKED]),
+    texts=st.lists(st.text("ab é\u4e2d\U0001f600\u00bd.", max_size=12).map(one_line), max_size=4),
+    most=st.integers(1, 8),
+)
+def test_beginnings_have_at_most_so_many_tokens(tokenizer, texts, most):
+    """A letter can be several tokens, a word other ones than its beginning, and one token stand before all."""
+
+    def count(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    found = serving.beginnings(texts, most, tokenizer)
     for text, begin in zip(texts, found, strict=True):
-        assert text.startswith(begin) and begin == one_line(begin)
-        assert len(PIECES.encode(begin, add_special_tokens=False)) <= most
-        assert (begin == text) == (len(PIECES.encode(text, add_special_tokens=False)) <= most)
-    assert serving.beginnings(found, most, PIECES) == found
+        assert text.startswith(begin) and begin == one_line(begin) and bool(begin) == bool(text)
+        assert count(begin) <= most or len(begin) == 1
+        assert (begin == text) == (count(text) <= most or len(text) <= 1)
+    assert serving.beginnings(found, most, tokenizer) == found
+
+
+@given(st.text(" \t\n\u00a0\u2028ab\x00\U0001f600"))
+def test_one_line_is_what_white_space_parts(text):
+    assert one_line(text) == " ".join(text.split())
 
 
 def test_beginnings_lose_no_more_than_they_must():
     ids = PIECES.encode("ab ab ab ab", add_special_tokens=False)
     assert [PIECES.decode(ids[:n]) for n in (1, 2)] == ["ab", "ab ab"]
     assert serving.beginnings(["ab ab ab ab", "ab"], 2, PIECES) == ["ab ab", "ab"]
-    assert serving.beginnings(["\U0001f600"], 2, PIECES) == [""]  # four tokens, of one letter
+    assert serving.beginnings(["\U0001f600 ab"], 2, PIECES) == ["\U0001f600"]  # four tokens, but something is shown
     assert serving.beginnings([], 2, PIECES) == []
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -243,13 +244,34 @@ def test_a_batch_is_read_and_written_at_a_time(runs, ahead):
     rank_stream(ranker, lines(), target, ahead=ahead)
     counts = [4, 8, 12, 16, 20, 22]
     assert [lines for lines, _ in written] == counts
-    for (_, lines_read), least, most in zip(written, counts, counts[ahead:] + counts[-1:] * ahead, strict=True):
-        assert least <= lines_read <= most
+    most = counts[ahead:] + counts[-1:] * ahead
+    assert all(low <= lines_read <= high for (_, lines_read), low, high in zip(written, counts, most, strict=True))
     rank_stream(Ranker.open(runs["llm"].run_dir, batch_queries=4), lines(), whole)
     assert target.getvalue() == whole.getvalue()
 
 
-def test_what_was_begun_is_written_before_a_later_batch_fails(runs):
+def test_a_batch_is_prepared_while_another_is_computed(runs):
+    """By another thread: the programs stay on the main one, which waits here until the next batch is there."""
+    ranker, rows = Ranker.open(runs["llm"].run_dir, batch_queries=4), queries(runs["llm"])
+    prepare, compute, threads = ranker.prepare, ranker.rank_prepared, []
+    ready = [threading.Event() for _ in range(4)]
+
+    def prepared(rows):
+        threads.append(threading.current_thread())
+        ready[len(threads) - 1].set()
+        return prepare(rows)
+
+    def ranked(batch, samples, seed, number):
+        assert threading.current_thread() is threading.main_thread()
+        assert number == 2 or ready[number + 1].wait(60), f"nothing is read beside batch {number}"
+        return compute(batch, samples, seed, number)
+
+    ranker.prepare, ranker.rank_prepared = prepared, ranked
+    rank_stream(ranker, iter(encoded(rows[:12])), io.BytesIO(), ahead=True)
+    assert len(threads) == 3 and threading.main_thread() not in threads
+
+
+def test_what_was_prepared_is_written_before_a_later_batch_fails(runs):
     ranker, rows = Ranker.open(runs["llm"].run_dir, batch_queries=4), queries(runs["llm"])
     prepare, target, prepared = ranker.prepare, io.BytesIO(), []
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import quick_runs
-from tiny import changed, rows, run_training, write_world
+from helpers import quick_runs, two_processes
+from tiny import ROOT, changed, config_file, rows, run_training, write_world
 from tiny_lists import write_lists
 
 import eval as evaluation
@@ -93,6 +94,24 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(whole, states, tmp_path, monk
     for key, state in states.items():
         jax.tree.map(np.testing.assert_array_equal, state, expected[key])
     assert scores(config.run_dir) == scores(whole[0].run_dir)
+
+
+def test_two_processes_train_what_one_does(whole, tmp_path):
+    """A reward model, the generator's start, and GoalRank on both: the rows of one process up to rounding."""
+    kept = ("evaluator", "pointwise", "imitation", "goalrank")
+    fields = {f"{name}.steps": 0 for name in TRAINED if name not in kept}
+    config = changed(whole[0], {"run_dir": str(tmp_path / "run"), "mesh.fsdp": 2, **fields})
+    command = [sys.executable, str(ROOT / "train.py"), config_file(config, tmp_path / "config.py")]
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    with two_processes(command, devices=2, **quick) as both:
+        said = [child.communicate(timeout=600) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert "4 x cpu (2 process(es)), mesh data 2 x fsdp 2 x tensor 1" in said[0][0]
+    for name in kept:
+        ours, theirs = rows(config.run_dir, name), rows(whole[0].run_dir, name)
+        assert [row.keys() for row in ours] == [row.keys() for row in theirs] and len(ours) > 1
+        for our, their in zip(ours, theirs, strict=True):
+            assert our == pytest.approx(their, abs=1e-4), name
 
 
 def test_a_run_that_was_moved_is_evaluated_without_its_training_data(whole, tmp_path):

@@ -198,5 +198,6 @@ def bucket(length: int, buckets: Sequence[int], query_id: str) -> int:
             return size
     raise DataError(
         f"query {query_id!r} has a prompt of {length} tokens, longer than the largest of "
-        f"data.prompt_buckets={tuple(buckets)}: add a larger bucket, or show less history or fewer candidates"
+        f"data.prompt_buckets={tuple(buckets)}: add a larger bucket, or show less history, fewer candidates or "
+        "less of their texts (prompt.text_tokens)"
     )

@@ -61,7 +61,7 @@ class Ranked(NamedTuple):
 class Prepared(NamedTuple):
     """Rows of a batch, as they are shown and in which order, and the batch on the devices; None: nothing is left."""
 
-    found: list[tuple[RankingExample, np.ndarray] | DataError]
+    rows: list[tuple[RankingExample, np.ndarray] | DataError]
     query: PyTree | None
 
 
@@ -122,7 +122,7 @@ class Ranker:
         Raises DataError for a query that is malformed, or that the run cannot read.
         """
         said = {"query_id": query_id, "query": query, "candidates": _items(candidates), "history": _items(history)}
-        (found,) = self.ranked(self._prepared([jsonl.example_of(said)], self._single), samples, seed)
+        (found,) = self.rank_prepared(self._prepared([jsonl.example_of(said)], self._single), samples, seed)
         if isinstance(found, DataError):
             raise found
         return found
@@ -139,31 +139,33 @@ class Ranker:
                 rows.append(error)
         size = self.batch_queries
         parts = (self.prepare(rows[at : at + size]) for at in range(0, len(rows), size))
-        return [one for number, part in enumerate(parts) for one in self.ranked(part, samples, seed, number)]
+        return [one for number, part in enumerate(parts) for one in self.rank_prepared(part, samples, seed, number)]
 
     def prepare(self, rows: Sequence[RankingExample | DataError]) -> Prepared:
-        """The host's part of at most batch_queries rows, for `ranked`; errors stay where they are."""
+        """The host's part of at most batch_queries rows, for `rank_prepared`; errors stay where they are."""
         if len(rows) > self.batch_queries:
             raise ValueError(f"{len(rows)} rows; a batch has {self.batch_queries}")
         return self._prepared(rows, self.batch_queries)
 
-    def ranked(self, prepared: Prepared, samples: int = 0, seed: int = 0, number: int = 0) -> list[Ranked | DataError]:
+    def rank_prepared(
+        self, prepared: Prepared, samples: int = 0, seed: int = 0, number: int = 0
+    ) -> list[Ranked | DataError]:
         """What `rank_batch` gives for rows that were prepared, the `number`th batch of a stream.
 
         What is drawn is a function of (seed, number, place in the batch, batch_queries).
         """
         if samples < 0 or (samples and not self._method.sampled):
             raise ConfigError(f"samples={samples}: {self.name} makes one list of a query; only generators draw several")
-        found, query = prepared
+        rows, query = prepared
         if query is None:
-            return found
+            return rows
         params, frozen = self._method.params, self._experiment.base(self._method.policy)
         made = [self._greedy(params, frozen, query)]
         if samples:
             key = random_key(seed, self.name, "rank", number)
             made.append(self._sampled(samples)(params, frozen, query, key))
         lists = list(map(_on_host, made))
-        return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(found)]
+        return [one if isinstance(one, DataError) else self._read(one, lists, i) for i, one in enumerate(rows)]
 
     # ----------------------------------------------------------------- a batch
 

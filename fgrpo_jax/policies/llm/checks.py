@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import warnings
 from collections import Counter
@@ -35,7 +36,7 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
         _check_letters(dataset, config.data.pool_size)
     if config.transcript.identifier == "text":
         check_names(dataset, tokenizer)
-    _check_longest(encode, dataset, config.data.history_max)
+    _check_longest(encode, dataset, config)
     warn_of_merges(config, tokenizer, dataset.splits[split][0])
     warn_of_untrained(config, dataset, split)
 
@@ -89,7 +90,7 @@ def check_names(dataset: Dataset, tokenizer) -> None:
                     check_width(example.query_id, item, serving.encoded([text], tokenizer)[0])
 
 
-def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_many: int = 16) -> None:
+def _check_longest(encode: Callable, dataset: Dataset, config: Config, how_many: int = 16) -> None:
     """Encode the longest given pools of every split: one that fits no bucket is refused now.
 
     The longest by characters, with the history that is shown; sampled pools are drawn anew every epoch and cannot be
@@ -98,8 +99,9 @@ def _check_longest(encode: Callable, dataset: Dataset, history_max: int, how_man
     for name, split in dataset.splits.items():
         if dataset.sampled_negatives and name == "train":
             continue
-        shown = (dataclasses.replace(e, history=e.history[-history_max:]) for e in split)
-        encode(heapq.nlargest(how_many, shown, key=prompts.characters))
+        shown = (dataclasses.replace(e, history=e.history[-config.data.history_max :]) for e in split)
+        length = functools.partial(prompts.characters, text_tokens=config.prompt.text_tokens)
+        encode(heapq.nlargest(how_many, shown, key=length))
 
 
 def warn_of_merges(config: Config, tokenizer, example: RankingExample) -> None:

@@ -76,7 +76,11 @@ def read(folder: Path) -> tuple[Config, str]:
             seed=run["seed"],
             run_dir=str(folder),
             tokenizer=str(folder),
-            prompt=PromptConfig(prompt["instruction"], prompt["chat"], prompt.get("text_tokens", 0)),
+            prompt=PromptConfig(
+                instruction=prompt["instruction"],
+                chat=prompt["chat"],
+                text_tokens=prompt.get("text_tokens", 0),  # older exports have none
+            ),
             transcript=TranscriptConfig(**{name: written[name] for name in names}),
             model=ModelConfig(checkpoint=str(folder), dtype=run["dtype"], param_dtype=run["param_dtype"]),
             data=DataConfig(history_max=prompt["history_max"], prompt_buckets=tuple(run["prompt_buckets"])),

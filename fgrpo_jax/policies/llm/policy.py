@@ -129,12 +129,10 @@ def _summary(config: Config, spec: decoder.DecoderSpec, weights: _Weights) -> st
     if spec.lora:
         trained = num_params(weights.table)
         adapters = f"adapters of rank {spec.lora.rank}: {trained:,} trained, {config.model.lora.base_dtype} base, "
-    cut = config.prompt.text_tokens
+    cut = f", texts cut to {config.prompt.text_tokens} tokens" if config.prompt.text_tokens else ""
     return (
         f"{decoder.num_params(spec):,} parameters: {spec.num_layers} layers x {spec.hidden_size}, "
-        f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {adapters}{spec.param_dtype} weights"
-        + f", texts cut to {cut} tokens"
-        * bool(cut)
+        f"vocabulary {spec.vocab_size:,}, {spec.dtype} compute, {adapters}{spec.param_dtype} weights{cut}"
     )
 
 

@@ -7,6 +7,7 @@ built from the identifiers piece by piece and never by this module.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,9 +64,13 @@ def shortened(examples: Sequence[RankingExample], most: int, tokenizer: Any) -> 
     return [dataclasses.replace(e, candidates=cut(e.candidates), history=cut(e.history)) for e in examples]
 
 
-def characters(example: RankingExample) -> int:
-    """Of all texts: which prompts are long, without encoding them."""
-    return len(example.query) + sum(len(text) for _, text in (*example.candidates, *example.history))
+_LETTERS_OF_A_TOKEN = 4  # in English, of most tokenizers
+
+
+def characters(example: RankingExample, text_tokens: int = 0) -> int:
+    """Of all texts, about as much of each as is shown: which prompts are long, without encoding them."""
+    most = _LETTERS_OF_A_TOKEN * text_tokens or math.inf
+    return len(example.query) + sum(min(len(text), most) for _, text in (*example.candidates, *example.history))
 
 
 def template(kind: str, identifier: str) -> str:

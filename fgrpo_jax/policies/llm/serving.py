@@ -64,17 +64,18 @@ def prompt(
 def beginnings(texts: Sequence[str], most: int, tokenizer: Any) -> list[str]:
     """The texts, those of more than `most` tokens cut before the first token too many, without a blank at the end.
 
-    Tokens of the text alone. A word that is cut may have other tokens than it began with: then less of it is left.
+    Tokens of the text alone. A word that is cut may have other tokens than it began with: then less of it is left. One
+    letter always is, however many tokens it has.
     """
     found = list(texts)
-    rest = [i for i, text in enumerate(found) if len(text.encode()) > most]  # no token is shorter than a byte
+    rest = [i for i, text in enumerate(found) if len(text) > 1]
     while rest:
         encoded = tokenizer([found[i] for i in rest], add_special_tokens=False, return_offsets_mapping=True)
         spans_of = dict(zip(rest, encoded["offset_mapping"], strict=True))
-        rest = [i for i in rest if found[i] and len(spans_of[i]) > most]
+        rest = [i for i in rest if len(found[i]) > 1 and len(spans_of[i]) > most]
         for i in rest:
             end = min(spans_of[i][most][0], len(found[i]) - 1)  # always less of it, whatever the tokenizer says
-            found[i] = found[i][:end].rstrip()
+            found[i] = found[i][: max(end, 1)].rstrip()
     return found
 
 
