@@ -93,16 +93,18 @@ class Words:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, texts, add_special_tokens):
-        return {"input_ids": [[*map(ord, text)] for text in texts]}
+    def __call__(self, texts, add_special_tokens, return_offsets_mapping=False):
+        spans = [[(n, n + 1) for n in range(len(text))] for text in texts]
+        return {"input_ids": [[*map(ord, text)] for text in texts], "offset_mapping": spans}
 
     def decode(self, ids, skip_special_tokens):
         return "".join(map(chr, filter(None, ids)))
 
 
-def ask(method, answers, slate_max=3, rank_max=2):
+def ask(method, answers, slate_max=3, rank_max=2, text_tokens=0):
     """(what the method makes of two queries, the prompts), where the model gives these answers in turn."""
     config = Config(transcript=TranscriptConfig(identifier="index", slate_max=slate_max, rank_max=rank_max))
+    config = changed(config, {"prompt.text_tokens": text_tokens})
     pool = tuple((str(i), f"text {i}") for i in range(5))
     examples = [RankingExample(str(q), f"question {q}", pool, (0.0,) * 5) for q in range(2)]
     left, asked = list(answers), []
@@ -125,6 +127,11 @@ def test_in_one_step_the_first_labels_are_slate_and_ranking():
         "Rank the 3 candidates that fit best, the best one first. Answer with their numbers alone: as in [1], [2]\n"
         "Answer:"
     )
+
+
+def test_long_texts_are_asked_about_by_their_beginnings():
+    _, asked = ask("zero_shot", ["[1]", "[1]"], text_tokens=3)
+    assert "Candidates:\n[1] tex\n[2] tex\n[3] tex\n[4] tex\n[5] tex\nQuestion: question 1\n" in asked[1]
 
 
 def test_in_two_steps_the_second_is_asked_of_the_slate_alone():

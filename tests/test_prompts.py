@@ -1,13 +1,16 @@
 """Prompt templates, and the tokenizers they are encoded with."""
 
+import dataclasses
+
 import pytest
 from bpe import marked_bpe, train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgrpo_jax.config import ConfigError, PromptConfig, TranscriptConfig
+from fgrpo_jax.config import Config, ConfigError, PromptConfig, TranscriptConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory, one_line
 from fgrpo_jax.policies.llm import prompts, serving, tokenizers
+from fgrpo_jax.policies.llm.checks import check_training
 from fgrpo_jax.types import RankingExample
 
 PIECES = train_bpe(["ab ab", "aab b"] * 9, 266)  # letters outside of ASCII are two to four tokens
@@ -215,3 +218,14 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="has no eos token"):
         tokenizers.load(str(tmp_path), None, TranscriptConfig(), PromptConfig())
+
+
+def test_the_longest_prompts_are_looked_for_among_texts_as_they_are_shown():
+    """Many short texts make a longer prompt than two that are cut."""
+    two = [RankingExample(f"two{n}", "?", (("1", "ab " * 400), ("2", "ab " * 400)), (1.0, 0.0)) for n in range(16)]
+    many = RankingExample("many", "?", tuple((str(n), "ab ab") for n in range(100)), (1.0,) + (0.0,) * 99)
+    config = Config(tokenizer="a directory", prompt=PromptConfig(text_tokens=8))
+    config = dataclasses.replace(config, transcript=TranscriptConfig(identifier="index", separator=">"))
+    seen, rows = [], Dataset("tiny", "qa", "", (), {"test": in_memory([*two, many])}, False, {})
+    check_training(config, PIECES, seen.extend, None, rows, "test")
+    assert "many" in [example.query_id for example in seen]

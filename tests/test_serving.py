@@ -145,6 +145,7 @@ def test_long_texts_are_shown_by_their_beginnings_everywhere(made, shipped):
         "recommendation", said["prompt"]["instruction"], "index", "<SLATE>",
     )  # fmt: skip
     for ranker in (Ranker.open(config.run_dir), Ranker.open(out)):
+        assert ranker.summary.endswith(f"texts cut to {LONG} tokens")
         lists = [ranker.rank("", pairs(texts), history=past) for texts in (begins, whole)]
         assert lists[0] == lists[1]
 
@@ -257,8 +258,13 @@ def test_the_export_needs_nothing_of_this_package(made):
     assert not {"jax", "fgrpo_jax", "numpy", "transformers"} & set(modules.split())
 
 
-def test_older_exports_know_no_width_of_names(made, tmp_path):
+def test_older_exports_know_no_width_of_names_and_cut_no_text(made, shipped, tmp_path):
     said = json.loads((made[1] / "ranking.json").read_text())
+    whole = json.loads(json.dumps(said))
+    del whole["prompt"]["text_tokens"]
+    (tmp_path / "ranking.json").write_text(json.dumps(whole))
+    assert exported.read(tmp_path)[0].prompt.text_tokens == 0
+    assert "word " * 20 in shipped[0].prompt(whole, "", ["word " * 21])
     wide, old = (json.loads(json.dumps(said)) for _ in range(2))
     wide["run"]["identifier_width"] = 6
     del old["run"]["identifier_width"]
