@@ -87,7 +87,9 @@ def make_step(experiment, policy, stage):
         return batch, seen if stage.source != "logged" else {"tokens_trained": seen["tokens_trained"]}
 
     objective = OBJECTIVES[loss.name](**{name: getattr(loss, name) for name in options(loss.name)})
-    objective, read = (with_values(objective), policy.choices) if scheme.exact else (objective, policy.logprobs)
+    read = policy.logprobs
+    if scheme.value_by:
+        objective, read = with_values(objective, scheme.value_by), policy.choices
     o = stage.optim
     optimizer = make_optimizer(
         o.learning_rate, stage.steps * loss.epochs, o.warmup_steps * loss.epochs, o.decay, o.b1, o.b2, o.eps,

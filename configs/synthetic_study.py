@@ -20,6 +20,14 @@ def _credit(**fields):
     return lambda c: dataclasses.replace(c, rl=dataclasses.replace(c.rl, credit=CreditConfig(**fields)))
 
 
+def _labels(config: Config) -> Config:
+    """It needs no group, so the same number of rollouts is of four times the queries, at twice the learning rate."""
+    rl = _credit(scheme="labels")(config).rl
+    optim = dataclasses.replace(rl.optim, learning_rate=2 * rl.optim.learning_rate)
+    wide = dict(batch_queries=4 * rl.batch_queries, group_size=rl.group_size // 4, optim=optim)
+    return dataclasses.replace(config, rl=dataclasses.replace(rl, **wide))
+
+
 def _more_sft(config: Config) -> Config:
     """Imitation goes on, on the queries that F-GRPO would see; 400 steps take about as long as its 250."""
     nll = ObjectiveConfig(name="nll")
@@ -56,6 +64,7 @@ FROM_SFT = {
     "grpo": _credit(terms=_JOINT),
     "gdpo": _credit(terms=_JOINT, normalise="each"),
     **{scheme: _credit(scheme=scheme) for scheme in ("outcome", "to_go", "to_go_state", "exact")},
+    "labels": _labels,
     "more_sft": _more_sft,
 }
 WHOLE = {

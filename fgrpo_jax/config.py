@@ -129,10 +129,10 @@ class CreditConfig:
     """(phase, reward, weight), repeated: which reward trains which phase."""
     normalise: Literal["none", "each", "sum"] = "none"
     """none: centred by the group; each / sum: divided by the group's std, before / after summing."""
-    scheme: Literal["group", "outcome", "to_go", "to_go_state", "exact"] = "group"
+    scheme: Literal["group", "outcome", "to_go", "to_go_state", "exact", "labels"] = "group"
     """What an action is credited with (fgrpo_jax/algorithm/credit.py): its phase's reward less the group's mean; for
     rankings less the mean over slates alike; what its item and later ones bring, less the siblings' at the same place,
-    or in the same state; the gain of every choice by its probability."""
+    or in the same state; the gain of every choice by its probability, or by its logarithm."""
     shrinkage: float = 1.0
     """Siblings that the mean of all siblings counts for, where a baseline is a mean over those alike."""
 

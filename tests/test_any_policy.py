@@ -22,6 +22,7 @@ SAMPLED = {
     "clipped_pg, F-GRPO": {"objective.name": "clipped_pg", "credit.terms": F_GRPO},
     "clipped_pg, GRPO": {"objective.name": "clipped_pg", "credit.terms": GRPO},
     "credit: exact": {"credit.scheme": "exact", "credit.terms": F_GRPO},
+    "credit: labels": {"credit.scheme": "labels", "credit.terms": F_GRPO},
     "group_softmax": {"objective.name": "group_softmax", "objective.weighting": "phase", "credit.terms": ONE},
 }
 # System -> the stages that imitate, and that sample.

@@ -12,6 +12,7 @@ from one_step import build
 from tiny import changed, quick_programs, run_training, tiny_config, write_world
 
 import train
+from fgrpo_jax.algorithm.credit import SCHEMES
 from fgrpo_jax.bench import command, credit
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.run.experiment import encode, initial_params, random_key
@@ -48,20 +49,21 @@ def test_gradients_are_those_of_training(tmp_path):
         experiment = build(tmp_path)
         config, policy = experiment.config, experiment.policy("rl")
         rows = credit.rows_of(stages(config)["rl"], 1.0)
-        stage = dataclasses.replace(stages(config)["rl"], credit=rows["exact"])
-        params = initial_params(experiment, policy)
+        params, stage = initial_params(experiment, policy), stages(config)["rl"]
         query = encode(experiment, policy, make_batches(experiment.dataset, config, "rl", stage).batch_at(0))
         key = random_key(config.seed, "rl", "rollout", 0)
         found, (dead, reward, items) = credit.make_gradients(experiment, policy, stage, rows)(params, {}, query, key)
-        batch, seen = train.make_step(experiment, policy, stage)[0](params, {}, query, key)
-        objective = credit.with_values(credit.clipped_pg())
+        for name in ("exact", "labels"):
+            of_scheme = dataclasses.replace(stage, credit=rows[name])
+            batch, seen = train.make_step(experiment, policy, of_scheme)[0](params, {}, query, key)
+            objective = credit.with_values(credit.clipped_pg(), SCHEMES[name].value_by)
 
-        def loss(params):
-            return objective(policy.choices(params, {}, query, batch.rollout), batch)[0]
+            def loss(params, batch=batch, objective=objective):
+                return objective(policy.choices(params, {}, query, batch.rollout), batch)[0]
 
-        flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
-    assert np.abs(flat).max() > 1e-3
-    np.testing.assert_allclose(found[list(rows).index("exact")], flat, atol=1e-6)
+            flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
+            assert np.abs(flat).max() > 1e-3
+            np.testing.assert_allclose(found[list(rows).index(name)], flat, atol=1e-6)
     assert np.abs(np.diff(found, axis=0)).max(-1).min() > 1e-4  # every row is another gradient
     for p, phase in enumerate(("slate", "rank")):
         assert dead[p] == pytest.approx(seen[f"dead_groups/{phase}"].value())

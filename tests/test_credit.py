@@ -33,7 +33,7 @@ TERMS = (("slate", "recall", 1.0), ("rank", "ndcg", 0.7))
 JOINT = tuple((phase, name, weight) for phase in ("slate", "rank") for _, name, weight in TERMS)
 GAINS = {"one": (0.0, 1.0, 0.0, 0.0), "graded": (0.0, 2.0, 0.5, 0.0), "none": (0.0, 0.0, 0.0, 0.0)}
 BY_ITEM = [name for name, scheme in SCHEMES.items() if scheme.by_item]
-UNBIASED = [name for name in SCHEMES if name != "group"]
+UNBIASED = [name for name in SCHEMES if name not in ("group", "labels")]
 
 
 class Ranker:
@@ -129,10 +129,10 @@ def groups_of(made, credit, index_BG):
 
 
 @functools.partial(quick_jit, static_argnums=2)
-def slopes(batch, scores, exact):
+def slopes(batch, scores, value_by):
     """Gradient of what the update maximises by (logp_BGT, probability_BGTC)."""
     plain = clipped_pg()
-    objective = with_values(plain) if exact else lambda scores, batch: plain(scores[0], batch)
+    objective = with_values(plain, value_by) if value_by else lambda scores, batch: plain(scores[0], batch)
     return jax.grad(lambda scores: -objective(scores, batch)[0])(scores)
 
 
@@ -142,7 +142,7 @@ def expected_slopes(made, credit):
     batch, scores = groups_of(made, credit, pairs), (made.logp[pairs], made.share[pairs])
     weight = made.probability[pairs].prod(-1) / 2  # of a rollout: half of its group
     found = []
-    for slope in slopes(batch, scores, SCHEMES[credit.scheme].exact):
+    for slope in slopes(batch, scores, SCHEMES[credit.scheme].value_by):
         total = np.zeros((len(made.actions), *slope.shape[2:]))
         by_rollout = weight.reshape(-1, *[1] * (slope.ndim - 1)) * np.asarray(slope, np.float64)
         np.add.at(total, pairs, by_rollout)
@@ -221,7 +221,7 @@ def seen_by_baselines(made, credit):
     return (returns(made, credit, made.actions)[:, None] - own)[..., None]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "labels"])  # which has none
 @pytest.mark.parametrize("gains", ["one", "graded"])
 def test_a_baseline_does_not_depend_on_the_action_it_judges(gains, scheme):
     """Of transcripts that are the same before an action, with the same sibling; `group` includes the rollout."""
@@ -265,6 +265,43 @@ def test_exact_with_one_relevant_candidate_is_the_formula():
     np.testing.assert_allclose(advantage[:, 1], 0, atol=1e-5)
 
 
+# --------------------------------------------------------------------- labels of own states
+
+
+@pytest.mark.parametrize("name", WORLDS, ids=" ".join)
+def test_labels_pull_towards_what_is_wanted_in_every_state(name):
+    """By the logits of a softmax: w(a) - sum(w) pi(a), w what the open candidates bring; siblings do not matter."""
+    made = world(name)
+    size = len(made.actions)
+    index = np.stack([np.arange(size), (7 * np.arange(size) + 3) % size], -1)
+    batch, share = groups_of(made, Credit(TERMS, scheme="labels"), index), np.asarray(made.share[index], np.float64)
+    of_logp, of_share = slopes(batch, (made.logp[index], made.share[index]), SCHEMES["labels"].value_by)
+    assert not np.any(of_logp) and np.any(batch.value) == (name[1] != "none")
+    pull = share * (np.asarray(of_share) - (share * of_share).sum(-1, keepdims=True))
+    wanted = np.asarray(batch.value) * (share > 0) * (np.asarray(batch.weight) > 0)[..., None]
+    np.testing.assert_allclose(pull, wanted - wanted.sum(-1, keepdims=True) * share, atol=1e-5)
+    same = np.asarray(groups_of(made, Credit(TERMS, scheme="labels"), index[:, ::-1]).value)
+    np.testing.assert_array_equal(batch.value[:, 0], same[:, 1])
+
+
+def test_labels_are_the_gains_at_the_place():
+    """Of (slate, ranking) (0, 1), (1, 0): a share of recall in the slate, of the ideal DCG in the ranking."""
+    made = world(("ranker", "graded"))
+    gains = np.asarray(made.query.relevance[0], np.float64)
+    index = np.flatnonzero((made.actions == [0, 1, 1, 0]).all(-1))[:, None].repeat(2, 1)
+    value = np.asarray(groups_of(made, Credit(TERMS, scheme="labels"), index).value[0, 0])
+    np.testing.assert_allclose(value[:2], np.tile((gains > 0) / (gains > 0).sum(), (2, 1)), atol=1e-6)
+    np.testing.assert_allclose(value[2], 0.7 * gains / ideal(gains), atol=1e-6)
+    assert not value[3].any()  # the last item is forced
+
+
+def test_what_is_all_but_impossible_has_no_gradient():
+    """Rather than one that overflows."""
+    log = SCHEMES["labels"].value_by
+    slope = jax.grad(lambda p: log(p).sum())(jnp.asarray([0.0, 1e-38, 1e-31, 1e-20, 0.5]))
+    np.testing.assert_allclose(slope, [0, 0, 0, 1e20, 2], rtol=1e-5)
+
+
 # --------------------------------------------------------------------- rewards, item by item
 
 
@@ -293,7 +330,7 @@ def test_sums_over_items_are_the_rewards(seed, k, name):
 BREAKS = (OK, Outcome("slate_empty", "slate"), Outcome("rank_empty", "rank"))
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "group"])
+@pytest.mark.parametrize("scheme", UNBIASED)  # labels are of what the grammar allows: nothing breaks there
 def test_a_broken_rollout_is_credited_with_its_penalty(scheme):
     """Of four rollouts that found nothing else one broke in its slate and one in its ranking, after a hit."""
     made = world(("ranker", "one"))

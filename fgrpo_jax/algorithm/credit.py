@@ -6,13 +6,15 @@
     to_go        reward to go: what its item and later ones bring, less what the siblings' from this place on bring
     to_go_state  the same, less what others had to go in the same state: as many relevant items still to be placed
     exact        the gain of every choice by its probability; what is sampled is only what comes after (see `exact`)
+    labels       the gain of every choice by the logarithm of its probability: imitation, in the states that the policy
+                 itself came to (see `labels`)
 
-The last three need rewards that are sums over items (rewards.SUMS: recall of the slate, ndcg of the ranking).
-All but `group` leave a rollout out of its own baseline (siblings are the group's others, a state also has those of
-other queries), so the baseline does not depend on the action that it judges and the gradient is unbiased: that of
-E[reward of the slate] by the slate's actions plus that of E[reward of the ranking] by the ranking's. `group` includes
-it, which scales that gradient by (G - 1) / G; its terms may also give a phase the other's reward, and
-normalise="each" or "sum" is no gradient of an expectation.
+The last four need rewards that are sums over items (rewards.SUMS: recall of the slate, ndcg of the ranking).
+All but `group` and `labels` leave a rollout out of its own baseline (siblings are the group's others, a state also
+has those of other queries), so the baseline does not depend on the action that it judges and the gradient is unbiased:
+that of E[reward of the slate] by the slate's actions plus that of E[reward of the ranking] by the ranking's. `group`
+includes it, which scales that gradient by (G - 1) / G; its terms may also give a phase the other's reward, and
+normalise="each" or "sum" is no gradient of an expectation. `labels` has no baseline, and another maximum.
 
 A mean over few siblings alike is shrunk towards that over more, which counts as `shrinkage` siblings: over all of them
 for rankings of slates alike (outcome), over other queries' rollouts in the same state (to_go_state, exact).
@@ -203,6 +205,27 @@ def exact(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, tu
     return batch.replace(advantage=advantage_BGT, value=_by_phase(batch, tuple(values)))
 
 
+def labels(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, turns: Turns) -> Batch:
+    """What is wanted in every state that the policy came to: the maximum of sum_t sum_a w_t(a) log pi(a | s_t).
+
+    w_t(a) is what candidate a brings at the place of t; one that was named before, or is not in the slate, has no
+    probability and counts nothing. Labels of own states are DAgger's (Ross et al., arXiv 1011.0686). The rollout was
+    drawn without a look at the labels, so what it named before tells nothing of them, where in SFT's transcripts
+    all of it is wanted and an imitator takes its own words for evidence (arXiv 2110.10819). The maximum is therefore
+    pi(a | s) in proportion to E[w_t(a) | query], and greedy decoding names the candidates of greatest expected gain:
+    the best list of a reward that is a sum over items (where names have several tokens, of the greatest sum over those
+    that share the next one). Sampled lists get no better than in proportion, and the gradient is not that of an
+    expected reward; it does not fade where pi(a | s) is small, as that of `exact` does.
+
+    Batch.value holds w; the group does nothing but give more states.
+    """
+    gains = [
+        jnp.take_along_axis(p.gain[:, None], jnp.minimum(turns.place, p.gain.shape[1] - 1)[..., None], 2)
+        for p in _phases(credit, k, broken, batch, lists)
+    ]
+    return batch.replace(advantage=jnp.zeros_like(batch.advantage), value=_by_phase(batch, tuple(gains)))
+
+
 # --------------------------------------------------------------------- the schemes
 
 
@@ -210,13 +233,18 @@ class Scheme(NamedTuple):
     """assign: (credit, k, broken, batch, lists, turns) -> batch with its advantage (and value), of the global batch.
 
     options: fields of Credit that only some schemes read, this one among them. by_item: reads turns, and rewards
-    that are sums. exact: gives values, so the objective needs the probability of every choice.
+    that are sums. value_by: what of the probability of a choice its value multiplies; None: gives no values.
     """
 
     assign: Callable[[Credit, int, Broken, Batch, Lists, Turns | None], Batch]
     options: tuple[str, ...]
     by_item: bool = False
-    exact: bool = False
+    value_by: Callable[[Array], Array] | None = None
+
+
+def _log(probability: Array) -> Array:
+    """0 where there is no choice, or one so unlikely that its gradient would overflow."""
+    return jnp.log(jnp.where(probability > 1e-30, probability, 1.0))
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -224,5 +252,6 @@ SCHEMES: dict[str, Scheme] = {
     "outcome": Scheme(_outcome, ("shrinkage",)),
     "to_go": Scheme(_to_go, (), by_item=True),
     "to_go_state": Scheme(_to_go_state, ("shrinkage",), by_item=True),
-    "exact": Scheme(exact, ("shrinkage",), by_item=True, exact=True),
+    "exact": Scheme(exact, ("shrinkage",), by_item=True, value_by=lambda probability: probability),
+    "labels": Scheme(labels, (), by_item=True, value_by=_log),
 }

@@ -134,17 +134,19 @@ def clipped_pg(
     return objective
 
 
-def with_values(objective: Objective) -> Callable[[tuple[Array, Array], Batch], tuple[Array, dict[str, Mean]]]:
-    """An objective less the value of every choice by its probability, − Σ w·Σ_c value·π(c): credit.exact.
+def with_values(
+    objective: Objective, value_by: Callable[[Array], Array]
+) -> Callable[[tuple[Array, Array], Batch], tuple[Array, dict[str, Mean]]]:
+    """An objective less the values of choices, − Σ w·Σ_c value(c)·value_by(π(c)): credit.exact and credit.labels.
 
     It reads ((logp_BGT, probability_BGTC), batch), as Policy.choices gives them. On policy: it is not clipped.
-    Metric more: value, the expected value of the actions by weight; "loss" holds it too.
+    Metric more: value, the inner sum by weight (of `exact` the expected value of the actions); "loss" holds it too.
     """
 
     def both(scores: tuple[Array, Array], batch: Batch) -> tuple[Array, dict[str, Mean]]:
         logp_BGT, probability_BGTC = scores
         loss, metrics = objective(logp_BGT, batch)
-        value_BGT = (batch.value * probability_BGTC).sum(-1)
+        value_BGT = (batch.value * value_by(probability_BGTC)).sum(-1)
         value = _weighted_mean(jnp.where(batch.weight > 0, value_BGT, 0.0), batch.weight)
         whole = Mean(metrics["loss"].sum - value.sum, metrics["loss"].count)
         return loss - value.sum, metrics | {"loss": whole, "value": value}

@@ -9,7 +9,7 @@ Of the same queries, rollouts are drawn again and again, and every scheme gives 
              0 where nothing varies
     unbiased the same less the variance that is left in the mean, variance / draws
     cosine   of one gradient with an estimate from `reference` other draws (0: not shown); schemes that estimate the
-             same expectation share the estimate of `exact`, GRPO and GDPO each have their own
+             same expectation share the estimate of `exact`; GRPO, GDPO and `labels` each have their own
 
 each a mean over `batches` of training queries of the stage, ± their standard deviation. GRPO and GDPO give every
 term of the stage's credit to both phases. Without `--at`, what the stage starts from. One device.
@@ -47,7 +47,7 @@ from fgrpo_jax.run.validation import problems_of
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import PHASES, Credit, Policy, PyTree
 
-OWN = ("grpo", "gdpo")  # rows whose expectation is no other row's
+OWN = ("grpo", "gdpo", "labels")  # rows whose expectation is no other row's
 
 
 def rows_of(stage: StageConfig, shrinkage: float) -> dict[str, CreditConfig]:
@@ -86,7 +86,7 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
     broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
     source = policy.sources[stage.source](stage)
     credits = {row: Credit(c.terms, c.normalise, c.scheme, c.shrinkage) for row, c in rows.items()}
-    exact = any(SCHEMES[c.scheme].exact for c in credits.values())
+    by_choice = any(SCHEMES[c.scheme].value_by for c in credits.values())
 
     def batch_of(credit: Credit, frozen, query, rollout, lists):
         reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken, policy.rewards)
@@ -97,8 +97,8 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
     def slopes(credit: Credit, batch, scores: tuple):
         """Of the loss by what the policy says of every action."""
         plain = clipped_pg()
-        if SCHEMES[credit.scheme].exact:
-            return jax.grad(lambda scores: with_values(plain)(scores, batch)[0])(scores)
+        if value_by := SCHEMES[credit.scheme].value_by:
+            return jax.grad(lambda scores: with_values(plain, value_by)(scores, batch)[0])(scores)
         slope = jax.grad(lambda logp: plain(logp, batch)[0])(scores[0])
         return slope, *(jnp.zeros_like(x) for x in scores[1:])
 
@@ -107,7 +107,7 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
         rollout, lists = source(params, frozen, query, key)
 
         def scores_of(params: PyTree) -> tuple:
-            read = policy.choices if exact else lambda *args: (policy.logprobs(*args),)
+            read = policy.choices if by_choice else lambda *args: (policy.logprobs(*args),)
             return read(params, frozen, query, rollout)
 
         scores, pull = jax.vjp(scores_of, params)

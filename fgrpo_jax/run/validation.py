@@ -33,7 +33,7 @@ class Registries(NamedTuple):
     objectives: Mapping[str, Sequence[str]]  # with the options each one reads
     schemes: Mapping[str, Sequence[str]]  # of credit, with the options that each one reads
     by_item: frozenset[str]  # those that need rewards that are sums over items
-    exact: frozenset[str]  # those that need the probability of every choice
+    by_choice: frozenset[str]  # those that need the probability of every choice
     sums: Mapping[str, str]  # rewards that are sums over items, with the phase whose items they are
     baselines: frozenset[str]
     cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"

@@ -123,6 +123,6 @@ def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
             for phase, reward, _ in c.terms
             if known.sums.get(reward) != phase
         ]
-    if c.scheme in known.exact and s.objective.epochs > 1:
+    if c.scheme in known.by_choice and s.objective.epochs > 1:
         problems.append(f"{where} is on policy: {name}.objective.epochs must be 1, not {s.objective.epochs}")
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fgrpo_jax.algorithm.credit import SCHEMES
 from fgrpo_jax.config import MADE_OF_DATA, Config, ModelConfig
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
@@ -13,16 +14,17 @@ _WIDEST = 512  # tokens that names may be padded to
 
 
 def problems(config: Config) -> list[str]:
-    return [*_rules(config), *_transcript(config), *_model(config.model), *_exact(config)]
+    return [*_rules(config), *_transcript(config), *_model(config.model), *_by_choice(config)]
 
 
-def _exact(config: Config) -> list[str]:
+def _by_choice(config: Config) -> list[str]:
     """The probability of every choice is that of the grammar's choices."""
     trained = {name: stage for name, stage in stages(config).items() if stage.steps and stage.source != "logged"}
     return [
-        f"{name}.credit.scheme='exact' needs the choices of the grammar: set transcript.constrained=True"
+        f"{name}.credit.scheme={stage.credit.scheme!r} needs the choices of the grammar: set "
+        "transcript.constrained=True"
         for name, stage in trained.items()
-        if stage.credit.scheme == "exact" and not config.transcript.constrained
+        if SCHEMES[stage.credit.scheme].value_by and not config.transcript.constrained
     ]
 
 
