@@ -162,7 +162,7 @@ def test_the_configuration_is_read_back(whole):
         ({"generators.policy": "generator"}, "generators.policy='generator': this stage is read as the generators"),
         (
             {"grpo.credit.terms": (("rank", "ndcg", 1.0),), "grpo.credit.scheme": "exact"},
-            "grpo.credit.scheme='exact' compares rankings of slates alike, and a generator writes no slate",
+            "grpo.credit.scheme='exact' reads the slate of a ranking, and a generator writes none",
         ),
         (
             {"goalrank.credit.normalise": "each"},

@@ -100,8 +100,8 @@ def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
             found.append(f"{name}: {what} reads the stage {network!r}, so name it in {name}.frozen_from")
     if stage.policy == "generator" and stage.source != "logged" and stage.credit.scheme not in ("group", "to_go"):
         found.append(
-            f"{name}.credit.scheme={stage.credit.scheme!r} compares rankings of slates alike, and a generator writes "
-            "no slate: use group or to_go, or policy two_phase"
+            f"{name}.credit.scheme={stage.credit.scheme!r} reads the slate of a ranking, and a generator writes none: "
+            "use group or to_go, or policy two_phase"
         )
     if stage.policy == "generator" and stage.source != "logged":
         if any(phase == "slate" for phase, _, _ in stage.credit.terms):
