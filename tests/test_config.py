@@ -188,6 +188,19 @@ def test_values_of_the_wrong_type():
             "sft.objective.kl_weight=0.1: 'nll' has no such term or option: leave",
         ),
         (dict(start_from="runs/other"), "start_from replaces the sft stage: set sft.steps=0"),
+        (
+            dict(rl__credit__scheme="labels", transcript__slate_min=9),
+            "rl.credit.scheme='labels' teaches no lengths: set",
+        ),
+        (
+            dict(rl__credit__scheme="labels", transcript__separator=" | "),
+            "rl.credit.scheme='labels' teaches not where a text ends that begins another one",
+        ),
+        (
+            dict(rl__credit__scheme="labels", rl__credit__terms=(("slate", "recall", -1.0),)),
+            "rl.credit.scheme='labels' cannot imitate what is not wanted",
+        ),
+        (dict(rl__credit__scheme="labels", rl__source="mixed"), "it judges what the policy itself wrote"),
         (dict(rl__group_size=1), "rl.group_size=1: an advantage centred by its group is then always 0; use 2"),
         (dict(rl__batch_queries=10, rl__microbatches=4), "rl.batch_queries=10 is not divisible by rl.microbatches=4"),
         (dict(rl__eval_every=0), "rl.eval_every=0 must be at least 1"),
@@ -236,8 +249,11 @@ def test_values_of_the_wrong_type():
             dict(rl__credit__scheme="outcome", rl__objective__name="group_softmax"),
             "rl.credit.scheme='outcome' needs rl.objective.name='clipped_pg', not 'group_softmax'",
         ),
-        (dict(rl__credit__scheme="outcome", rl__source="mixed"), "are those of own samples; use rl.source='sampled'"),
-        (dict(sft__credit__scheme="exact"), "sft.credit.scheme='exact': its baselines are those of own samples"),
+        (
+            dict(rl__credit__scheme="outcome", rl__source="mixed"),
+            "it judges what the policy itself wrote; use rl.source='sampled'",
+        ),
+        (dict(sft__credit__scheme="exact"), "sft.credit.scheme='exact': it judges what the policy itself wrote"),
         (dict(rl__optim__learning_rate=0.0), "rl.optim.learning_rate=0.0 must be positive"),
         (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
         (dict(rl__optim__weight_decay=float("nan")), "weight_decay must be finite and not negative"),

@@ -280,8 +280,9 @@ def test_labels_pull_towards_what_is_wanted_in_every_state(name):
     pull = share * (np.asarray(of_share) - (share * of_share).sum(-1, keepdims=True))
     wanted = np.asarray(batch.value) * (share > 0) * (np.asarray(batch.weight) > 0)[..., None]
     np.testing.assert_allclose(pull, wanted - wanted.sum(-1, keepdims=True) * share, atol=1e-5)
-    same = np.asarray(groups_of(made, Credit(TERMS, scheme="labels"), index[:, ::-1]).value)
-    np.testing.assert_array_equal(batch.value[:, 0], same[:, 1])
+    others = np.stack([index[:, 0], (5 * index[:, 0] + 1) % size], -1)
+    same = np.asarray(groups_of(made, Credit(TERMS, scheme="labels"), others).value)
+    np.testing.assert_array_equal(batch.value[:, 0], same[:, 0])
 
 
 def test_labels_are_the_gains_at_the_place():
@@ -295,11 +296,25 @@ def test_labels_are_the_gains_at_the_place():
     assert not value[3].any()  # the last item is forced
 
 
-def test_what_is_all_but_impossible_has_no_gradient():
-    """Rather than one that overflows."""
+def test_the_proportion_of_expected_gains_is_the_maximum():
+    """Of one state, with labels that are one of two sets: by the expected w, no other share is better."""
+    log, w = SCHEMES["labels"].value_by, np.array([[0.5, 0.5, 0, 0], [0, 0, 1, 0]])
+    chance = np.array([0.3, 0.7])
+    best = chance @ w / (chance @ w).sum()
+
+    def worth(share):
+        return float((chance @ w @ np.asarray(log(jnp.asarray(share)))).sum())
+
+    rng = np.random.default_rng(0)
+    assert all(worth(best) > worth(share) for share in rng.dirichlet(np.ones(4), 200).astype(np.float32))
+
+
+def test_what_is_all_but_impossible_has_a_finite_gradient():
     log = SCHEMES["labels"].value_by
-    slope = jax.grad(lambda p: log(p).sum())(jnp.asarray([0.0, 1e-38, 1e-31, 1e-20, 0.5]))
-    np.testing.assert_allclose(slope, [0, 0, 0, 1e20, 2], rtol=1e-5)
+    chances = jnp.asarray([0.0, 1e-37, 1e-30, 1e-20, 0.5])
+    slope = jax.grad(lambda p: log(p).sum())(chances)
+    np.testing.assert_allclose(slope, [0, 1e30, 5e29, 1e20, 2], rtol=1e-5)
+    assert log(chances)[0] == 0 and log(chances)[1] < -69
 
 
 # --------------------------------------------------------------------- rewards, item by item

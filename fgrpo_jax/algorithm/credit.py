@@ -209,15 +209,17 @@ def labels(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, t
     """What is wanted in every state that the policy came to: the maximum of sum_t sum_a w_t(a) log pi(a | s_t).
 
     w_t(a) is what candidate a brings at the place of t; one that was named before, or is not in the slate, has no
-    probability and counts nothing. Labels of own states are DAgger's (Ross et al., arXiv 1011.0686). The rollout was
-    drawn without a look at the labels, so what it named before tells nothing of them, where in SFT's transcripts
-    all of it is wanted and an imitator takes its own words for evidence (arXiv 2110.10819). The maximum is therefore
-    pi(a | s) in proportion to E[w_t(a) | query], and greedy decoding names the candidates of greatest expected gain:
-    the best list of a reward that is a sum over items (where names have several tokens, of the greatest sum over those
-    that share the next one). Sampled lists get no better than in proportion, and the gradient is not that of an
-    expected reward; it does not fade where pi(a | s) is small, as that of `exact` does.
+    probability and counts nothing. Labels of own states are DAgger's (Ross et al., arXiv 1011.0686). A rollout of a
+    query that was not trained on is drawn without a look at its labels, so what it named before tells nothing of them;
+    SFT's rankings hold what is wanted, and an imitator takes its own words for evidence (arXiv 2110.10819). The maximum
+    is therefore pi(a | s) in proportion to E[w_t(a) | query], and greedy decoding names the candidates of greatest
+    expected gain: the best list of a reward that is a sum over items (where names have several tokens, of the greatest
+    sum over those that share the next one). What is sampled is no better than that proportion, and the gradient is not
+    that of an expected reward; it does not fade where pi(a | s) is small, as that of `exact` does.
 
-    Batch.value holds w; the group does nothing but give more states.
+    Literals have no w, so lengths of lists are not taught, nor where a name ends that begins another one: validation
+    asks for lists of one length, and for names that cannot begin each other. Places without gain (beyond `k`), and
+    queries without relevant candidates, teach nothing. Batch.value holds w; a group only gives more states.
     """
     gains = [
         jnp.take_along_axis(p.gain[:, None], jnp.minimum(turns.place, p.gain.shape[1] - 1)[..., None], 2)
@@ -234,17 +236,19 @@ class Scheme(NamedTuple):
 
     options: fields of Credit that only some schemes read, this one among them. by_item: reads turns, and rewards
     that are sums. value_by: what of the probability of a choice its value multiplies; None: gives no values.
+    imitates: reads no siblings and no rewards but gains, which must be positive, and teaches no lengths.
     """
 
     assign: Callable[[Credit, int, Broken, Batch, Lists, Turns | None], Batch]
     options: tuple[str, ...]
     by_item: bool = False
     value_by: Callable[[Array], Array] | None = None
+    imitates: bool = False
 
 
 def _log(probability: Array) -> Array:
-    """0 where there is no choice, or one so unlikely that its gradient would overflow."""
-    return jnp.log(jnp.where(probability > 1e-30, probability, 1.0))
+    """0 where there is no choice; down to 1e-30, where the gradient would overflow."""
+    return jnp.where(probability > 0, jnp.log(probability + 1e-30), 0.0)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -253,5 +257,5 @@ SCHEMES: dict[str, Scheme] = {
     "to_go": Scheme(_to_go, (), by_item=True),
     "to_go_state": Scheme(_to_go_state, ("shrinkage",), by_item=True),
     "exact": Scheme(exact, ("shrinkage",), by_item=True, value_by=lambda probability: probability),
-    "labels": Scheme(labels, (), by_item=True, value_by=_log),
+    "labels": Scheme(labels, (), by_item=True, value_by=_log, imitates=True),
 }

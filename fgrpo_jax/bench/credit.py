@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches = make_batches(dataset, config, args.stage, stage)
     names = list(rows)
     own = [names.index(row) for row in OWN if row in rows]
-    shared = names.index("exact" if "exact" in rows else names[-1])
+    shared = names.index("exact" if "exact" in rows else [row for row in names if row not in OWN][-1])
     found = []
     for at in args.at or [""]:
         params = params_at(built, run_dir, args.stage, at)

@@ -40,6 +40,7 @@ KNOWN = Registries(
     schemes={name: scheme.options for name, scheme in SCHEMES.items()},
     by_item=frozenset(name for name, scheme in SCHEMES.items() if scheme.by_item),
     by_choice=frozenset(name for name, scheme in SCHEMES.items() if scheme.value_by),
+    imitating=frozenset(name for name, scheme in SCHEMES.items() if scheme.imitates),
     sums={name: reward.phase for name, reward in SUMS.items()},
     baselines=frozenset(BASELINES),
     cut_metrics=frozenset(AT_CUTOFF + MORE_AT_CUTOFF),

@@ -34,6 +34,7 @@ class Registries(NamedTuple):
     schemes: Mapping[str, Sequence[str]]  # of credit, with the options that each one reads
     by_item: frozenset[str]  # those that need rewards that are sums over items
     by_choice: frozenset[str]  # those that need the probability of every choice
+    imitating: frozenset[str]  # those that need no group, and gains that are positive
     sums: Mapping[str, str]  # rewards that are sums over items, with the phase whose items they are
     baselines: frozenset[str]
     cut_metrics: frozenset[str]  # of the first k, without cut-off: as "ndcg"

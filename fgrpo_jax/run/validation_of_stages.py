@@ -77,7 +77,7 @@ def _check_optim(where: str, o: OptimConfig) -> list[str]:
 
 def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
     problems = []
-    if s.group_size == 1:
+    if s.group_size == 1 and s.credit.scheme not in known.imitating:
         problems.append(f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more")
     if s.objective.name == "nll":
         problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")
@@ -115,7 +115,7 @@ def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
     if s.objective.name != "clipped_pg":
         problems.append(f"{where} needs {name}.objective.name='clipped_pg', not {s.objective.name!r}")
     if s.source != "sampled":
-        problems.append(f"{where}: its baselines are those of own samples; use {name}.source='sampled'")
+        problems.append(f"{where}: it judges what the policy itself wrote; use {name}.source='sampled'")
     if c.scheme in known.by_item:
         allowed = ", ".join(f"({phase}, {reward})" for reward, phase in known.sums.items())
         problems += [
@@ -123,6 +123,8 @@ def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
             for phase, reward, _ in c.terms
             if known.sums.get(reward) != phase
         ]
+    if c.scheme in known.imitating and any(weight < 0 for _, _, weight in c.terms):
+        problems.append(f"{where} cannot imitate what is not wanted: give {name}.credit.terms weights above 0")
     if c.scheme in known.by_choice and s.objective.epochs > 1:
         problems.append(f"{where} is on policy: {name}.objective.epochs must be 1, not {s.objective.epochs}")
     return problems

@@ -1,7 +1,8 @@
 """What metrics.jsonl says of every stage, as small figures. Nothing is drawn of what was not logged.
 
 The loss of a policy gradient is not shown: its value is 0 by construction wherever the ratio is 1, whatever is
-learnt. That of a stage that imitates (no rewards were logged) is a negative log-likelihood, and is.
+learnt; `value` is what credit by choices adds to it. That of a stage that imitates (no rewards were logged) is a
+negative log-likelihood, and is.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def _validation(logged: set[str]) -> list[str]:
 PANELS = (
     Panel("reward", _given("reward/slate", "reward/rank")),
     Panel("negative log-likelihood", _loss),
+    Panel("value of the choices, by credit.scheme", _given("value")),
     Panel("validation", _validation),
     Panel("validation log-likelihood", _given("eval/likelihood")),
     Panel("dead groups", _given("dead_groups/slate", "dead_groups/rank")),

@@ -18,9 +18,24 @@ def problems(config: Config) -> list[str]:
 
 
 def _by_choice(config: Config) -> list[str]:
-    """The probability of every choice is that of the grammar's choices."""
+    """The probability of every choice is that of the grammar's choices; imitation of labels knows candidates alone."""
     trained = {name: stage for name, stage in stages(config).items() if stage.steps and stage.source != "logged"}
-    return [
+    t = config.transcript
+    imitating = [name for name, stage in trained.items() if SCHEMES[stage.credit.scheme].imitates]
+    problems = []
+    for name in imitating:
+        where = f"{name}.credit.scheme={trained[name].credit.scheme!r} teaches"
+        if t.slate_min < t.slate_max or t.rank_min < t.rank_max:
+            problems.append(
+                f"{where} no lengths: set transcript.slate_min to slate_max={t.slate_max} and rank_min to "
+                f"rank_max={t.rank_max}, or another scheme"
+            )
+        if t.identifier == "text" and t.separator:
+            problems.append(
+                f"{where} not where a text ends that begins another one: set transcript.identifier to 'index' or "
+                "'letter', transcript.separator to '', or another scheme"
+            )
+    return problems + [
         f"{name}.credit.scheme={stage.credit.scheme!r} needs the choices of the grammar: set "
         "transcript.constrained=True"
         for name, stage in trained.items()
