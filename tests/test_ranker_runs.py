@@ -78,11 +78,6 @@ def test_stages_begin_where_they_are_told(whole):
 
 # The reward model, the generator's start, and GoalRank on both.
 KEPT = ("evaluator", "pointwise", "imitation", "goalrank")
-    "evaluator",
-    "pointwise",
-    "imitation",
-    "goalrank",
-)  # a reward model, the generator's start, and GoalRank on both
 
 
 def fewer(config, run_dir, **fields):
