@@ -15,15 +15,9 @@ from configs.next_item import get_config as next_item
 from configs.synthetic_study import FROM_SFT
 from fgrpo_jax.config import Config, ConfigError, DataConfig, EvalConfig, InteractionsConfig, OptimConfig
 
-POOLS = {  # candidates, relevant ones, what each is worth
-    "hundred": (100, 5, "rating"),
-    "converged": (
-        100,
-        5,
-        "rating",
-    ),  # as hundred; SFT learns what it can, of all queries, which `rl` sees again
-    "twenty": (20, 1, "one"),
-}
+# Candidates, relevant ones, what each is worth. converged is hundred after SFT that learnt what it can, of all training
+# queries, which `rl` sees again.
+POOLS = {"hundred": (100, 5, "rating"), "converged": (100, 5, "rating"), "twenty": (20, 1, "one")}
 
 
 def get_config(variant: str = "hundred") -> Config:

@@ -68,8 +68,10 @@ def test_every_variant_of_the_default_is_possible():
 def test_credits_are_compared_on_films(pool, size, wanted):
     path = ROOT / "configs" / "ml1m_study.py"
     start, exact, more = (load_file(f"{path}:{pool}{credit}") for credit in ("", "+exact", "+more_sft"))
-    for config in (start, exact, more):
+    labels = load_file(f"{path}:{pool}+labels")
+    for config in (start, exact, more, labels):
         validate(config, KNOWN)
+    assert labels.rl.batch_queries * labels.rl.group_size == exact.rl.batch_queries * exact.rl.group_size
     assert (start.data.pool_size, start.data.interactions.targets) == (size, wanted)
     assert set(differences(start, exact)) == {"run_dir", "start_from", "sft.steps", "rl.credit.scheme"}
     assert exact.start_from == start.run_dir and more.rl.source == "logged"
