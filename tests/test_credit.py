@@ -287,13 +287,20 @@ def test_labels_pull_towards_what_is_wanted_in_every_state(name):
 
 def test_labels_are_the_gains_at_the_place():
     """Of (slate, ranking) (0, 1), (1, 0): a share of recall in the slate, of the ideal DCG in the ranking."""
-    made = world(("ranker", "graded"))
+    made, credit = world(("ranker", "graded")), Credit(TERMS, scheme="labels")
     gains = np.asarray(made.query.relevance[0], np.float64)
     index = np.flatnonzero((made.actions == [0, 1, 1, 0]).all(-1))[:, None].repeat(2, 1)
-    value = np.asarray(groups_of(made, Credit(TERMS, scheme="labels"), index).value[0, 0])
-    np.testing.assert_allclose(value[:2], np.tile((gains > 0) / (gains > 0).sum(), (2, 1)), atol=1e-6)
-    np.testing.assert_allclose(value[2], 0.7 * gains / ideal(gains), atol=1e-6)
-    assert not value[3].any()  # the last item is forced
+    rollout = rollout_of(made, index)
+    rollout = rollout.replace(
+        phase=jnp.asarray([SLATE, SLATE, RANK, RANK]) + 0 * rollout.phase
+    )  # as if none was forced
+    lists = Lists(jnp.asarray(made.slate[index]), jnp.asarray(made.ranking[index]), jnp.zeros(index.shape, jnp.int32))
+    reward = rewards.term_rewards(credit, lists, made.query, {}, SIZE, BROKEN)
+    batch = make_batch(made.query, rollout, reward, credit, "constant")
+    batch = SCHEMES["labels"].assign(credit, SIZE, BROKEN, batch, lists, made.turns(made.query, rollout))
+    of_slate, of_rank = (gains > 0) / (gains > 0).sum(), 0.7 * gains / ideal(gains)
+    np.testing.assert_allclose(batch.value[0, 0], [of_slate, of_slate, of_rank, of_rank / np.log2(3)], atol=1e-6)
+    assert not batch.advantage.any()
 
 
 def test_the_proportion_of_expected_gains_is_the_maximum():
