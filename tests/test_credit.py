@@ -291,9 +291,7 @@ def test_labels_are_the_gains_at_the_place():
     gains = np.asarray(made.query.relevance[0], np.float64)
     index = np.flatnonzero((made.actions == [0, 1, 1, 0]).all(-1))[:, None].repeat(2, 1)
     rollout = rollout_of(made, index)
-    rollout = rollout.replace(
-        phase=jnp.asarray([SLATE, SLATE, RANK, RANK]) + 0 * rollout.phase
-    )  # as if none was forced
+    rollout = rollout.replace(phase=jnp.asarray([SLATE, SLATE, RANK, RANK]) + 0 * rollout.phase)  # none is forced
     lists = Lists(jnp.asarray(made.slate[index]), jnp.asarray(made.ranking[index]), jnp.zeros(index.shape, jnp.int32))
     reward = rewards.term_rewards(credit, lists, made.query, {}, SIZE, BROKEN)
     batch = make_batch(made.query, rollout, reward, credit, "constant")

@@ -121,6 +121,11 @@ def _at(value_BGY: Array, place_BGT: Array) -> Array:
     return jnp.take_along_axis(value_BGY, jnp.minimum(place_BGT, value_BGY.shape[-1] - 1), -1)
 
 
+def _choices_at(value_BGXC: Array, place_BGT: Array) -> Array:
+    """[B,G,T,C]: of every candidate at the place of every action; G of the values may be 1."""
+    return jnp.take_along_axis(value_BGXC, jnp.minimum(place_BGT, value_BGXC.shape[2] - 1)[..., None], 2)
+
+
 def _by_phase(batch: Batch, of_phase: tuple[Array, ...]) -> Array:
     """[B,G,T,...]: at every action what belongs to its phase; 0 where untrained."""
     found = jnp.zeros_like(of_phase[0])
@@ -194,8 +199,7 @@ def exact(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, tu
         missed_BGX = _values(p, after, now_BGX, credit.shrinkage)
         hit_BGX = _values(p, after, now_BGX - 1, credit.shrinkage)
         value_BGXC = p.gain[:, None] + jnp.where(pool_B11C > 0, hit_BGX[..., None], missed_BGX[..., None])
-        last = value_BGXC.shape[2] - 1
-        at_BGTC = jnp.take_along_axis(value_BGXC, jnp.minimum(turns.place, last)[..., None], 2)
+        at_BGTC = _choices_at(value_BGXC, turns.place)
         named_BGT = jnp.where(turns.named, at_BGTC, 0.0).sum(-1) / jnp.maximum(turns.named.sum(-1), 1)
         here_BGT = _at(_values(p, slice(None), p.missing, credit.shrinkage), turns.place)
         values.append(at_BGTC)
@@ -221,11 +225,13 @@ def labels(credit: Credit, k: int, broken: Broken, batch: Batch, lists: Lists, t
     asks for lists of one length, and for names that cannot begin each other. Places without gain (beyond `k`), and
     queries without relevant candidates, teach nothing. Batch.value holds w; a group only gives more states.
     """
-    gains = [
-        jnp.take_along_axis(p.gain[:, None], jnp.minimum(turns.place, p.gain.shape[1] - 1)[..., None], 2)
-        for p in _phases(credit, k, broken, batch, lists)
-    ]
+    gains = [_choices_at(p.gain[:, None], turns.place) for p in _phases(credit, k, broken, batch, lists)]
     return batch.replace(advantage=jnp.zeros_like(batch.advantage), value=_by_phase(batch, tuple(gains)))
+
+
+def _log(probability: Array) -> Array:
+    """0 where there is no choice; down to 1e-30, where the gradient would overflow."""
+    return jnp.where(probability > 0, jnp.log(probability + 1e-30), 0.0)
 
 
 # --------------------------------------------------------------------- the schemes
@@ -244,11 +250,6 @@ class Scheme(NamedTuple):
     by_item: bool = False
     value_by: Callable[[Array], Array] | None = None
     imitates: bool = False
-
-
-def _log(probability: Array) -> Array:
-    """0 where there is no choice; down to 1e-30, where the gradient would overflow."""
-    return jnp.where(probability > 0, jnp.log(probability + 1e-30), 0.0)
 
 
 SCHEMES: dict[str, Scheme] = {
