@@ -38,7 +38,7 @@ from fgrpo_jax.run import directory, dry_run
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.checkpoint import preemption
 from fgrpo_jax.run.checks import check_training
-from fgrpo_jax.run.experiment import encode, random_key
+from fgrpo_jax.run.experiment import encoded_ahead, random_key
 from fgrpo_jax.run.log import MetricsLog
 from fgrpo_jax.run.processes import check_same, code, end_together, initialize_distributed, on_first
 from fgrpo_jax.run.sharding import replicated
@@ -110,9 +110,9 @@ def train_stage(experiment, name: str, run_dir: Path, log, stop) -> bool:
     with Stage(experiment, name, optimizer, state_at, run_dir, log) as keeper:
         state, frozen = keeper.state, keeper.frozen
         collect, update = keeper.compiling("rollouts", collect), keeper.compiling("the update", update)
-        for step in keeper.remaining():
-            examples = batches.batch_at(step)
-            query = encode(experiment, policy, examples)
+        steps = keeper.remaining()
+        encoded = encoded_ahead(experiment, policy, map(batches.batch_at, steps))
+        for step, (examples, query) in zip(steps, encoded, strict=True):
             batch, seen = collect(state.params, frozen, query, random_key(config.seed, name, "rollout", step))
             state, metrics = update(state, frozen, batch)
             if not keeper.on_step(state, seen | metrics, examples, stopping=stop()):

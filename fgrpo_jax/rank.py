@@ -21,7 +21,6 @@ some lines were in error. 2: nothing can be ranked.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import gzip
 import itertools
@@ -31,7 +30,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.run.command import RankArguments, parse_or_exit, parse_ranking, refuse
@@ -44,13 +43,13 @@ from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.data.jsonl import read_line
 from fgrpo_jax.files import path_of, reason, storing
 from fgrpo_jax.run import experiment
+from fgrpo_jax.run.ahead import one_ahead
 from fgrpo_jax.run.methods import read_config
 from fgrpo_jax.run.ranking import Prepared, Ranked, Ranker
 from fgrpo_jax.types import RankingExample
 
 __all__ = ["Ranked", "Ranker"]
 
-T = TypeVar("T")
 LINE_MAX = 2**22  # bytes of a line: what is longer is not read
 ERROR_MAX = 500  # characters of a line's error, which may quote it
 
@@ -70,7 +69,7 @@ def rank_stream(
     """
     total = errors = 0
     batches = _batches(ranker, map(_row, lines))
-    for number, (rows, prepared) in enumerate(_one_ahead(batches) if ahead else batches):
+    for number, (rows, prepared) in enumerate(one_ahead(batches) if ahead else batches):
         found = ranker.rank_prepared(prepared, samples, seed, number)
         text = "".join(_line(n, *said) for n, said in enumerate(zip(rows, found, strict=True), total + 1))
         with storing("standard output"):
@@ -94,17 +93,6 @@ def _batches(ranker: Ranker, rows: Iterator[RankingExample | DataError]) -> Iter
         elif not failed:
             return
     raise failed
-
-
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The next item is made by another thread while one is used: programs run without Python's lock.
-
-    They stay on the main thread, because only its heap keeps the memory of one for the next (launch.py)."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
 
 
 def read_lines(queries: str) -> Iterator[bytes | None]:

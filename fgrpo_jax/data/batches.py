@@ -20,7 +20,7 @@ import numpy as np
 
 from fgrpo_jax.config import RunConfig, StageConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, Item, Split, in_memory
-from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types import LoggedList, RankingExample
 
 _SEQUENCE_ROW = re.compile(r"(train-\d+)-\d+")
 
@@ -176,15 +176,19 @@ def shown(example: RankingExample, cfg: RunConfig) -> tuple[RankingExample, np.n
 
 def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, ...]) -> RankingExample:
     """The candidates in another order: place p shows candidate order[p]; all that is said of them follows."""
-    place = np.argsort(order).tolist()
+    places, order = np.argsort(order).tolist(), order.tolist()
+
+    def arranged(values: tuple) -> tuple:
+        return tuple(map(values.__getitem__, order))
+
     return dataclasses.replace(
         example,
-        candidates=tuple(example.candidates[i] for i in order),
-        relevance=tuple(example.relevance[i] for i in order),
+        candidates=arranged(example.candidates),
+        relevance=arranged(example.relevance),
         history=history,
-        retrieval=tuple(example.retrieval[i] for i in order) if example.retrieval else (),
-        topics=tuple(example.topics[i] for i in order) if example.topics else (),
-        logged=tuple(shown._replace(items=tuple(place[i] for i in shown.items)) for shown in example.logged),
+        retrieval=arranged(example.retrieval) if example.retrieval else (),
+        topics=arranged(example.topics) if example.topics else (),
+        logged=tuple(LoggedList(tuple(map(places.__getitem__, x.items)), x.feedback) for x in example.logged),
     )
 
 

@@ -103,7 +103,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Queries with candidate pools and graded relevance.",
-            features=tfds.features.FeaturesDict(records.features(self.optional)),
+            features=tfds.features.FeaturesDict({"row": tfds.features.Text()}),
             disable_shuffling=True,
         )
 
@@ -122,7 +122,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             trainable.append(is_trainable(example))
             if split != "train":
                 pools[example.query_id] = [i for i, _ in example.candidates]
-            yield row, records.encode(example, self.optional)
+            yield row, {"row": records.encode(example, self.optional)}
         if not ids:
             raise DataError(f"{self.files.get(split, split)}: there are no queries in it")
         if len(set(ids)) != len(ids):
@@ -149,6 +149,7 @@ def load(builder: type[RankingBuilder], config: DataConfig, given: tuple[Item, .
     folder, files = folder_of(config), builder.files_of(config)
     used = given if builder.takes_catalogue and "catalogue" not in files else None
     depends = {
+        "rows": records.FORMAT,
         "version": str(builder.VERSION),
         "files": {role: sha256(path) for role, path in files.items()},
         "catalogue": None if used is None else fingerprint(used),
@@ -189,6 +190,7 @@ def _prepare(builder, files, given, options, folder: Path | None, home: Path) ->
         shutil.rmtree(temporary / "downloads", ignore_errors=True)
         meta = {"kind": made.kind, "catalogue": made.catalogue(), "splits": made.records}
         meta |= {"sampled": made.sampled_negatives, "weights": made.weights(), "notes": made.notes}
+        meta["optional"] = made.optional
         (temporary / _LAST).write_text(json.dumps(meta))
         (temporary / "candidates.json").write_text(json.dumps(made.pools))
         try:
@@ -206,9 +208,8 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
     meta = json.loads((home / _LAST).read_text())
     (data_path,) = {path.parent for path in home.glob("*/*/dataset_info.json")}
     reader = tfds.builder_from_directory(str(data_path))
-    # What data prepared by an earlier version lack has its default.
-    keep = sampled = meta.get("sampled", builder.sampled_negatives)  # rows of recommendation sets are small
-    splits, has_lists = {}, "logged_len" in reader.info.features
+    keep = sampled = meta["sampled"]  # rows of recommendation sets are small
+    splits, has_lists = {}, "logged" in meta["optional"]
     for split, record in meta["splits"].items():
         source = reader.as_data_source(split=split)
         splits[split] = Split(_reader(source, home), record["query_ids"], record["trainable"], keep, has_lists)
@@ -220,15 +221,15 @@ def _open(name: str, builder: type[RankingBuilder], home: Path) -> Dataset:
         splits=splits,
         sampled_negatives=sampled,
         fingerprints={split: record["fingerprint"] for split, record in meta["splits"].items()},
-        weights=tuple(meta.get("weights", ())),
-        notes=tuple(Note(*note) for note in meta.get("notes", ())),
+        weights=tuple(meta["weights"]),
+        notes=tuple(Note(*note) for note in meta["notes"]),
     )
 
 
 def _reader(source: Any, home: Path) -> Callable[[list[int]], list[RankingExample]]:
     def read(indices: list[int]) -> list[RankingExample]:
         with _reading(home):
-            return [records.decode(row) for row in source.__getitems__(indices)]
+            return [records.decode(row["row"]) for row in source.__getitems__(indices)]
 
     return read
 

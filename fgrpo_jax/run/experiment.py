@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,10 +24,12 @@ from fgrpo_jax.algorithm.rewards import REWARDS, SUMS
 from fgrpo_jax.config import ConfigError, RunConfig, StageConfig
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import Batches, make_batches, seed_of
+from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.evaluation.baselines import BASELINES
 from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE, WHOLE, Prediction
 from fgrpo_jax.files import path_of
 from fgrpo_jax.run import memory, processes, sharding
+from fgrpo_jax.run.ahead import one_ahead
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
 from fgrpo_jax.stages import stages
@@ -134,9 +136,28 @@ def encode(experiment: Experiment, policy: Policy, examples: Sequence[RankingExa
 
     Raises DataError, in every process, for a query that the policy cannot encode.
     """
-    rows = sharding.local_rows(experiment.mesh, len(examples))
-    mine = processes.alike(lambda: policy.encode([examples[i] for i in rows]), policy.blank)
-    return sharding.shard_batch(experiment.mesh, mine, len(examples))
+    return _placed(experiment, policy, _rows(experiment, policy, examples), len(examples))
+
+
+def encoded_ahead(
+    experiment: Experiment, policy: Policy, batches: Iterable[Sequence[RankingExample]]
+) -> Iterator[tuple[Sequence[RankingExample], PyTree]]:
+    """Every batch and what `encode` makes of it. The next one is read and encoded while one is computed with."""
+    prepared = ((examples, _rows(experiment, policy, examples)) for examples in batches)
+    for examples, rows in one_ahead(prepared):
+        yield examples, _placed(experiment, policy, rows, len(examples))
+
+
+def _rows(experiment: Experiment, policy: Policy, examples: Sequence[RankingExample]) -> PyTree | DataError:
+    """This process's rows, encoded; or why they cannot be, which it is to say when all of them ask."""
+    try:
+        return policy.encode([examples[i] for i in sharding.local_rows(experiment.mesh, len(examples))])
+    except DataError as error:
+        return error
+
+
+def _placed(experiment: Experiment, policy: Policy, rows: PyTree | DataError, size: int) -> PyTree:
+    return sharding.shard_batch(experiment.mesh, processes.alike(rows, policy.blank), size)
 
 
 def batches_of(experiment: Experiment, examples: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
@@ -176,8 +197,9 @@ class Predictor:
         """One Prediction per example."""
         found: list[Prediction] = []
         frozen = self._experiment.base(self._policy)
-        for start, part in batches_of(self._experiment, examples):
-            query = encode(self._experiment, self._policy, part)
+        batches = list(batches_of(self._experiment, examples))
+        encoded = encoded_ahead(self._experiment, self._policy, (part for _, part in batches))
+        for (start, _), (part, query) in zip(batches, encoded, strict=True):
             lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
             for i in range(min(len(part), len(examples) - start)):
                 found.append(

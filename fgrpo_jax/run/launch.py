@@ -18,7 +18,7 @@ def keep_memory() -> bool:
     Speed). Here malloc takes blocks of all sizes from the heap and gives none of it back, and the
     heap lies in 2 MB pages (transparent huge pages at `madvise` or `always`). Only
     the main thread's heap can hold blocks of any size, so XLA also runs its programs on the thread
-    that calls them: no batch is prepared while a step is under way, unless by another thread (rank.py). With several
+    that calls them: no batch is prepared while a step is under way, unless by another thread (ahead.py). With several
     devices in a process XLA uses other threads all the same, and memory is kept in part.
 
     Nothing happens where JAX computes elsewhere, or malloc is not that of the GNU C library on

@@ -134,20 +134,20 @@ def on_first(action: Callable[[], None]) -> None:
         raise ConfigError("the first process of this run could not start: see what it says")
 
 
-def alike(encode: Callable[[], PyTree], blank: PyTree) -> PyTree:
-    """What `encode` makes of this process's rows, in the shapes of the whole batch.
+def alike(mine: PyTree | DataError, blank: PyTree) -> PyTree:
+    """This process's rows in the shapes of the whole batch.
 
-    encode: () -> a pytree of numpy arrays `[B of this process, ...]`. blank: the same tree, of
+    mine: a pytree of numpy arrays `[B of this process, ...]`, or why there is none. blank: the same tree, of
     arrays `[1, ...]` of what each is padded with. The other dimensions become the largest of
-    any process's, by one exchange of a few numbers, which waits for the devices: encode first.
-    Raises DataError in all processes, instead of leaving some waiting, when one of them does.
+    any process's, by one exchange of a few numbers, which waits for the devices.
+    Raises DataError in all processes, instead of leaving some waiting, where one has none.
     """
+    error = mine if isinstance(mine, DataError) else None
     if jax.process_count() == 1:
-        return encode()
-    try:
-        mine, error = encode(), None
-    except DataError as raised:
-        mine, error = blank, raised
+        if error:
+            raise error
+        return mine
+    mine = blank if error else mine
     sizes = [size for x in jax.tree.leaves(mine) for size in x.shape[1:]]
     told = multihost_utils.process_allgather(np.array([error is not None, *sizes], np.int32))
     if error:

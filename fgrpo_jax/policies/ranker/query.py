@@ -6,6 +6,7 @@ The only place where item ids become numbers: what cannot be encoded is refused 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
@@ -56,7 +57,7 @@ def encoder(
     """`encode`: examples -> RankerQuery of numpy arrays, whose shapes depend on these examples alone.
 
     catalogue: item id -> its number, from 1.
-    popularity: log(1 + count) in the training data, by item number; [items + 1].
+    popularity: log(1 + count) in the training data, by item number; [items + 1], 0 for padding.
     history_max: items of the history that are kept, the last ones.
     list_length: items of a list.
 
@@ -79,37 +80,37 @@ def _encode(
     histories = [_numbers(catalogue, e, e.history[-history_max:], "history") for e in examples]
     pools = [_numbers(catalogue, e, e.candidates, "candidates") for e in examples]
     shown = [[x.items for x in e.logged] for e in examples]
-    scores = [_standardised(e.retrieval) for e in examples]
+    scores = _standardised([e.retrieval for e in examples])
     empty = blank(list_length)
 
-    def rows(values: Sequence[Sequence], like: np.ndarray) -> np.ndarray:
-        made = np.full((len(values), _round_up(max(1, *map(len, values)))), like.flat[0], like.dtype)
-        for row, value in zip(made, values, strict=True):
-            row[: len(value)] = value
+    def rows(values: Sequence[Sequence], like: np.ndarray, width: int = 1) -> np.ndarray:
+        """As wide as the longest, or as `width` is."""
+        lengths = np.fromiter(map(len, values), np.int32, len(values))
+        made = np.full((len(values), _round_up(max(width, *lengths))), like.flat[0], like.dtype)
+        there = np.arange(made.shape[1]) < lengths[:, None]
+        made[there] = np.fromiter(itertools.chain.from_iterable(values), like.dtype, lengths.sum())
         return made
 
     def lists(values: Sequence[Sequence[Sequence]], like: np.ndarray) -> np.ndarray:
-        made = np.full((len(values), _round_up(max(1, *map(len, values))), list_length), like.flat[0], like.dtype)
-        for b, of_query in enumerate(values):
-            for j, value in enumerate(of_query):
-                made[b, j, : len(value)] = value
+        """One list after the other, `list_length` places each."""
+        each = rows([x for of_query in values for x in of_query] or [()], like, list_length)[:, :list_length]
+        counts = np.fromiter(map(len, values), np.int32, len(values))
+        made = np.full((len(values), _round_up(max(1, *counts)), list_length), like.flat[0], like.dtype)
+        made[np.arange(made.shape[1]) < counts[:, None]] = each[: counts.sum()]
         return made
 
     width = _round_up(max(map(len, pools)))
+    of_pools = functools.partial(rows, width=width)  # as wide as the pools, also where no example has such values
 
-    def of_pools(values: Sequence[Sequence], like: np.ndarray) -> np.ndarray:
-        """`rows` as wide as the pools, also where no example has such values."""
-        made = rows(values, like)
-        return np.pad(made, ((0, 0), (0, width - made.shape[1])), constant_values=like.flat[0])
-
+    candidates = of_pools(pools, empty.candidates)
     return RankerQuery(
         history=rows(histories, empty.history),
         history_len=np.array([len(x) for x in histories], np.int32),
-        candidates=of_pools(pools, empty.candidates),
+        candidates=candidates,
         n_candidates=np.array([len(x) for x in pools], np.int32),
         relevance=of_pools([e.relevance for e in examples], empty.relevance),
         retrieval=of_pools(scores, empty.retrieval),
-        popularity=of_pools([popularity[x] for x in pools], empty.popularity),
+        popularity=popularity[candidates].astype(np.float32),
         topics=of_pools([e.topics for e in examples], empty.topics),
         logged_items=lists(shown, empty.logged_items),
         logged_feedback=lists([[x.feedback for x in e.logged] for e in examples], empty.logged_feedback),
@@ -142,12 +143,18 @@ def _numbers(catalogue: Mapping[str, int], example: RankingExample, items: Seque
         ) from None
 
 
-def _standardised(scores: Sequence[float]) -> np.ndarray:
-    """Mean 0 and standard deviation 1 over the pool (scales of first stages differ); 0 where all are equal."""
-    x = np.asarray(scores, np.float64)
-    if x.size == 0 or x.max() == x.min():
-        return np.zeros(x.shape, np.float32)
-    return ((x - x.mean()) / x.std()).astype(np.float32)
+def _standardised(scores: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """Mean 0 and standard deviation 1 over each pool (scales of first stages differ); 0 where all are equal."""
+    made: list[np.ndarray] = [np.zeros(len(of_pool), np.float32) for of_pool in scores]
+    for size in set(map(len, scores)) - {0}:
+        mine = [i for i, of_pool in enumerate(scores) if len(of_pool) == size]
+        x = np.array([scores[i] for i in mine], np.float64)
+        std = x.std(1, keepdims=True)
+        equal = x.max(1, keepdims=True) == x.min(1, keepdims=True)
+        result = np.where(equal, 0.0, x - x.mean(1, keepdims=True)) / np.where(equal, 1.0, std)
+        for i, of_pool in zip(mine, result.astype(np.float32), strict=True):
+            made[i] = of_pool
+    return made
 
 
 def _round_up(n: int) -> int:
