@@ -34,7 +34,7 @@ def test_every_batch_comes_as_if_encoded_in_its_turn(experiment):
     ours = policy(encoded)
     got = list(encoded_ahead(experiment, ours, iter(batches)))
     assert [examples for examples, _ in got] == batches == encoded
-    for (examples, query), batch in zip(got, batches, strict=True):
+    for (_, query), batch in zip(got, batches, strict=True):
         jax.tree.map(np.testing.assert_array_equal, query, encode(experiment, ours, batch))
         assert isinstance(query["x"], jax.Array)
     assert list(encoded_ahead(experiment, ours, iter(()))) == []
