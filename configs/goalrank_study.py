@@ -1,10 +1,11 @@
-"""What GoalRank owes to each of its parts, in the world of configs/goalrank.py: one stage, changed in one thing.
+"""What GoalRank owes to each of its parts, and how it grows, in the world of configs/goalrank.py.
 
     python train.py configs/goalrank_study.py:VARIANT
 
-Networks are those of the run that it starts from, runs/goalrank; `goalrank` (and `grpo`, where the reward
-model is wrong on purpose) is trained anew. VARIANT: see VARIANTS. For another seed: --seed, --start-from a run
-of that seed, and --run-dir.
+PARTS change one thing of `goalrank`, which is trained anew (and `grpo`, where the reward model is wrong on purpose)
+beside the networks of the run that it starts from, runs/goalrank. SCALES train from the beginning, with wider
+networks or fewer queries, what GoalRank and the generator-evaluators need, and mg_e_100 what the latter need alone.
+For another seed: --seed, --run-dir, and for PARTS --start-from a run of that seed.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import runpy
 from pathlib import Path
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.policies.ranker.config import BiasConfig, ProposalsConfig, RankerConfig
+from fgrpo_jax.policies.ranker.config import BiasConfig, ProposalsConfig, RankerConfig, SelectionConfig
 from fgrpo_jax.stages import stages
 
 # Of a group of 20, eight lists are own samples and twelve proposals: about the same shares at every size.
@@ -55,7 +56,38 @@ def _error(kind: str, weight: float):
     return change
 
 
-VARIANTS = {
+def _only(*trained: str):
+    """No other stage is trained."""
+
+    def change(config: RankerConfig) -> RankerConfig:
+        idle = {name: dataclasses.replace(stage, steps=0) for name, stage in stages(config).items()}
+        return dataclasses.replace(config, **{name: stage for name, stage in idle.items() if name not in trained})
+
+    return change
+
+
+def _scaled(**network: int):
+    needed = _only("evaluator", "pointwise", "imitation", "generators", "goalrank")
+    return lambda config: needed(dataclasses.replace(config, network=dataclasses.replace(config.network, **network)))
+
+
+def _fewer_queries(share: float):
+    def change(config: RankerConfig) -> RankerConfig:
+        config = _scaled()(config)
+        seen = {name: dataclasses.replace(stage, subset=(0.0, share)) for name, stage in stages(config).items()}
+        return dataclasses.replace(config, **seen)
+
+    return change
+
+
+def _many_generators(config: RankerConfig) -> RankerConfig:
+    """The best of a hundred lists, whoever wrote them: no row sees more lists than another."""
+    many = SelectionConfig(generators=100, sizes=(1, 3, 20, 100), lists=100)
+    eval = dataclasses.replace(config.eval, versus="mg_e_100", rewards=())
+    return _only("evaluator", "generators")(dataclasses.replace(config, selection=many, eval=eval))
+
+
+PARTS = {
     "as_it_is": lambda config: config,
     "no_proposals": _stage(source="sampled"),
     "not_normalised": _objective(normalised=False),
@@ -63,12 +95,19 @@ VARIANTS = {
     **{f"sigma_{sigma}": _objective(sigma=sigma) for sigma in (0.5, 1.0, 1.5)},
     **{f"{kind}_{weight}": _error(kind, weight) for kind, weights in _ERRORS.items() for weight in weights},
 }
+SCALES = {
+    **{f"width_{width}": _scaled(hidden_size=width, mlp_size=2 * width) for width in (16, 32, 128, 256)},
+    **{f"queries_{share}": _fewer_queries(share) for share in (0.1, 0.25, 0.5)},
+    "mg_e_100": _many_generators,
+}
+VARIANTS = PARTS | SCALES
 
 
 def get_config(variant: str = "as_it_is") -> RankerConfig:
     if variant not in VARIANTS:
         raise ConfigError(f"{variant!r} is not one of {', '.join(VARIANTS)}")
     base = runpy.run_path(str(Path(__file__).with_name("goalrank.py")))["get_config"]()
-    idle = {name: dataclasses.replace(stage, steps=0) for name, stage in stages(base).items() if name != "goalrank"}
-    start = {"run_dir": f"runs/study/{variant}", "start_from": "runs/goalrank"}
-    return VARIANTS[variant](dataclasses.replace(base, **start, **idle))
+    base = dataclasses.replace(base, run_dir=f"runs/study/{variant}")
+    if variant in PARTS:
+        base = _only("goalrank")(dataclasses.replace(base, start_from="runs/goalrank"))
+    return VARIANTS[variant](base)
