@@ -12,16 +12,17 @@ of slate groups without signal in the first logged steps of a's stage.
 
 from __future__ import annotations
 
-import io
+import functools
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation import figures
 from fgrpo_jax.evaluation.seeds import command, interval, read, spread
-from fgrpo_jax.files import path_of, read_json, read_rows, write_atomically
+from fgrpo_jax.files import path_of, read_json, read_rows
 
 DEAD = "dead_groups/slate"
 OWN = ("seed", "run_dir", "start_from", "data.prepared_dir")
@@ -40,10 +41,11 @@ class Gain(NamedTuple):
         return interval(self.less_SQ.mean(0), resamples, seed)
 
 
-def gains(a: tuple[str, ...], b: tuple[str, ...], by: tuple[str, ...], base: str, metric: str, split: str) -> dict:
+def gains(a: tuple[str, ...], b: tuple[str, ...], by: tuple[str, ...], base: str, scores: Callable) -> dict:
     """{field: [Gain, ...]} of the runs of `a` that of the fields `by` differ from `base` in that one alone.
 
-    Runs of one value are its seeds. Numbers are in order, other values as their runs are. Raises ConfigError.
+    scores: those of an entry, by query. Runs of one value are its seeds. Numbers are in order, other values as their
+    runs are. Raises ConfigError.
     """
     usual = _values(base, by)
     found: dict[str, list[Gain]] = {}
@@ -55,7 +57,7 @@ def gains(a: tuple[str, ...], b: tuple[str, ...], by: tuple[str, ...], base: str
                 of_value.setdefault(values[field], []).append(pair)
         if not of_value:
             raise ConfigError(f"by={field}: of the fields given no run of a differs from {base} in this one alone")
-        rows = [_gain(value, pairs, metric, split) for value, pairs in of_value.items()]
+        rows = [_gain(value, pairs, scores) for value, pairs in of_value.items()]
         numbers = all(isinstance(row.value, (int, float)) for row in rows)
         found[field] = sorted(rows, key=lambda row: row.value) if numbers else rows
     return found
@@ -97,10 +99,10 @@ def other_differences(run_dir: str, base: str, by: tuple[str, ...]) -> list[str]
     return [name for name in names if name not in (*by, *OWN) and ours.get(name) != usual.get(name)]
 
 
-def _gain(value: Any, pairs: list[tuple[str, str]], metric: str, split: str) -> Gain:
+def _gain(value: Any, pairs: list[tuple[str, str]], scores: Callable) -> Gain:
     of_a, less, dead, ids = [], [], [], None
     for one, other in pairs:
-        left, right = (read(entry, split, (metric,)) for entry in (one, other))
+        left, right = scores(one), scores(other)
         ids = ids or left.keys()
         if not left.keys() == right.keys() == ids:
             raise ConfigError(f"{one} and {other}, or the seeds before, were not evaluated on the same queries")
@@ -147,17 +149,18 @@ def compare(
         raise ConfigError(
             f"{len(a)} of --a, {len(b)} of --b and {len(names)} --names: give a list as long as a for each"
         )
-    if plot and Path(plot).suffix not in (".svg", ".png"):
-        raise ConfigError(f"plot={plot!r} must end in .svg or .png")
+    if plot:
+        figures.check_name(plot)
     parts = [b[i : i + len(a)] for i in range(0, len(b), len(a))]
-    found = {name: gains(a, part, by, base, metric, split) for name, part in zip(names, parts)}
+    scores = functools.cache(lambda entry: read(entry, split, (metric,)))  # a's are compared with every list's
+    found = {name: gains(a, part, by, base, scores) for name, part in zip(names, parts)}
     lines = [f"{metric}, percent: a, and a less the others"]
     for field in by:
         head = "".join(f"   {f'a - {name}':24}" for name in names)
         lines += ["", f"{field:22} {'seeds':>5} {'dead slates':>12} {'a':>6}{head}"]
         lines += [_line(rows, resamples, seed) for rows in zip(*(of_name[field] for of_name in found.values()))]
     if plot:
-        _plot(Path(plot), found, by, metric, resamples, seed)
+        _plot(plot, found, by, metric, resamples, seed)
     lines.append("")
     for entry in dict.fromkeys(map(run_of, a)):
         if others := other_differences(entry, base, by):
@@ -176,15 +179,9 @@ def _line(rows: tuple[Gain, ...], resamples: int, seed: int) -> str:
     return f"{first.value!s:22} {len(first.less_SQ):>5} {dead:>12} {first.of_a:>6.1f}{''.join(cells)}".rstrip()
 
 
-def _plot(path: Path, found: dict, by: tuple[str, ...], metric: str, resamples: int, seed: int) -> None:
-    import matplotlib  # slow to import, only here
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(by), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(by), sharey=True, squeeze=False)[0]
-    for axes, field in zip(all_axes, by):
+def _plot(plot: str, found: dict, by: tuple[str, ...], metric: str, resamples: int, seed: int) -> None:
+    figure, panels = figures.panels(len(by), (3.2, 3.2))
+    for axes, field in zip(panels, by):
         for name, of_name in found.items():
             mean = np.array([row.less_SQ.mean() for row in of_name[field]])
             low, high = np.array([row.interval(resamples, seed) for row in of_name[field]]).T
@@ -192,13 +189,9 @@ def _plot(path: Path, found: dict, by: tuple[str, ...], metric: str, resamples: 
         axes.set_xticks(range(len(mean)), [str(row.value) for row in of_name[field]])
         axes.axhline(0.0, color="0.5", linewidth=0.8)
         axes.set_xlabel(field)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel(f"{metric}: a less the other, points")
-    all_axes[-1].legend()
-    picture, kind = io.BytesIO(), path.suffix[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "gains"}):  # so that the same numbers give the same file
-        figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    write_atomically(path, picture.getvalue())
+    panels[0].set_ylabel(f"{metric}: a less the other, points")
+    panels[-1].legend()
+    figures.save(figure, plot)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ and the spread over seeds stands beside each mean.
 
 from __future__ import annotations
 
-import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.evaluation import figures
 from fgrpo_jax.evaluation.seeds import command, interval, read, spread
-from fgrpo_jax.files import path_of, read_json, write_atomically
+from fgrpo_jax.files import path_of, read_json
 
 
 class Cell(NamedTuple):
@@ -84,12 +83,14 @@ def study(
             the configuration, as network.hidden_size.
         metric: a column of their per_query.jsonl.
         split: the split they were evaluated on.
-        plot: a PNG file to write; empty: none. Needs an x that is a number.
+        plot: a file to write, .svg or .png; empty: none. Needs an x that is a number.
         resamples: bootstrap resamples behind the intervals.
         seed: of the bootstrap.
     """
     if not runs or not methods:
         raise ConfigError("give --runs and --methods")
+    if plot:
+        figures.check_name(plot)
     table = {method: cells(runs, method, x, metric, split) for method in methods}
     lines = [f"{metric}, percent, {table[methods[0]][0].scores_RQ.shape[1]} queries"]
     lines.append(f"{x:24} {'method':14} {'seeds':>5} {'mean':>13}   less the first")
@@ -101,7 +102,7 @@ def study(
             drawn[method].append((cell.x, cell.scores_RQ.mean(), *low_high))
             lines.append(_line(cell, of_method[0], method, resamples, seed))
     if plot:
-        _plot(Path(plot), drawn, x, metric)
+        _plot(plot, drawn, x, metric)
     return "\n".join(lines)
 
 
@@ -115,16 +116,11 @@ def _line(cell: Cell, first: Cell, method: str, resamples: int, seed: int) -> st
     return f"{line}   {difference_Q.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _plot(path: Path, drawn: dict[str, list[tuple]], x: str, metric: str) -> None:
+def _plot(plot: str, drawn: dict[str, list[tuple]], x: str, metric: str) -> None:
     values = [value for points in drawn.values() for value, *_ in points]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         raise ConfigError(f"x={x!r} is no number in these runs ({json.dumps(values, default=str)}): leave --plot out")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, only here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = figures.panels(1, (6, 4))
     for method, points in drawn.items():
         at, mean, low, high = np.array(sorted(points), float).T
         axes.errorbar(at, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=method)
@@ -132,11 +128,8 @@ def _plot(path: Path, drawn: dict[str, list[tuple]], x: str, metric: str) -> Non
         axes.set_xscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(f"{metric}, percent")
-    axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
-    write_atomically(path, picture.getvalue())
+    figures.save(figure, plot)
 
 
 if __name__ == "__main__":
