@@ -3,9 +3,10 @@
     python train.py configs/goalrank_study.py:VARIANT
 
 PARTS change one thing of `goalrank`, which is trained anew (and `grpo`, where the reward model is wrong on purpose)
-beside the networks of the run that it starts from, runs/goalrank. SCALES train from the beginning, with wider
-networks or fewer queries, what GoalRank and the generator-evaluators need, and mg_e_100 what the latter need alone.
-For another seed: --seed, --run-dir, and for PARTS --start-from a run of that seed.
+beside the networks of the run that it starts from, runs/goalrank. SCALES train from the beginning, with networks of
+another width or fewer queries (of whose items all queries are counted: popularity is an input), what GoalRank and the
+generator-evaluators need, and mg_e_100 what the latter need alone. For another seed: --seed, --run-dir, and for PARTS
+--start-from a run of that seed.
 """
 
 import dataclasses
@@ -81,7 +82,7 @@ def _fewer_queries(share: float):
 
 
 def _many_generators(config: RankerConfig) -> RankerConfig:
-    """The best of a hundred lists, whoever wrote them: no row sees more lists than another."""
+    """The best of a hundred lists, whoever wrote them (of three generators: 99)."""
     many = SelectionConfig(generators=100, sizes=(1, 3, 20, 100), lists=100)
     eval = dataclasses.replace(config.eval, versus="mg_e_100", rewards=())
     return _only("evaluator", "generators")(dataclasses.replace(config, selection=many, eval=eval))

@@ -270,7 +270,7 @@ class Policy(NamedTuple):
     outcomes: what Lists.outcome counts in; the first is OK.
     encode: (list of RankingExample) -> a query: a pytree of numpy arrays [B,...] as small as these
         examples allow, with `relevance` [B,C] and `n_candidates` [B] among them; raises DataError
-        naming the query id.
+        naming the query id. Two threads may call it at once.
     blank: a query of numpy arrays [1,...]: what each array may be padded with, so that hosts
         that encode parts of a batch can make their shapes equal.
     sources: where rollouts come from, by name: (a stage's configuration) -> (params, frozen, query,

@@ -1,5 +1,6 @@
 """Batches that are encoded while the one before is computed with."""
 
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -40,14 +41,29 @@ def test_every_batch_comes_as_if_encoded_in_its_turn(experiment):
     assert list(encoded_ahead(experiment, ours, iter(()))) == []
 
 
+def test_the_next_batch_is_encoded_while_one_is_computed_with(experiment):
+    encoded, second = [], threading.Event()
+    ours = policy(encoded)
+
+    def encode(examples):
+        if examples == [2]:
+            second.set()
+        return policy(encoded).encode(examples)
+
+    coming = encoded_ahead(experiment, SimpleNamespace(encode=encode, blank=ours.blank), iter([[1], [2], [3]]))
+    assert next(coming)[0] == [1]
+    assert second.wait(timeout=60)  # nobody has asked for it
+    assert [examples for examples, _ in coming] == [[2], [3]]
+
+
 def test_a_batch_is_refused_in_its_turn_only(experiment):
-    encoded = []
-    coming = encoded_ahead(experiment, policy(encoded), iter([[1, 2], [3, -4], [5, 6]]))
+    threads = set(threading.enumerate())
+    coming = encoded_ahead(experiment, policy([]), iter([[1, 2], [3, -4], [5, 6]]))
     assert next(coming)[0] == [1, 2]
+    assert set(threading.enumerate()) > threads
     with pytest.raises(DataError, match="query -4"):
         next(coming)
-    with pytest.raises(StopIteration):  # it has ended, and its thread with it
-        next(coming)
+    assert set(threading.enumerate()) == threads
 
 
 def test_what_cannot_be_read_is_refused_in_its_turn_and_one_batch_is_read_ahead(experiment):

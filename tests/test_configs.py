@@ -10,6 +10,7 @@ from fgrpo_jax.config import ConfigError
 from fgrpo_jax.config_files import differences, from_json, load_file, to_json
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.stages import stages
 
 STAGE_SIZES = ("steps", "batch_queries", "microbatches", "eval_every")
 
@@ -25,12 +26,20 @@ def test_the_configs_that_come_along_are_possible(path):
 def test_every_variant_of_the_studies_is_possible():
     """And differs from the others; the files' own rule for names is followed by get_config alone."""
     path = ROOT / "configs" / "goalrank_study.py"
-    names = runpy.run_path(str(path))["VARIANTS"]
+    study = runpy.run_path(str(path))
+    names = study["VARIANTS"]
     found = [load_file(f"{path}:{name}") for name in names]
     for config in found:
         validate(config, KNOWN)
     assert len({to_json(dataclasses.replace(config, run_dir="")) for config in found}) == len(names) - 1
     assert changed(load_file(f"{path}:group_20"), {"run_dir": ""}) == changed(load_file(path), {"run_dir": ""})
+    for name, config in zip(names, found, strict=True):
+        trained = {stage for stage, fields in stages(config).items() if fields.steps}
+        if name in study["PARTS"]:
+            assert config.start_from == "runs/goalrank" and trained in ({"goalrank"}, {"goalrank", "grpo"})
+        else:
+            growing = {"evaluator", "pointwise", "imitation", "generators", "goalrank"}
+            assert not config.start_from and trained == ({"evaluator", "generators"} if name == "mg_e_100" else growing)
     with pytest.raises(ConfigError, match="goalrank_study.py: 'x' is not one of as_it_is, no_proposals"):
         load_file(f"{path}:x")
     with pytest.raises(ConfigError, match=r"jsonl.py: get_config\(\) failed: .* takes 0 positional"):

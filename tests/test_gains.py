@@ -85,7 +85,7 @@ def test_a_plot_is_the_same_again(runs, kind, start):
         ({"a": ("none:rl",)}, "none is not a run directory: it holds no config.json"),
         ({"b": ("small:sft",)}, "were not evaluated on the same queries"),
         ({"a": ("base0:x",)}, "has no method 'x', only rl, sft"),
-        ({"plot": "gains.pdf"}, "must end in .svg or .png"),
+        ({"plot": "gains.pdf"}, "a plot, 'gains.pdf', must end in .svg or .png"),
     ],
 )
 def test_what_is_refused(runs, change, message):

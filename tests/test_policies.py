@@ -18,6 +18,7 @@ from fgrpo_jax.algorithm.update import make_optimizer, make_update
 from fgrpo_jax.config import Config, ConfigError, DataConfig, TranscriptConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.models import decoder
+from fgrpo_jax.policies.llm import encode as encode_of_llm
 from fgrpo_jax.policies.llm import policy as llm
 from fgrpo_jax.policies.llm import prompts, tokenizers, transcript
 from fgrpo_jax.policies.llm.checks import warn_of_merges
@@ -141,6 +142,24 @@ def test_names_refused_by_query(make, bpe, example, message):
         make(changed(NUMBERED, identifier="text"), bpe).encode([example])
 
 
+def test_two_threads_may_encode_at_once(make, bpe, monkeypatch):
+    """Names that are remembered are forgotten by one while another looks them up."""
+    monkeypatch.setattr(encode_of_llm, "_REMEMBERED", 4)
+    policy = make(
+        dataclasses.replace(changed(NUMBERED, identifier="text"), data=DataConfig(prompt_buckets=(256,))), bpe
+    )
+    queries = [long_names(f"q{n}", *(f"song {n} {i}" for i in range(3))) for n in range(6)]
+    alone = [policy.encode([query]) for query in queries]
+
+    def many(shift):
+        return [policy.encode([queries[(n * shift) % 6]]) for n in range(60)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for shift, found in zip((1, 5), pool.map(many, (1, 5)), strict=True):
+            for n, query in enumerate(found):
+                jax.tree.map(np.testing.assert_array_equal, query, alone[(n * shift) % 6])
+
+
 @pytest.fixture
 def in_parts(monkeypatch):
     """(policy, parts of a batch) -> what two processes, which are threads here, make of one part each.
@@ -157,7 +176,7 @@ def in_parts(monkeypatch):
     def process(policy, index, part):
         mine.index = index
         try:
-            return processes.alike(lambda: policy.encode(part), policy.blank)
+            return processes.alike(processes.attempted(lambda: policy.encode(part)), policy.blank)
         except DataError as error:
             return error
 

@@ -51,6 +51,26 @@ def test_arrays(encode):
     assert query.logged_feedback.tolist() == [[[1, 0, 0.5], [0.25, 0, 0]], [[0] * 3] * 2]
 
 
+def test_lists_of_any_number_and_length():
+    """Of six places, which are not a multiple of four; a query without lists, one with an empty one, one with five."""
+    encode = encoder(CATALOGUE, POPULARITY, history_max=5, list_length=6)
+    pool = dataclasses.replace(LONG, candidates=tuple(item(n) for n in range(1, 8)), relevance=(1.0,) * 7)
+    pool = dataclasses.replace(pool, retrieval=(), topics=())
+    shown = [(), ((),), ((6, 5, 4, 3, 2, 1), (0,), (1, 2), (), (3, 4, 5))]
+    rows = [
+        dataclasses.replace(pool, query_id=f"q{n}", logged=tuple(LoggedList(x, (1.0,) * len(x)) for x in lists))
+        for n, lists in enumerate(shown)
+    ]
+    query = encode(rows)
+    assert query.logged_items.shape == query.logged_feedback.shape == (3, 8, 6)
+    for lists, items, feedback in zip(shown, query.logged_items, query.logged_feedback, strict=True):
+        for j in range(8):
+            expected = [*lists[j]] if j < len(lists) else []
+            assert items[j].tolist() == expected + [-1] * (6 - len(expected))
+            assert feedback[j].tolist() == [1.0] * len(expected) + [0.0] * (6 - len(expected))
+    assert encode(rows[:1]).logged_items.tolist() == [[[-1] * 6]]
+
+
 def test_shapes_depend_on_the_examples_alone(encode):
     query, like = encode([SHORT]), blank(3)
     assert query.candidates.shape == query.topics.shape == (1, 3)

@@ -94,7 +94,13 @@ def test_what_is_stored_is_what_is_read(data):
         ),
         missed=(Missed("not there", data.draw(gain), -1),),
     )
-    assert records.decode(records.encode(row, records.OPTIONAL)) == row
+    read = records.decode(records.encode(row, records.OPTIONAL))
+    assert read == row and repr(read) == repr(row)  # numbers are of the same types and signs
+
+
+def test_numbers_are_stored_as_float32():
+    read = records.decode(records.encode(example(1, relevance=(0, 1, 0.1) + (0,) * 5), records.OPTIONAL))
+    assert repr(read.relevance[:3]) == repr((0.0, 1.0, float(np.float32(0.1))))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,7 @@ def test_what_is_stored_is_what_is_read(data):
         {"retrieval": (1.0,)},
         {"retrieval": (float("nan"),) * 8},
         {"topics": (-1,) * 8},
+        {"topics": (2**31,) * 8},
         {"logged": (LoggedList((0, 8), (1.0, 0.0)),)},
         {"logged": (LoggedList((0, 0), (1.0, 0.0)),)},
         {"logged": (LoggedList((0, 1), (1.0,)),)},
@@ -115,6 +122,20 @@ def test_fields_that_do_not_fit_the_candidates_are_refused(fields):
         records.encode(example(1, **fields), records.OPTIONAL)
     with pytest.raises(ValueError, match="'q5' has retrieval, missed, which its data set does not declare"):
         records.encode(example(5), ("topics", "logged"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"query_id": 5}, "query 5: an id or text is no string, 5"),
+        ({"history": ((3, "text"),)}, "query 'q1': an id or text is no string, 3"),
+        ({"missed": (Missed(7, 1.0),)}, "query 'q1': an id or text is no string, 7"),
+        ({"query": "\ud800"}, "query 'q1': a text is not Unicode .surrogates not allowed."),
+    ],
+)
+def test_what_is_no_text_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        records.encode(example(1, **fields), records.OPTIONAL)
 
 
 def said_of_items(e):

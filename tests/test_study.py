@@ -61,6 +61,7 @@ def test_parameters_and_names_of_runs_and_a_plot(runs, tmp_path):
     "fields, message",
     [
         ({"x": "network.width"}, "x='network.width' is no field of .*config.json"),
+        ({"x": "network.hidden_size", "plot": "p.pdf"}, "a plot, 'p.pdf', must end in .svg or .png"),
         ({"x": "network.dtype", "plot": "p.png"}, "x='network.dtype' is no number in these runs"),
         ({"x": "cutoffs", "plot": "p.png"}, "x='cutoffs' is no number"),
         ({"x": "network", "plot": "p.png"}, "x='network' is no number"),

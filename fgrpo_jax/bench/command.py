@@ -30,6 +30,7 @@ from fgrpo_jax.bench import ceilings, credit, flops, jump, measure, plan, ranker
 from fgrpo_jax.bench.flops import Shape
 from fgrpo_jax.bench.measure import PRESETS, WORKLOADS
 from fgrpo_jax.config import ConfigError, ModelConfig
+from fgrpo_jax.evaluation import figures
 from fgrpo_jax.models import decoder
 from fgrpo_jax.policies.llm.checks import check_attention
 from fgrpo_jax.policies.llm.files import attention_of
@@ -187,12 +188,7 @@ def growth(rows: list[dict]) -> list[str]:
 
 def draw(rows: list[dict], path: str) -> None:
     """Update time over prompt length, a line per group size; dashed: the repeated prompt."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, (axes,) = figures.panels(1, (6, 4))
     lengths = sorted({row["prompt"] for row in rows})
     for i, group in enumerate(sorted({row["group"] for row in rows})):
         some = [row for row in rows if row["group"] == group]
@@ -204,8 +200,7 @@ def draw(rows: list[dict], path: str) -> None:
     axes.set_xticks(lengths, lengths)
     axes.minorticks_off()
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 # --------------------------------------------------------------------- command line
@@ -234,6 +229,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, decoder.DecoderSpec, Sha
     spec = spec._replace(dtype=dtype)
     if args.scan and (shape.prompt < 4 or shape.group < 2):
         parser.error("--scan goes down to a quarter of the prompt and half of the group: they are too small")
+    try:
+        figures.check_name(args.png)
+    except ConfigError as error:
+        parser.error(f"--png: {error}")
     return args, spec, shape
 
 

@@ -112,6 +112,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         digest, ids, trainable, pools = hashlib.sha256(), [], [], {}
+        optional = self.optional  # which may have to look at all rows
         if split == "train" and self.sampled_negatives:
             digest.update(_canonical(self.catalogue()))
             if weights := self.weights():
@@ -122,7 +123,7 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             trainable.append(is_trainable(example))
             if split != "train":
                 pools[example.query_id] = [i for i, _ in example.candidates]
-            yield row, {"row": records.encode(example, self.optional)}
+            yield row, {"row": records.encode(example, optional)}
         if not ids:
             raise DataError(f"{self.files.get(split, split)}: there are no queries in it")
         if len(set(ids)) != len(ids):

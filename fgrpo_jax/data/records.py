@@ -39,20 +39,27 @@ def _floats(values: tuple[float, ...]) -> list[float]:
 
 
 def encode(e: RankingExample, optional: Collection[str]) -> bytes:
-    """The row of an example. Raises ValueError for an optional field that does not fit the candidates, or that
-    the data set does not declare, and for text that is no Unicode."""
+    """The row of an example. Raises ValueError, which names it, for what does not fit the types or the candidates,
+    text that is no Unicode, and an optional field that the data set does not declare."""
     check(e)
     if extra := [name for name in OPTIONAL if getattr(e, name) and name not in optional]:
         raise ValueError(f"query {e.query_id!r} has {', '.join(extra)}, which its data set does not declare")
-    return msgpack.packb(content(e))
+    try:
+        return msgpack.packb(content(e))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"query {e.query_id!r}: a text is not Unicode ({error.reason})") from None
 
 
 def check(e: RankingExample) -> None:
-    """Raises ValueError unless the optional fields fit the candidates."""
+    """Raises ValueError unless ids and texts are strings, and the optional fields fit the candidates."""
     size = len(e.candidates)
+    texts = [e.query_id, e.query, *(part for item in (*e.candidates, *e.history) for part in item)]
+    texts += [lost.item for lost in e.missed]
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"query {e.query_id!r}: an id or text is no string, {other[0]!r}")
     wrong = [name for name in ("retrieval", "topics") if len(getattr(e, name)) not in (0, size)]
-    if not np.isfinite(e.retrieval).all() or any(topic < 0 for topic in e.topics):
-        wrong.append("retrieval or topics (a score that is not finite, a topic below 0)")
+    if not np.isfinite(e.retrieval).all() or any(not 0 <= topic < 2**31 for topic in e.topics):
+        wrong.append("retrieval or topics (a score that is not finite, a topic below 0 or beyond 31 bits)")
     for items, feedback in e.logged:
         sound = len(items) == len(feedback) == len(set(items)) and all(0 <= i < size for i in items)
         if not sound or not all(0 <= value <= 1 for value in feedback):

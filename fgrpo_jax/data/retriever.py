@@ -2,7 +2,8 @@
 
 The factorisation is implicit-feedback ALS (Hu, Koren and Volinsky, ICDM 2008) of the library `implicit`,
 on one thread from a fixed seed: the same interactions give the same pools on the same kind of machine. Another
-processor may round otherwise, so a run that moves takes its prepared data along.
+processor may round otherwise, so a run that moves takes its prepared data along (rows that an earlier version wrote
+are not read).
 """
 
 from __future__ import annotations

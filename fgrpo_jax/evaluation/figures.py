@@ -13,7 +13,7 @@ from fgrpo_jax.files import path_of, write_atomically
 def check_name(plot: str) -> None:
     """Raises ConfigError for a name of another kind of file."""
     if Path(plot).suffix not in (".svg", ".png"):
-        raise ConfigError(f"plot={plot!r} must end in .svg or .png")
+        raise ConfigError(f"a plot, {plot!r}, must end in .svg or .png")
 
 
 def panels(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

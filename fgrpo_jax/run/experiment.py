@@ -150,10 +150,8 @@ def encoded_ahead(
 
 def _rows(experiment: Experiment, policy: Policy, examples: Sequence[RankingExample]) -> PyTree | DataError:
     """This process's rows, encoded; or why they cannot be, which it is to say when all of them ask."""
-    try:
-        return policy.encode([examples[i] for i in sharding.local_rows(experiment.mesh, len(examples))])
-    except DataError as error:
-        return error
+    mine = sharding.local_rows(experiment.mesh, len(examples))
+    return processes.attempted(lambda: policy.encode([examples[i] for i in mine]))
 
 
 def _placed(experiment: Experiment, policy: Policy, rows: PyTree | DataError, size: int) -> PyTree:
@@ -168,6 +166,16 @@ def batches_of(experiment: Experiment, examples: Sequence[Row]) -> Iterator[tupl
     for start in range(0, len(examples), size):
         part = list(examples[start : start + size])
         yield start, part + [part[-1]] * (size - len(part))
+
+
+def encoded_parts(
+    experiment: Experiment, policy: Policy, examples: Sequence[RankingExample]
+) -> Iterator[tuple[int, Sequence[RankingExample], PyTree]]:
+    """`batches_of` and their queries, encoded ahead."""
+    batches = list(batches_of(experiment, examples))
+    encoded = encoded_ahead(experiment, policy, (part for _, part in batches))
+    for (start, _), (part, query) in zip(batches, encoded, strict=True):
+        yield start, part, query
 
 
 class Predictor:
@@ -197,9 +205,7 @@ class Predictor:
         """One Prediction per example."""
         found: list[Prediction] = []
         frozen = self._experiment.base(self._policy)
-        batches = list(batches_of(self._experiment, examples))
-        encoded = encoded_ahead(self._experiment, self._policy, (part for _, part in batches))
-        for (start, _), (part, query) in zip(batches, encoded, strict=True):
+        for start, part, query in encoded_parts(self._experiment, self._policy, examples):
             lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
             for i in range(min(len(part), len(examples) - start)):
                 found.append(

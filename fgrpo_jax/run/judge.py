@@ -15,7 +15,7 @@ from fgrpo_jax import policies, shards
 from fgrpo_jax.evaluation.evaluate import Prediction, counted
 from fgrpo_jax.evaluation.fit import Shown, fit
 from fgrpo_jax.run import sharding
-from fgrpo_jax.run.experiment import Experiment, Predictor, batches_of, encode
+from fgrpo_jax.run.experiment import Experiment, Predictor, encoded_parts
 from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.processes import note, warn
 from fgrpo_jax.run.progress import announced, telling
@@ -122,7 +122,7 @@ class Judge:
         """
         found = []
         slate_max, rank_max = self._experiment.config.limits()
-        for start, part in batches_of(self._experiment, examples):
+        for start, part, query in encoded_parts(self._experiment, self._policy, examples):
             rows = [min(start + i, len(examples) - 1) for i in range(len(part))]
             of_row = [[counted(predicted[q]) for predicted in predictions.values()] for q in rows]
             slate, ranking = (
@@ -132,7 +132,6 @@ class Judge:
             mine = sharding.local_rows(self._experiment.mesh, len(part))
             lists = Lists(slate[mine], ranking[mine], np.zeros((len(mine), len(predictions)), np.int32))
             lists = sharding.shard_batch(self._experiment.mesh, lists, len(part))
-            query = encode(self._experiment, self._policy, part)
             found.append(np.asarray(self._reward({}, frozen, lists, query)))
         reward_QMR = np.concatenate(found)[: len(examples)].astype(np.float64)
         return {
@@ -151,9 +150,9 @@ def seen(experiment: Experiment, name: str, params: PyTree, examples: Sequence[R
     mapped = shards.by_query(experiment.mesh, policy.table, policy.fit)
     program = jax.jit(mapped, out_shardings=sharding.replicated(experiment.mesh))
     found, lists = [], 0
-    for start, part in batches_of(experiment, examples):
+    for start, part, query in encoded_parts(experiment, policy, examples):
         own = min(len(part), len(examples) - start)
-        logit, feedback, shown = (np.asarray(x)[:own] for x in program(params, {}, encode(experiment, policy, part)))
+        logit, feedback, shown = (np.asarray(x)[:own] for x in program(params, {}, query))
         q, j, _ = np.nonzero(shown)
         found.append((logit[shown], feedback[shown], start + q, lists + q * shown.shape[1] + j))
         lists += own * shown.shape[1]

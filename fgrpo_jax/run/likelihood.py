@@ -13,7 +13,7 @@ from fgrpo_jax import shards
 from fgrpo_jax.algorithm.update import by_parts
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.run import sharding
-from fgrpo_jax.run.experiment import Experiment, encode, random_key
+from fgrpo_jax.run.experiment import Experiment, encoded_ahead, random_key
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import UNTRAINED, Array, PyTree, RankingExample
 
@@ -46,9 +46,10 @@ class Likelihood:
     def __call__(self, params: PyTree, frozen: PyTree, examples: Sequence[RankingExample]) -> float:
         """Raises DataError where there is nothing to learn from in any of the examples."""
         total, count = 0.0, 0
-        for number, start in enumerate(range(0, len(examples), self._size)):
-            part = list(examples[start : start + self._size])
-            query = encode(self._experiment, self._policy, part + [part[-1]] * (self._size - len(part)))
+        parts = [list(examples[start : start + self._size]) for start in range(0, len(examples), self._size)]
+        whole = (part + [part[-1]] * (self._size - len(part)) for part in parts)
+        encoded = encoded_ahead(self._experiment, self._policy, whole)
+        for number, (part, (_, query)) in enumerate(zip(parts, encoded, strict=True)):
             key = random_key(self._experiment.config.seed, self._name, "likelihood", number)
             logp_B, trained_B = (np.asarray(x)[: len(part)] for x in self._sums(params, frozen, query, key))
             total, count = total + float(logp_B.sum(dtype=np.float64)), count + int(trained_B.sum())

@@ -134,6 +134,14 @@ def on_first(action: Callable[[], None]) -> None:
         raise ConfigError("the first process of this run could not start: see what it says")
 
 
+def attempted(encode: Callable[[], PyTree]) -> PyTree | DataError:
+    """What it makes, or the DataError it raises: for `alike`."""
+    try:
+        return encode()
+    except DataError as error:
+        return error
+
+
 def alike(mine: PyTree | DataError, blank: PyTree) -> PyTree:
     """This process's rows in the shapes of the whole batch.
 

@@ -11,7 +11,7 @@ import numpy as np
 from fgrpo_jax import shards
 from fgrpo_jax.evaluation.report_page.browser import LIKELY, Step
 from fgrpo_jax.run import sharding
-from fgrpo_jax.run.experiment import Experiment, batches_of, encode
+from fgrpo_jax.run.experiment import Experiment, encoded_parts
 from fgrpo_jax.run.judge import Opened
 from fgrpo_jax.types import PHASES, TRAINED, Policy, PyTree, Rollout, Turns
 
@@ -26,8 +26,8 @@ def transcripts(run: Opened, name: str, queries: Sequence[int]) -> list[list[Ste
     experiment, policy = _small(run.experiment, len(queries)), run.experiment.policy(name)
     program, params, frozen = _program(experiment, policy), run.params(name), experiment.base(policy)
     found: list[list[Step]] = []
-    for start, part in batches_of(experiment, [run.shown[q] for q in queries]):
-        made = jax.device_get(program(params, frozen, encode(experiment, policy, part)))
+    for start, part, query in encoded_parts(experiment, policy, [run.shown[q] for q in queries]):
+        made = jax.device_get(program(params, frozen, query))
         for i in range(min(len(part), len(queries) - start)):
             found.append(_steps(len(part[i].candidates), *jax.tree.map(lambda x: x[i, 0], made)))
     return found

@@ -82,12 +82,13 @@ def _identifiers(
 ) -> list[list[int]]:
     """Token ids naming each candidate; `known` remembers texts, which recur in most data sets."""
     texts = prompts.identifier_texts(example, identifier)
-    if new := [text for text in texts if text not in known]:
+    mine = {text: known.get(text) for text in texts}  # a copy, as another thread may clear what is known
+    if new := [text for text, name in mine.items() if name is None]:
+        mine.update(zip(new, serving.encoded(new, tokenizer), strict=True))
         if len(known) > _REMEMBERED:
             known.clear()
-            new = texts
-        known.update(zip(new, serving.encoded(new, tokenizer), strict=True))
-    names = [known[text] for text in texts]
+        known.update((text, mine[text]) for text in new)
+    names = [mine[text] for text in texts]
     for (item, _), name in zip(example.candidates, names):
         check_width(example.query_id, item, name)
     try:
