@@ -63,6 +63,9 @@ def get_config(variant: str = "hundred") -> Config:
         return config
     start = {"start_from": f"runs/ml1m/{pool}", "sft": dataclasses.replace(config.sft, steps=0)}
     config = FROM_SFT[credit](dataclasses.replace(config, **start))
+    if credit == "labels":  # of four times the queries
+        optim = dataclasses.replace(config.rl.optim, learning_rate=1e-3)
+        config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, optim=optim))
     if credit == "more_sft":  # 1,200 steps would take as long as the other credits
         config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, steps=2000, eval_every=250))
     return config

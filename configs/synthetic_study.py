@@ -21,10 +21,9 @@ def _credit(**fields):
 
 
 def _labels(config: Config) -> Config:
-    """It needs no group, so the same number of rollouts is of four times the queries, at twice the learning rate."""
+    """It needs no group, so the same number of rollouts is of four times the queries."""
     rl = _credit(scheme="labels")(config).rl
-    optim = dataclasses.replace(rl.optim, learning_rate=2 * rl.optim.learning_rate)
-    wide = dict(batch_queries=4 * rl.batch_queries, group_size=rl.group_size // 4, optim=optim)
+    wide = dict(batch_queries=4 * rl.batch_queries, group_size=rl.group_size // 4)
     return dataclasses.replace(config, rl=dataclasses.replace(rl, **wide))
 
 
