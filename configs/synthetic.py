@@ -2,7 +2,7 @@
 
     python train.py
 
-Five minutes on two CPU cores, hardly more on one. 1,000 test queries, mean of seeds 0 to 2: NDCG@5 33.6 after SFT, 44.2
+Three minutes on one CPU core. 1,000 test queries, mean of seeds 0 to 2: NDCG@5 33.6 after SFT, 44.2
 after F-GRPO (BM25 28.8, co-visitation 27.8), slate recall 58.0 and 72.3. Variants: configs/synthetic_study.py.
 """
 
