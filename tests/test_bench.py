@@ -175,6 +175,7 @@ def test_kernels_are_refused_where_they_do_not_run(capsys, monkeypatch):
         (["--group", "two"], "argument --group: invalid"),
         (["--scan", "--prompt", "3"], "--scan goes down to a quarter"),
         (["--scan", "--group", "1"], "--scan goes down to a quarter"),
+        (["--png", "scan.pdf"], "--png: a plot, 'scan.pdf', must end in .svg or .png"),
     ],
 )
 def test_sizes_that_make_no_sense(given, said, capsys):

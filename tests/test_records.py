@@ -59,6 +59,29 @@ def test_rows_come_back_from_prepared_files(tmp_path):
     assert b"\0" in last, last  # NumPy's strings of bytes would have lost it
 
 
+def test_rows_of_another_format_are_prepared_anew(tmp_path, monkeypatch):
+    config = DataConfig(name="shown", prepared_dir=str(tmp_path))
+    before = builder.load(Shown, config, None)
+    monkeypatch.setattr(records, "FORMAT", "another")
+    after = builder.load(Shown, config, None)
+    assert len([*(tmp_path / "shown").iterdir()]) == 2
+    assert after.fingerprints == before.fingerprints  # so a run that was trained on the former goes on
+
+
+def test_a_builder_is_asked_once_for_a_split_which_fields_its_rows_have(tmp_path):
+    """A data set may look at all of its rows to tell."""
+    asked = []
+
+    class Asked(Shown, skip_registration=True):
+        @property
+        def optional(self):
+            asked.append(True)
+            return records.OPTIONAL
+
+    builder.load(Asked, DataConfig(name="asked", prepared_dir=str(tmp_path)), None)
+    assert 0 < len(asked) < len(ROWS)
+
+
 def test_fields_that_are_absent_leave_no_trace():
     plain = example(retrieval=(), topics=(), logged=(), missed=())
     assert len(records.content(plain)) == 5
