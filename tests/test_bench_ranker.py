@@ -44,7 +44,9 @@ def test_flops_are_those_of_the_program(layers, list_layers):
 
     found = products(jax.make_jaxpr(read)(given.params, given.query, given.actions).jaxpr)
     pair = 4 * n.width
-    masked = n.list_layers * n.group * n.length * (n.length - 1) // 2 * pair
+    later = n.length - 1
+    rows = n.group * later  # all lists of a group attend as one here
+    masked = n.list_layers * (rows**2 - n.group * later * (later + 1) // 2) * pair
     last = n.history * (4 * n.width**2 + 6 * n.width * n.mlp + n.history * pair)
     assert found == ranker_sample_flops(n) + n.batch * (masked + last)
     assert ranker_step_flops(n) == 3 * ranker_sample_flops(n)

@@ -78,6 +78,30 @@ def test_steps_agree_with_whole_lists(spec):
         np.testing.assert_array_equal(lists.ranking, rollout.actions)
 
 
+@pytest.mark.parametrize("group", [7, 24])  # of which 7 and 8 attend as one
+def test_lists_do_not_see_each_other(params, every, group):
+    query = make_query().replace(n_candidates=jnp.full(4, 4, jnp.int32))
+    some = jax.tree.map(lambda x: x[:, :group], every)
+    changed = some.replace(actions=some.actions.at[:, 1:].set(some.actions[:, 1:][:, ::-1]))
+    logit, other = (read(SPEC, params, query, rollout)[0] for rollout in (some, changed))
+    np.testing.assert_allclose(other[:, 0], logit[:, 0], atol=1e-5)
+    np.testing.assert_allclose(other[:, 1:], logit[:, 1:][:, ::-1], atol=1e-5)
+    assert np.abs(other - logit).max() > 0.1
+
+
+def test_lists_of_one_item():
+    """There is no step after the first: what is sampled, found by a beam, and read agree."""
+    spec = SPEC._replace(list_length=1)
+    params = make_params("generator", spec)
+    query = make_query()
+    (rollout, _), (greedy, _), *trained = decoded(spec, params, query, jax.random.key(0), G)
+    for found, logp in zip((rollout, greedy), trained, strict=True):
+        np.testing.assert_allclose(found.logp, logp, atol=1e-5)
+    best, _ = searched(spec, params, query, 3)
+    np.testing.assert_array_equal(best.actions[:, :1], greedy.actions)
+    assert len(np.unique(rollout.actions[0])) > 1
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_items_are_distinct_and_of_the_pool(seed):

@@ -132,15 +132,19 @@ class RankerSizes(NamedTuple):
 def ranker_sample_flops(n: RankerSizes) -> int:
     """Matrix products of sampling a step's lists, or of reading them: useful work.
 
-    Of a history's last layer only keys and values are needed.
+    Of a history's last layer only keys and values are needed; the first step is the same for all lists of a query.
     """
     keys_values, rest = 2 * n.width * 2 * n.width, 2 * n.width * 2 * n.width + 2 * 3 * n.width * n.mlp
     pair = 2 * 2 * n.width  # score and value
     history = n.layers * n.history * keys_values + (n.layers - 1) * n.history * (rest + n.history * pair)
     pool = n.layers * n.pool * (keys_values + rest + (n.history + n.pool) * pair) + n.list_layers * n.pool * keys_values
-    seen = n.length * n.pool + n.length * (n.length + 1) // 2
-    one_list = n.list_layers * (n.length * (keys_values + rest) + seen * pair) + n.length * 2 * n.width * n.pool
-    return n.batch * (history + pool + n.group * one_list)
+
+    def steps(count: int, seen: int) -> int:
+        return n.list_layers * (count * (keys_values + rest) + seen * pair) + count * 2 * n.width * n.pool
+
+    later = n.length - 1
+    one_list = steps(later, later * (n.pool + 1) + later * (later + 1) // 2)
+    return n.batch * (history + pool + steps(1, n.pool + 1) + n.group * one_list)
 
 
 def ranker_step_flops(n: RankerSizes) -> int:

@@ -1,9 +1,9 @@
 """The generator: a list written item by item, each a masked softmax over the candidates not yet used.
 
-The pool is encoded once per query (`encode`), whatever the number of lists. A list is then read by a few
-causal layers over its own steps, which also attend to the encoded pool; step t is fed the encoding of the
-item chosen at t - 1 (a learned start before the first). A candidate's logit is the scaled product of its
-encoding with the step's state.
+The pool is encoded once per query (`encode`), whatever the number of lists, and so is the first step, a
+learned start, which all lists of a query share. A list is then read by a few causal layers over its own
+steps, which also attend to the encoded pool; step t is fed the encoding of the item chosen at t - 1. A
+candidate's logit is the scaled product of its encoding with the step's state.
 
 Two computations share the layers: `logits` of whole lists (teacher forcing, differentiable) and decoding,
 a scan over the steps with a cache. Temperature is 1 and the support is every unused candidate, so what is
@@ -29,6 +29,9 @@ from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollou
 
 # Steps of sampling that are compiled apart: XLA CPU then lays the pool out once for all of them, which saves a tenth.
 _UNROLLED = 8
+# Steps of several lists that attend as one, to their own list by a mask. Products of five rows cost a CPU more than
+# what they compute: a training step takes 7 % longer with lists one by one, and longer again beyond 30 (bench ranker).
+_ROWS = 24
 
 
 class Encoded(NamedTuple):
@@ -37,20 +40,30 @@ class Encoded(NamedTuple):
     weights: PyTree
     layers: list[PyTree]  # those over the steps of a list
     pool_BCD: Array
-    seen: list[Seen]  # the pool, for each of these layers
+    seen: list[Seen]  # the pool and the start, for each of these layers
     present_BC: Array
+    first_BC: Array  # logits of the first step
 
 
 def encode(spec: RankerSpec, params: PyTree, query: RankerQuery) -> Encoded:
-    """Histories and pools, once per query; differentiable."""
+    """Histories, pools and the first step, once per query; differentiable."""
     weights = network.whole(spec, network.generator_table(spec), params)
     present_BC = network.present(query)
     mask = present_BC[:, None, None]  # [B,1,1,C]
     features = network.candidates(spec, weights, query)[:, None]
     pool_BCD = network.beside_history(spec, weights, query, features, mask)[:, 0]
-    layers = network.unstack(weights["list_layers"])
-    seen = [Seen(*network.project(spec, layer, pool_BCD, "kv"), mask) for layer in layers]
-    return Encoded(weights, layers, pool_BCD, seen, present_BC)
+    start = weights["start"] + weights["step"][0]
+    x_B11D = jnp.broadcast_to(start, (pool_BCD.shape[0], 1, 1, spec.hidden_size))
+    with_start = jnp.pad(mask, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
+    layers, seen = network.unstack(weights["list_layers"]), []
+    for layer in layers:
+        k, v = network.project(spec, layer, pool_BCD, "kv")
+        q_start, k_start, v_start = network.project(spec, layer, x_B11D)
+        k, v = jnp.concatenate([k, k_start[:, 0]], 1), jnp.concatenate([v, v_start[:, 0]], 1)
+        seen.append(Seen(k, v, with_start))
+        x_B11D = network.finish_layer(spec, layer, x_B11D, network.attend(q_start, seen[-1]))
+    first_B11C = _logits(spec, weights, pool_BCD, x_B11D)
+    return Encoded(weights, layers, pool_BCD, seen, present_BC, first_B11C[:, 0, 0])
 
 
 # --------------------------------------------------------------------- what may be chosen
@@ -110,24 +123,29 @@ def written_by_others(spec: RankerSpec, present_BC: Array, list_BGT: Array) -> t
 
 def logits(spec: RankerSpec, encoded: Encoded, actions_BGT: Array) -> Array:
     """[B,G,T,C] float32: of every candidate at every step, given the steps before; nothing is masked."""
-    weights, pool_BCD = encoded.weights, encoded.pool_BCD
     batch, group, steps = actions_BGT.shape
-    start = jnp.broadcast_to(weights["start"], (batch, group, 1, spec.hidden_size))
-    x_BGTD = jnp.concatenate([start, network.take(pool_BCD, actions_BGT[..., :-1])], 2) + weights["step"]
-    before = jnp.tril(jnp.ones((steps, steps), bool))[None, None]
+    first_BG1C = jnp.broadcast_to(encoded.first_BC[:, None, None], (batch, group, 1, encoded.first_BC.shape[1]))
+    if steps == 1:
+        return first_BG1C
+    x_BGTD = network.take(encoded.pool_BCD, actions_BGT[..., :-1]) + encoded.weights["step"][1:]
+    together = max(n for n in range(1, group + 1) if group % n == 0 and n * (steps - 1) <= max(_ROWS, steps - 1))
+    x_BXYD = x_BGTD.reshape(batch, group // together, together * (steps - 1), -1)
+    list_Y, step_Y = jnp.divmod(jnp.arange(x_BXYD.shape[2]), steps - 1)
+    before = ((list_Y == list_Y[:, None]) & (step_Y <= step_Y[:, None]))[None, None]
 
     def block(x: Array, layer: PyTree, seen: Seen) -> Array:
         q, k, v = network.project(spec, layer, x)
         return network.finish_layer(spec, layer, x, network.attend(q, seen, Seen(k, v, before)))
 
     for layer, seen in zip(encoded.layers, encoded.seen, strict=True):
-        x_BGTD = network.rematerialized(spec, block)(x_BGTD, layer, seen)
-    return _logits(spec, encoded, x_BGTD)
+        x_BXYD = network.rematerialized(spec, block)(x_BXYD, layer, seen)
+    later_BGTC = _logits(spec, encoded.weights, encoded.pool_BCD, x_BXYD.reshape(x_BGTD.shape))
+    return jnp.concatenate([first_BG1C, later_BGTC], 2)
 
 
-def _logits(spec: RankerSpec, encoded: Encoded, x_BGTD: Array) -> Array:
-    state_BGTD = rms_norm(x_BGTD, encoded.weights["list_norm"], spec.norm_eps)
-    product = jnp.einsum("bgtd,bcd->bgtc", state_BGTD, encoded.pool_BCD, preferred_element_type=jnp.float32)
+def _logits(spec: RankerSpec, weights: PyTree, pool_BCD: Array, x_BGTD: Array) -> Array:
+    state_BGTD = rms_norm(x_BGTD, weights["list_norm"], spec.norm_eps)
+    product = jnp.einsum("bgtd,bcd->bgtc", state_BGTD, pool_BCD, preferred_element_type=jnp.float32)
     return product / spec.hidden_size**0.5
 
 
@@ -168,52 +186,61 @@ def turns(spec: RankerSpec, query: RankerQuery, rollout: Rollout) -> Turns:
 class _Writing(NamedTuple):
     """Lists that are being written: what the next step reads."""
 
-    fed: Array  # [B,G,D]: the encoding of the last item
-    cache: list[tuple[Array, Array]]  # keys and values [B,G,T,H,E] of each layer
+    last: Array  # [B,G]: the item chosen last
+    cache: list[tuple[Array, Array]]  # keys and values [B,G,T-1,H,E] of each layer, of the steps after the first
     open: Array  # [B,G,C]
 
 
-def _begin(spec: RankerSpec, encoded: Encoded, group: int) -> _Writing:
-    batch, heads = encoded.pool_BCD.shape[0], spec.num_heads
-    shape = (batch, group, spec.steps, heads, spec.hidden_size // heads)
+def _begin(spec: RankerSpec, encoded: Encoded, group: int) -> tuple[Array, _Writing]:
+    """Logits [B,G,C] of the first step, and lists without an item."""
+    (batch, pool), heads = encoded.present_BC.shape, spec.num_heads
+    shape = (batch, group, max(spec.steps - 1, 1), heads, spec.hidden_size // heads)
     cache = [(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in encoded.layers]
-    fed = jnp.broadcast_to(encoded.weights["start"], (batch, group, spec.hidden_size))
-    return _Writing(fed, cache, _first_open(encoded.present_BC, group))
+    writing = _Writing(jnp.zeros((batch, group), jnp.int32), cache, _first_open(encoded.present_BC, group))
+    return jnp.broadcast_to(encoded.first_BC[:, None], (batch, group, pool)), writing
 
 
 def _step(spec: RankerSpec, encoded: Encoded, writing: _Writing, t: Array) -> tuple[Array, _Writing]:
-    """Logits [B,G,C] of step t, -inf where closed unless all are; and the lists with t's keys and values."""
-    x = (writing.fed + encoded.weights["step"][t])[:, :, None]
-    before = (jnp.arange(spec.steps) <= t)[None, None, None]
+    """Logits [B,G,C] of step t, which is not the first; and the lists with t's keys and values."""
+    x = network.take(encoded.pool_BCD, writing.last[..., None]) + encoded.weights["step"][t]
     grown = []
     for layer, seen, (k_own, v_own) in zip(encoded.layers, encoded.seen, writing.cache, strict=True):
         q, k, v = network.project(spec, layer, x)
-        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t, axis=2)
-        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t, axis=2)
+        k_own = jax.lax.dynamic_update_slice_in_dim(k_own, k, t - 1, axis=2)
+        v_own = jax.lax.dynamic_update_slice_in_dim(v_own, v, t - 1, axis=2)
+        before = (jnp.arange(k_own.shape[2]) < t)[None, None, None]
         x = network.finish_layer(spec, layer, x, network.attend(q, seen, Seen(k_own, v_own, before)))
         grown.append((k_own, v_own))
-    logit = _logits(spec, encoded, x)[:, :, 0]
-    is_open = writing.open | ~writing.open.any(-1, keepdims=True)
-    return jnp.where(is_open, logit, -jnp.inf), writing._replace(cache=grown)
+    return _logits(spec, encoded.weights, encoded.pool_BCD, x)[:, :, 0], writing._replace(cache=grown)
+
+
+def _where_open(writing: _Writing, logit_BGC: Array) -> Array:
+    """-inf where closed, unless all are."""
+    return jnp.where(writing.open | ~writing.open.any(-1, keepdims=True), logit_BGC, -jnp.inf)
 
 
 def _put(spec: RankerSpec, encoded: Encoded, writing: _Writing, pick_BG: Array, t: Array) -> _Writing:
-    fed = network.take(encoded.pool_BCD, pick_BG[..., None])[:, :, 0]
-    return writing._replace(fed=fed, open=_next_open(spec, encoded.present_BC, writing.open, pick_BG, t))
+    return writing._replace(last=pick_BG, open=_next_open(spec, encoded.present_BC, writing.open, pick_BG, t))
 
 
 def sample(spec: RankerSpec, encoded: Encoded, key: Array | None, group: int) -> tuple[Rollout, Lists]:
     """`group` lists of every query; the most probable item at each step where `key` is None (greedy)."""
 
-    def step(writing: _Writing, t: Array) -> tuple[_Writing, tuple[Array, ...]]:
+    def choose(writing: _Writing, logit_BGC: Array, t: Array) -> tuple[_Writing, tuple[Array, ...]]:
         choices_BG = writing.open.sum(-1)
-        logit, writing = _step(spec, encoded, writing, t)
-        pick_BG, logp_BG = draw.choose(logit, None if key is None else jax.random.fold_in(key, t))
+        t_key = None if key is None else jax.random.fold_in(key, t)
+        pick_BG, logp_BG = draw.choose(_where_open(writing, logit_BGC), t_key)
         pick_BG = jnp.where(choices_BG > 0, pick_BG, 0)
         return _put(spec, encoded, writing, pick_BG, t), (pick_BG, logp_BG, choices_BG)
 
-    steps, unroll = jnp.arange(spec.steps), min(spec.steps, _UNROLLED)
-    _, written = jax.lax.scan(step, _begin(spec, encoded, group), steps, unroll=unroll)
+    def step(writing: _Writing, t: Array) -> tuple[_Writing, tuple[Array, ...]]:
+        logit_BGC, writing = _step(spec, encoded, writing, t)
+        return choose(writing, logit_BGC, t)
+
+    logit_BGC, writing = _begin(spec, encoded, group)
+    writing, first = choose(writing, logit_BGC, jnp.int32(0))
+    _, later = jax.lax.scan(step, writing, jnp.arange(1, spec.steps), unroll=max(min(spec.steps - 1, _UNROLLED), 1))
+    written = (jnp.concatenate([x[None], xs]) for x, xs in zip(first, later, strict=True))
     return as_rollout(spec, *(jnp.moveaxis(x, 0, -1) for x in written))
 
 
@@ -224,11 +251,10 @@ def beam(spec: RankerSpec, encoded: Encoded, width: int) -> tuple[Rollout, Lists
     """
     batch, pool = encoded.present_BC.shape
 
-    def step(carry: tuple, t: Array) -> tuple[tuple, None]:
+    def choose(carry: tuple, logit_BGC: Array, t: Array) -> tuple:
         writing, total_BG, written = carry
         choices_BG = writing.open.sum(-1)
-        logit, writing = _step(spec, encoded, writing, t)
-        logp_BGC = jax.nn.log_softmax(logit)
+        logp_BGC = jax.nn.log_softmax(_where_open(writing, logit_BGC))
         # Lists that have ended go on with their only continuation.
         logp_BGC = jnp.where(choices_BG[..., None] > 0, logp_BGC, jnp.where(jnp.arange(pool) == 0, 0.0, -jnp.inf))
         total_BX = (total_BG[..., None] + logp_BGC).reshape(batch, -1)
@@ -241,12 +267,17 @@ def beam(spec: RankerSpec, encoded: Encoded, width: int) -> tuple[Rollout, Lists
         now = (pick_BG, jnp.take_along_axis(logp_BGC.reshape(batch, -1), best_BG, 1), of_parent(choices_BG))
         writing, written = jax.tree.map(of_parent, (writing, written))
         written = tuple(x.at[..., t].set(y) for x, y in zip(written, now, strict=True))
-        return (_put(spec, encoded, writing, pick_BG, t), total_BG, written), None
+        return _put(spec, encoded, writing, pick_BG, t), total_BG, written
+
+    def step(carry: tuple, t: Array) -> tuple[tuple, None]:
+        logit_BGC, writing = _step(spec, encoded, carry[0], t)
+        return choose((writing, *carry[1:]), logit_BGC, t), None
 
     shape = (batch, width, spec.steps)
     nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
-    first_BG = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)  # one list to begin with, not `width` equal ones
-    first = _begin(spec, encoded, width), jnp.broadcast_to(first_BG, (batch, width)), nothing
-    (_, total_BG, written), _ = jax.lax.scan(step, first, jnp.arange(spec.steps))
+    total_BG = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)  # one list to begin with, not `width` equal ones
+    logit_BGC, writing = _begin(spec, encoded, width)
+    first = choose((writing, jnp.broadcast_to(total_BG, (batch, width)), nothing), logit_BGC, jnp.int32(0))
+    (_, total_BG, written), _ = jax.lax.scan(step, first, jnp.arange(1, spec.steps))
     none_BG1 = (total_BG == -jnp.inf)[..., None]
     return as_rollout(spec, *(jnp.where(none_BG1, x[:, :1], x) for x in written))
