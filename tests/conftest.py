@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import quick_runs, random_params, recorded_states
-from tiny import run_training
+from tiny import run_training, tiny_config, write_world
 from tiny_lists import tiny_ranker, write_lists
 
 from fgrpo_jax.models import decoder
@@ -108,3 +108,14 @@ def ranker_run(tmp_path_factory):
     with quick_runs(), recorded_states() as found:
         assert run_training(config) == 0
     return config, found
+
+
+@pytest.fixture(scope="session")
+def ranked_runs(tmp_path_factory, ranker_run):
+    """A run of each system, by its name; never changed."""
+    folder = tmp_path_factory.mktemp("rank")
+    (folder / "data").mkdir()
+    config = tiny_config(write_world(folder / "data"), folder / "prepared", folder / "run", sft_steps=2)
+    with quick_runs():
+        assert run_training(config) == 0
+    return {"llm": config, "ranker": ranker_run[0]}
