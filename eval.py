@@ -89,7 +89,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     logs = {prefix: read_rows(place / "metrics.jsonl") for prefix, place in places.items()}
     runs = _opened(finished, dataset)
     predictions |= _answers(runs[""], settings, examples)
-    said, parameters = _said(runs, rows, examples)
+    said, costs = _said(runs, rows, examples)
     predictions |= said
     rewards = rewards_of(runs[""], predictions)
     fits = {prefix + name: found for prefix, one in runs.items() for name, found in fits_of(one).items()}
@@ -101,7 +101,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         examples, predictions, settings.cutoffs, settings.versus, settings.bootstrap, config.seed, settings.metrics,
         rewards, config.reward.k,
     )  # fmt: skip
-    evaluation.summary["parameters"] = parameters
+    evaluation.summary.update(costs)
     about = report.manifest(
         as_dict(dataclasses.replace(used, run_dir="")),
         {"run": config.seed, "bootstrap": config.seed},
@@ -235,15 +235,17 @@ def _opened(finished: dict[str, Finished], dataset) -> dict[str, Opened]:
     return runs
 
 
-def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, int]]:
-    """Of every row that is no baseline: predictions, as indices into `examples`, and the parameters behind them."""
-    predictions, parameters = {}, {}
+def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, dict[str, float]]]:
+    """Of every row that is no baseline: predictions, as indices into `examples`; and what one costs, by kind."""
+    predictions, costs = {}, {"parameters": {}, "flops": {}}
     for prefix, one in runs.items():
         selected = [name for where, name in rows.values() if where == prefix]
-        for name, predicted in predict(one, selected).items():
+        found, flops = predict(one, selected)
+        for name, predicted in found.items():
             predictions[prefix + name] = list(map(_reindexed, examples, one.shown, predicted))
-        parameters |= {prefix + name: count for name, count in parameters_of(one, selected).items()}
-    return predictions, parameters
+        for kind, counts in (("parameters", parameters_of(one, selected)), ("flops", flops)):
+            costs[kind] |= {prefix + name: count for name, count in counts.items()}
+    return predictions, costs
 
 
 def _stepped(runs, examples, queries) -> dict[str, dict[int, list[Step]]]:

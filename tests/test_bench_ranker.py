@@ -1,16 +1,15 @@
 """The ranker's benchmark: its FLOPs against the products of the program itself, and a whole small run."""
 
 import json
-import math
 
 import jax
 import pytest
-from jax.extend.core import jaxprs_in_params
 from tiny import quick_programs
 
 from fgrpo_jax.bench import command, ranker
 from fgrpo_jax.bench.flops import RankerSizes, ranker_sample_flops, ranker_step_flops
 from fgrpo_jax.policies.ranker import generator
+from fgrpo_jax.run.compute import products
 
 SMALL = RankerSizes(batch=2, group=3, pool=8, history=5, length=4, width=16, heads=2, mlp=24, items=30)
 
@@ -19,18 +18,6 @@ SMALL = RankerSizes(batch=2, group=3, pool=8, history=5, length=4, width=16, hea
 def quickly():
     with quick_programs():
         yield
-
-
-def products(jaxpr):
-    """FLOPs of the matrix products in a jaxpr, also of those inside its calls."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        total += sum(products(inner) for inner in jaxprs_in_params(equation.params))
-    return total
 
 
 @pytest.mark.parametrize("layers, list_layers", [(1, 1), (2, 3)])

@@ -58,6 +58,14 @@ def test_it_is_said_how_many_parameters_made_a_list(whole):
     assert found["imitation"] == sum(jax.tree.leaves(shapes))
 
 
+def test_it_is_said_how_much_a_list_computes(whole):
+    """A generator-evaluator writes several lists and judges them; one built greedily is judged for every candidate."""
+    found = scores(whole[0].run_dir)["flops"]
+    assert set(found) == {*TRAINED, *SELECTED}
+    assert found["generators"] == found["imitation"] == found["goalrank"] < found["two_phase"]
+    assert found["pointwise"] < found["evaluator"] and found["imitation"] < found["g_e"] < found["mg_e_3"]
+
+
 def test_what_a_group_was_like_is_logged(whole):
     config, _ = whole
     logged = rows(config.run_dir, "goalrank")[1]

@@ -66,6 +66,7 @@ def test_parameters_and_names_of_runs_and_a_plot(runs, tmp_path):
         ({"x": "cutoffs", "plot": "p.png"}, "x='cutoffs' is no number"),
         ({"x": "network", "plot": "p.png"}, "x='network' is no number"),
         ({"x": "parameters", "methods": ("b",)}, "knows no number of parameters of 'b', only of a"),
+        ({"x": "flops", "methods": ("a",)}, "knows no number of flops of 'a', only of none"),
         ({"methods": ("c",)}, "has no method 'c', only a, b"),
         ({"metric": "ndcg@9"}, "has no ndcg@9, only ndcg@5"),
         ({"split": "validation"}, "give RUN_DIR:METHOD of an evaluated run"),

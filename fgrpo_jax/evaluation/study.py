@@ -20,6 +20,8 @@ from fgrpo_jax.evaluation import figures
 from fgrpo_jax.evaluation.seeds import command, interval, read, spread
 from fgrpo_jax.files import path_of, read_json
 
+COSTS = ("parameters", "flops")  # of a list, by method, in metrics.json
+
 
 class Cell(NamedTuple):
     """A method at a value of x; in percent. scores_RQ: of every run and query."""
@@ -29,17 +31,17 @@ class Cell(NamedTuple):
 
 
 def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
-    """What `x` is in a run: "run", its folder's name; "parameters", those the method reads; or a field.
+    """What `x` is in a run: "run", its folder's name; "parameters" or "flops" behind a method's list; or a field.
 
     Raises ConfigError where the run has no such thing.
     """
     if x == "run":
         return path_of(run_dir).name
-    if x == "parameters":
+    if x in COSTS:
         path = path_of(run_dir) / "eval" / split / "metrics.json"
-        found = read_json(path, ("parameters",))["parameters"]
+        found = read_json(path).get(x, {})
         if method not in found:
-            raise ConfigError(f"{path} knows no number of parameters of {method!r}, only of {', '.join(found)}")
+            raise ConfigError(f"{path} knows no number of {x} of {method!r}, only of {', '.join(found) or 'none'}")
         return found[method]
     value = read_json(path_of(run_dir) / "config.json", ())
     for name in x.split("."):
@@ -79,8 +81,9 @@ def study(
     Args:
         runs: evaluated run directories; those of one value of x are its seeds.
         methods: rows of their evaluations.
-        x: "run" (the folder's name), "parameters" (those that a method reads to make a list), or a field of
-            the configuration, as network.hidden_size.
+        x: "run" (the folder's name), "parameters" (those that a method reads to make a list), "flops" (what it
+            computes for one, padding included; of rankers), or a field of the configuration, as
+            network.hidden_size.
         metric: a column of their per_query.jsonl.
         split: the split they were evaluated on.
         plot: a file to write, .svg or .png; empty: none. Needs an x that is a number.

@@ -30,6 +30,7 @@ from fgrpo_jax.evaluation.evaluate import AT_CUTOFF, MORE_AT_CUTOFF, MORE_WHOLE,
 from fgrpo_jax.files import path_of
 from fgrpo_jax.run import memory, processes, sharding
 from fgrpo_jax.run.ahead import one_ahead
+from fgrpo_jax.run.compute import products
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
 from fgrpo_jax.stages import stages
@@ -182,6 +183,7 @@ class Predictor:
     """Predictions of a policy's parameters, compiled once per shape.
 
     policy: that encodes the queries. greedy, table: as the policy's where they are not given.
+    flops: behind a prediction of the first batch, its padding included; None before, and where decoding ends early.
     """
 
     def __init__(
@@ -199,7 +201,8 @@ class Predictor:
         def decode(params: PyTree, frozen: PyTree, query: PyTree) -> Lists:
             return of_shard(params, frozen, query)[1]
 
-        self.program = decode
+        self.program = self._decode = decode
+        self.flops: float | None = None
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
         """One Prediction per example."""
@@ -207,6 +210,9 @@ class Predictor:
         frozen = self._experiment.base(self._policy)
         for start, part, query in encoded_parts(self._experiment, self._policy, examples):
             lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
+            if not start:
+                of_batch = products(jax.make_jaxpr(self._decode)(params, frozen, query).jaxpr)  # not traced again
+                self.flops = of_batch and of_batch / len(part)
             for i in range(min(len(part), len(examples) - start)):
                 found.append(
                     Prediction(

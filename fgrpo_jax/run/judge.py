@@ -34,22 +34,30 @@ class Opened(NamedTuple):
         return best_params(self.experiment, self.places[name], name)
 
 
-def predict(run: Opened, rows: Sequence[str]) -> dict[str, list[Prediction]]:
-    """Predictions with the best parameters of a run's finished stages, by name, then of these of its selections."""
-    experiment, programs, predicted = run.experiment, {}, {}
+def predict(run: Opened, rows: Sequence[str]) -> tuple[dict[str, list[Prediction]], dict[str, float]]:
+    """Predictions with the best parameters of a run's finished stages, by name, then of these of its selections.
+
+    And the FLOPs behind one, of those whose programs say how many.
+    """
+    experiment, programs, flops, predicted = run.experiment, {}, {}, {}
+
+    def make(name: str, program: Predictor, params: PyTree) -> None:
+        predicted[name] = program(params, run.shown)
+        flops[name] = program.flops
+
     for name in run.places:
         policy = stages(experiment.config)[name].policy
         if policy not in programs:  # shared by the stages of a policy
             programs[policy] = _telling(Predictor(experiment, experiment.policy(name)), f"the lists of {name}")
-        predicted[name] = programs[policy](run.params(name), run.shown)
+        make(name, programs[policy], run.params(name))
     selections = policies.selections(experiment.config, experiment.policies) if rows else {}
     for name in rows:
         selection = selections[name]
         table = {other: experiment.policy(other).table for other in selection.stages}
         policy = experiment.policy(selection.stages[0])
         program = _telling(Predictor(experiment, policy, selection.greedy, table), f"the lists of {name}")
-        predicted[name] = program({other: run.params(other) for other in selection.stages}, run.shown)
-    return predicted
+        make(name, program, {other: run.params(other) for other in selection.stages})
+    return predicted, {name: count for name, count in flops.items() if count is not None}
 
 
 def _telling(predictor: Predictor, what: str) -> Predictor:
