@@ -4,6 +4,7 @@ import jax
 import pytest
 from helpers import run_on_8_devices
 from tiny import ROOT, rows, write_world
+from tiny_lists import write_lists
 
 LEGS = """
     import sys
@@ -47,3 +48,42 @@ def test_from_8_devices_to_4_to_1(tmp_path):
     assert [row["step"] for row in moved] == [row["step"] for row in alone] == [0, 3, 4, 6, 6]
     for our, their in zip(moved, alone, strict=True):
         assert our == pytest.approx(their, abs=1e-4)
+
+
+RANKER = """
+    import sys
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    import jax
+    import eval as evaluation
+    from tiny import changed, run_training
+    from tiny_lists import tiny_ranker
+
+    jax.config.update("jax_compilation_cache_dir", {cache!r})
+    jax.config.update("jax_disable_most_optimizations", True)
+    evaluation.evaluate_run = lambda *paths: None
+    devices = jax.devices()
+    config = tiny_ranker({folder!r} + "/data", {folder!r} + "/prepared", {folder!r}, steps=3)
+    others = ("dlcm", "prm", "generators", "two_phase", "grpo", "fgrpo")
+    config = changed(config, {{f"{{name}}.steps": 0 for name in others}})
+
+    def run(name, count, **mesh):
+        jax.devices = lambda: devices[:count]
+        mesh = {{f"mesh.{{axis}}": size for axis, size in mesh.items()}}
+        assert run_training(changed(config, mesh | {{"run_dir": {folder!r} + "/" + name}})) == 0
+
+    run("one", 1)
+    run("eight", 8, data=2, fsdp=2, tensor=2)
+"""
+
+
+def test_a_ranker_on_8_devices_is_that_of_one(tmp_path):
+    """Reward model, point-wise network, imitation and GoalRank on their lists and proposals, to the last row."""
+    (tmp_path / "data").mkdir()
+    write_lists(tmp_path / "data")
+    cache = jax.config.jax_compilation_cache_dir
+    run_on_8_devices(RANKER.format(root=str(ROOT), cache=cache, folder=str(tmp_path)))
+    for stage in ("evaluator", "pointwise", "imitation", "goalrank"):
+        one, eight = rows(tmp_path / "one", stage), rows(tmp_path / "eight", stage)
+        assert [row["step"] for row in one] == [row["step"] for row in eight] and one[-1]["step"] == 3
+        for our, their in zip(eight, one, strict=True):
+            assert our == pytest.approx(their, abs=1e-4)

@@ -216,6 +216,17 @@ def test_topics_that_are_missing_are_not_shared():
     assert same[0].tolist() == [[float(a == b >= 0) for b in query.topics[0]] for a in query.topics[0]]
 
 
+def test_diversified_scores_are_the_first_proposal_of_that_weight(frozen):
+    query = make_query(full=True)
+    for weight in (0.4, 1.0):
+        lists = proposals.diversified(JUDGE, frozen["pointwise"], query, weight)
+        setting = SETTING._replace(mmr_lambda=weight)
+        asked = proposals.propose(setting, (("mmr_pointwise", 2),), frozen, query, jax.random.key(3), lists[:, :0])
+        np.testing.assert_array_equal(lists[:, 0], asked[:, 0])
+    by_score = np.argsort(-np.asarray(pointwise_logits(JUDGE, frozen["pointwise"], query)), -1)
+    np.testing.assert_array_equal(lists[:, 0], by_score[:, : JUDGE.list_length])
+
+
 def test_pools_that_end_before_the_list(frozen):
     query = make_query().replace(n_candidates=jnp.array([2, 1, 8, 8], jnp.int32))
     lists = np.asarray(proposed(WANTED, frozen, query, jax.random.key(0)))

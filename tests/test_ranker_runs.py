@@ -21,7 +21,7 @@ from fgrpo_jax.stages import stages
 TRAINED = (
     "evaluator", "pointwise", "dlcm", "prm", "imitation", "generators", "two_phase", "goalrank", "grpo", "fgrpo",
 )  # fmt: skip
-SELECTED = ("g_e", "mg_e_3")
+SELECTED = ("g_e", "mg_e_3", "mmr_0.8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +54,7 @@ def test_it_is_said_how_many_parameters_made_a_list(whole):
     assert set(found) == {*TRAINED, *SELECTED}
     assert found["g_e"] == found["imitation"] + found["evaluator"] and found["generators"] == found["imitation"]
     assert found["mg_e_3"] == 3 * found["generators"] + found["evaluator"] and found["goalrank"] == found["grpo"]
+    assert found["mmr_0.8"] == found["pointwise"]
     shapes = jax.tree.map(lambda x: x.size, whole[1]["imitation", 4].params)
     assert found["imitation"] == sum(jax.tree.leaves(shapes))
 
@@ -63,7 +64,10 @@ def test_it_is_said_how_much_a_list_computes(whole):
     found = scores(whole[0].run_dir)["flops"]
     assert set(found) == {*TRAINED, *SELECTED}
     assert found["generators"] == found["imitation"] == found["goalrank"] < found["two_phase"]
-    assert found["pointwise"] < found["evaluator"] and found["imitation"] < found["g_e"] < found["mg_e_3"]
+    assert (
+        found["pointwise"] == found["mmr_0.8"] < found["evaluator"]
+        and found["imitation"] < found["g_e"] < found["mg_e_3"]
+    )
 
 
 def test_what_a_group_was_like_is_logged(whole):
@@ -168,12 +172,19 @@ def test_the_configuration_is_read_back(whole):
     [
         ({"goalrank.group_size": 3}, "goalrank.group_size=3 has no room for own samples beside the 3 lists"),
         ({"grpo.group_size": 1}, "grpo.group_size=1: an advantage centred by its group is then always 0"),
+        ({"goalrank.group_size": 1}, "goalrank.group_size=1: the softmax over a group of one list is always 1"),
+        (
+            {"goalrank.objective.name": "clipped_pg"},
+            "goalrank.source='mixed': the policy gradient of clipped_pg is of lists that the policy drew itself",
+        ),
         ({"goalrank.frozen_from": ("evaluator",)}, "goalrank: proposal 'pointwise' reads the stage 'pointwise'"),
         ({"grpo.frozen_from": ()}, "grpo: reward 'reward_model' reads the stage 'evaluator'"),
         ({"evaluator.steps": 0}, "goalrank.frozen_from: stage 'evaluator' is skipped, its steps are 0"),
         ({"proposals.mix": (("oracle", 1),)}, "proposals.mix: 'oracle' is not one of retriever, popularity"),
         ({"network.hidden_size": 9}, "network.hidden_size=9 must be a multiple of num_heads=2"),
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
+        ({"selection.mmr": (0.8, 0.8)}, "selection.mmr=(0.8, 0.8) must differ, in [0, 1]"),
+        ({"selection.mmr": (float("nan"),)}, "selection.mmr=(nan,) must differ, in [0, 1]"),
         ({"selection.sizes": (1, 4)}, "selection.sizes=(1, 4) must differ, from 1 to selection.generators=3"),
         ({"network.sees_retrieval": False}, "dlcm reads the pool in the first stage's order, which"),
         ({"generators.policy": "generator"}, "generators.policy='generator': this stage is read as the generators"),
@@ -264,6 +275,12 @@ def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, caps
     write_lists(other, train=20, validation=4, test=2, seed=5)
     assert run_training(changed(whole[0], start | {"data.manual_dir": str(other)})) == 2
     assert "numbers other items" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    elsewhere = shutil.copytree(whole[0].run_dir, tmp_path / "elsewhere")
+    described = json.loads((elsewhere / "items.json").read_text())
+    described["counts"][0] += 1
+    (elsewhere / "items.json").write_text(json.dumps(described))
+    assert run_training(changed(whole[0], start | {"start_from": str(elsewhere)})) == 2
+    assert f"{elsewhere} was trained on other queries" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_start_may_be_read_by_more_stages_later(whole, tmp_path):

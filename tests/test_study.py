@@ -1,6 +1,7 @@
 """One metric over several runs: values of x, seeds, differences; and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_parameters_and_names_of_runs_and_a_plot(runs, tmp_path):
     assert [line.split()[0] for line in study(tuple(folders), ("a",)).splitlines()[2:]] == [
         "w4s0", "w4s1", "w8s0", "w8s1"
     ]  # fmt: skip
+
+
+def test_a_method_of_some_runs_and_a_number_of_a_list(runs, tmp_path):
+    folders, _ = runs
+    path = Path(folders[0]) / "eval" / "test" / "per_query.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({**row, "methods": {"a": row["methods"]["a"]}}) for row in rows))
+    lines = study(tuple(folders[:3]), ("a", "b"), x="cutoffs.1", plot=str(tmp_path / "plot.svg")).splitlines()
+    assert [line.split()[:3] for line in lines[2:4]] == [["3", "a", "3"], ["3", "b", "2"]]
+    said = f"note: {folders[0]} and {folders[2]} count as seeds of one cutoffs.1, and differ in network.hidden_size"
+    assert said in lines and len(lines) == 6
+    assert not any("note" in line for line in study(tuple(folders), ("a",), x="network.hidden_size").splitlines())
 
 
 @pytest.mark.parametrize(

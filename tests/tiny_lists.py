@@ -39,7 +39,7 @@ def tiny_ranker(data, prepared, run_dir, steps=4):
             hidden_size=8, num_heads=2, mlp_size=8, list_length=LENGTH, labels="feedback", init_std=0.3
         ),
         proposals=ProposalsConfig(mix=(("retriever", 1), ("pointwise", 1), ("perturbed", 1))),
-        selection=SelectionConfig(lists=6),
+        selection=SelectionConfig(lists=6, mmr=(0.8,)),
     )
     small = {"steps": steps, "batch_queries": 8, "eval_every": 4, "optim": like.rl.optim}
     made = {}

@@ -45,6 +45,15 @@ def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dic
     return found
 
 
+def methods_of(run_dir: str, split: str) -> tuple[str, ...]:
+    """The methods of a run's evaluation, by its first query; none where there is no evaluation."""
+    path = path_of(run_dir) / "eval" / split / "per_query.jsonl"
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8") as lines:
+        return tuple(json.loads(next(lines))["methods"])
+
+
 def compare(
     a: tuple[str, ...],
     b: tuple[str, ...],

@@ -3,9 +3,10 @@
     python -m fgrpo_jax.evaluation.study --runs runs/w16 runs/w32 runs/w64 --methods goalrank mg_e_3 \
         --x network.hidden_size --metric ndcg@6 --split test --plot widths.png
 
-Runs of one value of `x` are its seeds: the score of a query is its mean over them. Every value is compared
-with the first one, query by query (95 % percentile bootstrap over queries, as in fgrpo_jax.evaluation.seeds),
-and the spread over seeds stands beside each mean.
+Runs of one value of `x` are its seeds: the score of a query is its mean over them, and what else they differ in
+is noted. A method is shown of the runs that have it. Every value is compared with the first one, query by query
+(95 % percentile bootstrap over queries, as in fgrpo_jax.evaluation.seeds), and the spread over seeds stands beside
+each mean.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.evaluation import figures
-from fgrpo_jax.evaluation.seeds import command, interval, read, spread
+from fgrpo_jax.evaluation.seeds import command, interval, methods_of, read, spread
 from fgrpo_jax.files import path_of, read_json
 
 COSTS = ("parameters", "flops")  # of a list, by method, in metrics.json
+_OF_A_SEED = {"seed", "run_dir", "start_from"}
 
 
 class Cell(NamedTuple):
@@ -45,6 +47,8 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
         return found[method]
     value = read_json(path_of(run_dir) / "config.json", ())
     for name in x.split("."):
+        if isinstance(value, list):
+            value = dict(zip(map(str, range(len(value))), value, strict=True))
         if not isinstance(value, dict) or name not in value:
             raise ConfigError(f"x={x!r} is no field of {run_dir}/config.json; give one as network.hidden_size")
         value = value[name]
@@ -66,6 +70,31 @@ def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -
     ]
 
 
+def _having(runs: tuple[str, ...], method: str, split: str) -> tuple[str, ...]:
+    """The runs whose evaluation has a method; all of them where none has, so that reading it says what there is."""
+    having = tuple(run for run in runs if method in methods_of(run, split))
+    return having or runs
+
+
+def _differing(runs: tuple[str, ...], method: str, x: str, split: str) -> list[str]:
+    """Fields in which runs of one value of x differ beside their seed: lines to be shown."""
+    first: dict[Any, tuple[str, dict[str, Any]]] = {}
+    notes = []
+    for run_dir in runs:
+        fields = _flat(read_json(path_of(run_dir) / "config.json"))
+        other, known = first.setdefault(value_of(run_dir, x, method, split), (run_dir, fields))
+        names = [name for name in sorted({*fields, *known} - _OF_A_SEED) if fields.get(name) != known.get(name)]
+        if names:
+            notes.append(f"note: {other} and {run_dir} count as seeds of one {x}, and differ in {', '.join(names)}")
+    return notes
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: x for key, of_key in value.items() for path, x in _flat(of_key, f"{name}.{key}".strip(".")).items()}
+
+
 def study(
     runs: tuple[str, ...],
     methods: tuple[str, ...],
@@ -83,7 +112,7 @@ def study(
         methods: rows of their evaluations.
         x: "run" (the folder's name), "parameters" (those that a method reads to make a list), "flops" (what it
             computes for one, padding included; of rankers), or a field of the configuration, as
-            network.hidden_size.
+            network.hidden_size, or goalrank.subset.1 of a list.
         metric: a column of their per_query.jsonl.
         split: the split they were evaluated on.
         plot: a file to write, .svg or .png; empty: none. Needs an x that is a number.
@@ -94,19 +123,21 @@ def study(
         raise ConfigError("give --runs and --methods")
     if plot:
         figures.check_name(plot)
-    table = {method: cells(runs, method, x, metric, split) for method in methods}
+    of_method = {method: _having(runs, method, split) for method in methods}
+    table = {method: cells(having, method, x, metric, split) for method, having in of_method.items()}
     lines = [f"{metric}, percent, {table[methods[0]][0].scores_RQ.shape[1]} queries"]
     lines.append(f"{x:24} {'method':14} {'seeds':>5} {'mean':>13}   less the first")
     drawn = {}
-    for method, of_method in table.items():
+    for method, row in table.items():
         drawn[method] = []
-        for cell in of_method:
+        for cell in row:
             low_high = interval(cell.scores_RQ.mean(0), resamples, seed)
             drawn[method].append((cell.x, cell.scores_RQ.mean(), *low_high))
-            lines.append(_line(cell, of_method[0], method, resamples, seed))
+            lines.append(_line(cell, row[0], method, resamples, seed))
     if plot:
         _plot(plot, drawn, x, metric)
-    return "\n".join(lines)
+    notes = [note for method, having in of_method.items() for note in _differing(having, method, x, split)]
+    return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
 def _line(cell: Cell, first: Cell, method: str, resamples: int, seed: int) -> str:

@@ -77,7 +77,9 @@ def _check_optim(where: str, o: OptimConfig) -> list[str]:
 
 def _check_credit(name: str, s: StageConfig, known: Registries) -> list[str]:
     problems = []
-    if s.group_size == 1 and s.credit.scheme not in known.imitating:
+    if s.group_size == 1 and s.objective.name == "group_softmax":
+        problems.append(f"{name}.group_size=1: the softmax over a group of one list is always 1; use 2 or more")
+    elif s.group_size == 1 and s.credit.scheme not in known.imitating:
         problems.append(f"{name}.group_size=1: an advantage centred by its group is then always 0; use 2 or more")
     if s.objective.name == "nll":
         problems.append(f"{name}.objective.name='nll' ignores rewards; sampled rollouts need 'clipped_pg'")

@@ -72,7 +72,10 @@ class BiasConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-    """Generator-evaluators: of the lists of one generator or several, the evaluator's best."""
+    """Rows of an evaluation that are made of trained stages.
+
+    Generator-evaluators: of the lists of one generator or several, the evaluator's best. And re-ordered scores.
+    """
 
     generators: int = 3
     """Of the stage `generators`."""
@@ -81,6 +84,9 @@ class SelectionConfig:
     lists: int = 24
     """That a row chooses from, as many of each generator and one of each at least: its most probable ones, found
     by a beam."""
+    mmr: tuple[float, ...] = ()
+    """Rows `mmr_0.8`: lists by maximal marginal relevance, the point-wise network's scores against the same topic
+    twice, at these weights of the scores. They read topics, which no network does."""
 
 
 _JUDGE = StageConfig(

@@ -29,9 +29,9 @@ from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollou
 
 # Steps of sampling that are compiled apart: XLA CPU then lays the pool out once for all of them, which saves a tenth.
 _UNROLLED = 8
-# Steps of several lists that attend as one, to their own list by a mask. Products of five rows cost a CPU more than
-# what they compute: a training step takes 7 % longer with lists one by one, and longer again beyond 30 (bench ranker).
-_ROWS = 24
+# Steps that attend as one, at most: of fewer rows a CPU's products take longer than what is in them, of many more the
+# scores do that a mask drops (bench ranker).
+_ROWS = 25
 
 
 class Encoded(NamedTuple):
@@ -128,8 +128,8 @@ def logits(spec: RankerSpec, encoded: Encoded, actions_BGT: Array) -> Array:
     if steps == 1:
         return first_BG1C
     x_BGTD = network.take(encoded.pool_BCD, actions_BGT[..., :-1]) + encoded.weights["step"][1:]
-    together = max(n for n in range(1, group + 1) if group % n == 0 and n * (steps - 1) <= max(_ROWS, steps - 1))
-    x_BXYD = x_BGTD.reshape(batch, group // together, together * (steps - 1), -1)
+    # Several lists attend as one, X of Y steps, each by a mask to itself.
+    x_BXYD = x_BGTD.reshape(batch, -1, _together(group, steps - 1) * (steps - 1), spec.hidden_size)
     list_Y, step_Y = jnp.divmod(jnp.arange(x_BXYD.shape[2]), steps - 1)
     before = ((list_Y == list_Y[:, None]) & (step_Y <= step_Y[:, None]))[None, None]
 
@@ -141,6 +141,11 @@ def logits(spec: RankerSpec, encoded: Encoded, actions_BGT: Array) -> Array:
         x_BXYD = network.rematerialized(spec, block)(x_BXYD, layer, seen)
     later_BGTC = _logits(spec, encoded.weights, encoded.pool_BCD, x_BXYD.reshape(x_BGTD.shape))
     return jnp.concatenate([first_BG1C, later_BGTC], 2)
+
+
+def _together(group: int, steps: int) -> int:
+    """How many lists of `steps` attend as one: a divisor of the group."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * steps <= _ROWS))
 
 
 def _logits(spec: RankerSpec, weights: PyTree, pool_BCD: Array, x_BGTD: Array) -> Array:

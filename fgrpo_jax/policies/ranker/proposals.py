@@ -132,6 +132,12 @@ def same_topic(setting: Setting, asked: Asked) -> Array:
     return ((topics_BC[:, :, None] == topics_BC[:, None]) & (topics_BC[:, None] >= 0)).astype(jnp.float32)
 
 
+def diversified(spec: RankerSpec, pointwise: PyTree, query: RankerQuery, weight: float) -> Array:
+    """[B,1,L]: as "mmr_pointwise" proposes first, of another weight."""
+    asked = Asked(query, {"pointwise": pointwise}, jax.random.key(0), 1, jnp.zeros(0))  # the first list has no noise
+    return PROPOSALS["mmr_pointwise"](Setting(spec, mmr_lambda=weight), asked)
+
+
 def near_items(setting: Setting, asked: Asked) -> Array:
     """[B,C,C]: cosine of the point-wise network's item embeddings, from 0 (negative ones too) to 1."""
     table = {"items": network.pointwise_table(setting.judge)["items"]}

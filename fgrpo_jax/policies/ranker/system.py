@@ -22,7 +22,7 @@ from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 from fgrpo_jax.policies.ranker.rerankers import SCORERS
 from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import Policy, PyTree, Selection, num_params
+from fgrpo_jax.types import RANK, Policy, PyTree, Selection, num_params
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
@@ -71,7 +71,7 @@ def make_setting(config: RankerConfig, spec: RankerSpec) -> proposals.Setting:
 
 
 def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, Selection]:
-    """`g_e`, `mg_e_3`: the evaluator's best of what one generator, or the first three, would write."""
+    """`g_e`, `mg_e_3`: the evaluator's best of what one generator, or the first three, would write. And `mmr_0.8`."""
     items = policies["generator"].table["items"].shape[0] - 1
     spec = make_spec(config, items)
     setting = make_setting(config, spec)
@@ -80,17 +80,25 @@ def selections(config: RankerConfig, policies: dict[str, Policy]) -> dict[str, S
         each = max(config.selection.lists // count, 1)
         return None, ensemble.best_of(spec, setting, count, each, params["generators"], params["evaluator"], query)
 
-    generator, evaluator = (num_params(policies[name].table) for name in ("generator", "evaluator"))
-    counts, reads = {_row(count): count for count in config.selection.sizes}, selected(config)
-    return {
-        name: Selection(reads[name], functools.partial(select, count), count * generator + evaluator)
-        for name, count in counts.items()
-    }
+    def diversify(weight: float, params: PyTree, frozen: PyTree, query: RankerQuery):
+        return policy.as_given(proposals.diversified(spec, params["pointwise"], query, weight), RANK)
+
+    sizes = {name: num_params(policies[name].table) for name in ("generator", "evaluator", "pointwise")}
+    reads, made = selected(config), {}
+    for count in config.selection.sizes:
+        read = count * sizes["generator"] + sizes["evaluator"]
+        made[_row(count)] = Selection(reads[_row(count)], functools.partial(select, count), read)
+    for weight in config.selection.mmr:
+        name = _mmr_row(weight)
+        made[name] = Selection(reads[name], functools.partial(diversify, weight), sizes["pointwise"])
+    return made
 
 
 def selected(config: RankerConfig) -> dict[str, tuple[str, ...]]:
     """Rows of `selections`, and the stages that each reads."""
-    return {_row(count): ("generators", "evaluator") for count in config.selection.sizes}
+    s = config.selection
+    by_evaluator = {_row(count): ("generators", "evaluator") for count in s.sizes}
+    return by_evaluator | {_mmr_row(weight): ("pointwise",) for weight in s.mmr}
 
 
 def unprompted(config: RankerConfig) -> str:
@@ -99,6 +107,10 @@ def unprompted(config: RankerConfig) -> str:
 
 def _row(count: int) -> str:
     return "g_e" if count == 1 else f"mg_e_{count}"
+
+
+def _mmr_row(weight: float) -> str:
+    return f"mmr_{weight:g}"
 
 
 def _needs_lists(config: RankerConfig) -> bool:

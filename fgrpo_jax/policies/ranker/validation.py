@@ -57,6 +57,8 @@ def _selection(config: RankerConfig) -> list[str]:
         found.append("selection.generators and selection.lists must be at least 1")
     if len(set(s.sizes)) < len(s.sizes) or any(not 1 <= count <= s.generators for count in s.sizes):
         found.append(f"selection.sizes={s.sizes} must differ, from 1 to selection.generators={s.generators}")
+    if len({f"{weight:g}" for weight in s.mmr}) < len(s.mmr) or any(not 0 <= weight <= 1 for weight in s.mmr):
+        found.append(f"selection.mmr={s.mmr} must differ, in [0, 1]")
     return found
 
 
@@ -93,6 +95,11 @@ def _stage(config: RankerConfig, name: str, stage: StageConfig) -> list[str]:
                 "proposals.mix"
             )
         needs |= {f"proposal {one!r}": READS[one] for one, _ in config.proposals.mix if one in READS}
+        if stage.objective.name == "clipped_pg":
+            found.append(
+                f"{name}.source='mixed': the policy gradient of clipped_pg is of lists that the policy drew itself, "
+                "which proposals are not: use source='sampled', or objective.name='group_softmax'"
+            )
     if stage.source != "logged":
         needs |= {f"reward {reward!r}": _READS[reward] for _, reward, _ in stage.credit.terms if reward in _READS}
     for what, network in needs.items():
