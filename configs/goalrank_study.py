@@ -5,8 +5,8 @@
 PARTS change one thing of `goalrank`, which is trained anew (and `grpo`, where the reward model is wrong on purpose)
 beside the networks of the run that it starts from, runs/goalrank. SCALES train from the beginning, with networks of
 another width or fewer queries (of whose items all queries are counted: popularity is an input), what GoalRank and the
-generator-evaluators need, and mg_e_100 what the latter need alone. For another seed: --seed, --run-dir, and for PARTS
---start-from a run of that seed.
+generator-evaluators need; mg_e_100 and longer_generators what the latter need alone. For another seed: --seed,
+--run-dir, and for PARTS --start-from a run of that seed.
 """
 
 import dataclasses
@@ -81,11 +81,16 @@ def _fewer_queries(share: float):
     return change
 
 
-def _many_generators(config: RankerConfig) -> RankerConfig:
-    """The best of a hundred lists, whoever wrote them (of three generators: 99)."""
-    many = SelectionConfig(generators=100, sizes=(1, 3, 20, 100), lists=100)
-    eval = dataclasses.replace(config.eval, versus="mg_e_100", rewards=())
-    return _only("evaluator", "generators")(dataclasses.replace(config, selection=many, eval=eval))
+def _selected(versus: str, steps: int, **selection):
+    """What the generator-evaluators need alone."""
+
+    def change(config: RankerConfig) -> RankerConfig:
+        eval = dataclasses.replace(config.eval, versus=versus, rewards=())
+        generators = dataclasses.replace(config.generators, steps=steps)
+        changed = dataclasses.replace(config, selection=SelectionConfig(**selection), eval=eval, generators=generators)
+        return _only("evaluator", "generators")(changed)
+
+    return change
 
 
 PARTS = {
@@ -99,7 +104,10 @@ PARTS = {
 SCALES = {
     **{f"width_{width}": _scaled(hidden_size=width, mlp_size=2 * width) for width in (16, 32, 128, 256)},
     **{f"queries_{share}": _fewer_queries(share) for share in (0.1, 0.25, 0.5)},
-    "mg_e_100": _many_generators,
+    # The best of a hundred lists, whoever wrote them (of three generators: 99).
+    "mg_e_100": _selected("mg_e_100", 200, generators=100, sizes=(1, 3, 20, 100), lists=100),
+    # As many steps as GoalRank's generator has in its two stages.
+    "longer_generators": _selected("mg_e_3", 500),
 }
 VARIANTS = PARTS | SCALES
 
