@@ -128,6 +128,7 @@ def test_two_processes_train_what_one_does(whole, tmp_path):
         said = [child.communicate(timeout=600) for child in both]
     assert [child.returncode for child in both] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
     assert "2 x cpu (2 process(es)), mesh data 1 x fsdp 2 x tensor 1" in said[0][0]
+    assert "goalrank 4/4  reward/rank" in said[0][0] and "reward/slate" not in said[0][0]  # which nothing rewards
     for name in KEPT:
         ours, theirs = rows(config.run_dir, name), rows(whole[0].run_dir, name)
         assert [row.keys() for row in ours] == [row.keys() for row in theirs] and len(ours) > 1

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fgrpo_jax.algorithm.rewards import COVERAGE
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.errors import TrainingError
 from fgrpo_jax.evaluation.evaluate import score
@@ -30,7 +31,10 @@ class Meter:
 
     def __init__(self, experiment: Experiment, name: str, log: MetricsLog, progress: Progress):
         self._name, self._every, self._log, self.progress = name, experiment.config.log_every, log, progress
-        self._queries = stages(experiment.config)[name].batch_queries
+        stage = stages(experiment.config)[name]
+        self._queries = stage.batch_queries
+        covers = [reward in COVERAGE for _, reward, _ in stage.credit.terms]
+        self._rewards = ["reward/slate"] * any(covers) + ["reward/rank"] * (not all(covers))
         self._last: tuple[int, dict[str, Mean], Sequence[RankingExample]] | None = None
         self._since: list[dict[str, Mean]] = []
 
@@ -79,7 +83,7 @@ class Meter:
         tokens = rate * total["tokens_trained"].sum / (total["grad_norm"].count * self._queries)
         values |= {"queries_per_s": float(f"{rate:.3g}"), "tokens_per_s": float(f"{tokens:.3g}")}
         self._log.write(self._name, step, values)
-        shown = [name for name in ("reward/slate", "reward/rank") if name in values] or ["loss"]
+        shown = [name for name in self._rewards if name in values] or ["loss"]
         self.progress.line({name: values[name] for name in shown}, rate, tokens)
 
 
