@@ -16,7 +16,7 @@ from fgrpo_jax.config import Config, ModelConfig, PromptConfig, TranscriptConfig
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.models import decoder, gguf, head, hf
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.policies.llm import files, tokenizers
+from fgrpo_jax.policies.llm import files, prompts, tokenizers
 
 NUMERICS = {
     "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
@@ -135,12 +135,18 @@ def test_the_tokenizer_equals_that_of_transformers(qwen3, tmp_path, rule):
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
 
 
-def rewritten(folder, source, rule):
+def rewritten(folder, source, rule, **options):
     """A file whose words are split by another rule than its tokenizer's."""
     with pytest.MonkeyPatch.context() as patch:
         before = library.GGUFWriter.add_tokenizer_pre
         patch.setattr(library.GGUFWriter, "add_tokenizer_pre", lambda self, _: before(self, rule))
-        return write_gguf(folder / "other.gguf", source, "qwen3")
+        return write_gguf(folder / "other.gguf", source, "qwen3", **options)
+
+
+@pytest.mark.parametrize("rule, begins", [("llama-bpe", [2]), ("qwen2", [])])
+def test_only_llama_3s_texts_begin_with_bos_where_a_file_does_not_say(qwen3, tmp_path, rule, begins):
+    tokenizer = load_tokenizer(rewritten(tmp_path, qwen3, rule, more=[("tokenizer.ggml.bos_token_id", 2)]))
+    assert tokenizer.bos_token_id == 2 and prompts.beginning(PromptConfig(), tokenizer) == begins
 
 
 def test_digits_are_parted_before_words_are(qwen3, tmp_path):

@@ -1,10 +1,11 @@
-"""What a run directory says of its language model: tokenizer/, model.json, hf_config.json.
+"""What a run directory says of its language model: tokenizer/, prompt_begins.json, model.json, hf_config.json.
 
 With them the directory can be moved and used where the files that training began with are not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, writ
 from fgrpo_jax.models import decoder, flash, gguf, hf, peft
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.models.lora import Lora, merged
-from fgrpo_jax.policies.llm import base, tokenizers
+from fgrpo_jax.policies.llm import base, prompts, tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
+_BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning), if there are any
 
 
 def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> Any:
@@ -32,6 +34,31 @@ def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> An
     if is_whole(saved, _LAST):
         return tokenizers.from_directory(str(saved))
     return tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+
+
+def keeping_beginning(config: Config, tokenizer: Any, run_dir: Path) -> Config:
+    """The configuration, by which the prompts of a run begin as they always did: of an earlier version with nothing.
+
+    Raises ConfigError where the tokenizer puts something else before a text than when the run began.
+    """
+    began = _began(run_dir)
+    if began is None:
+        return config
+    config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, bos=bool(began)))
+    if (now := prompts.beginning(config.prompt, tokenizer)) != began:
+        raise ConfigError(
+            f"{run_dir}: its prompts began with the tokens {began}, and its tokenizer puts {now} before a text here: "
+            "restore its tokenizer/, or take the version of transformers that it began with"
+        )
+    return config
+
+
+def _began(run_dir: Path) -> list[int] | None:
+    """None: no run that has a tokenizer."""
+    if not is_whole(run_dir / "tokenizer", _LAST):
+        return None
+    path = run_dir / _BEGINS
+    return read_json(path, ("begins",))["begins"] if path.is_file() else []
 
 
 # --------------------------------------------------------------------- sizes
@@ -124,9 +151,12 @@ def policy_files(
     config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path, ranking: Callable[[], dict[str, str]]
 ) -> PolicyFiles:
     """run_dir: of the policy itself; an export finds there what else the checkpoint said. ranking: what it adds."""
+    begins = prompts.beginning(config.prompt, tokenizer)
 
     def save(run_dir: Path) -> None:
-        if not is_whole(run_dir / "tokenizer", _LAST):
+        if not is_whole(run_dir / "tokenizer", _LAST):  # without it the other file counts for nothing
+            if begins:
+                write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
             _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
         if source and not (run_dir / _ORIGINAL).is_file() and gguf.locate(source).exists():
@@ -147,6 +177,11 @@ def policy_files(
         theirs = tokenizers.from_directory(str(theirs_dir / "tokenizer"))
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(f"{theirs_dir} has another tokenizer, so its model cannot read these data")
+        if (began := _began(theirs_dir)) != begins:
+            raise ConfigError(
+                f"{theirs_dir}: prompts begin with the tokens {began} there and with {begins} here: set "
+                f"prompt.bos={bool(began)}"
+            )
         if spec.lora:
             base.check(config, run_dir, theirs_dir)
 

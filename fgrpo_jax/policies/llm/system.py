@@ -9,7 +9,7 @@ from fgrpo_jax.config import Config, StageConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.policies.llm import buckets
 from fgrpo_jax.policies.llm.encode import prompt_tokens
-from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec
+from fgrpo_jax.policies.llm.files import keeping_beginning, load_tokenizer, make_spec
 from fgrpo_jax.policies.llm.policy import make
 from fgrpo_jax.policies.llm.prompted import unprompted
 from fgrpo_jax.policies.llm.validation import problems
@@ -28,6 +28,7 @@ def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str
     catalogue that cannot be a vocabulary, ModelFilesError for a checkpoint that cannot be read.
     """
     tokenizer = load_tokenizer(config, dataset, run_dir)
+    config = keeping_beginning(config, tokenizer, run_dir)
     spec = make_spec(config.model, len(tokenizer), run_dir)
     kind, instruction = (dataset.kind, dataset.instruction) if dataset else ("", "")
     used = buckets.resolve(config, prompt_lengths(config, tokenizer, kind, instruction), dataset, run_dir)
