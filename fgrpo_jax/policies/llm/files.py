@@ -70,21 +70,12 @@ def attention_of(model: ModelConfig) -> str:
 
 
 def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.DecoderSpec:
-    """The run's own sizes once it has them, or the configured ones.
-
-    Raises ConfigError when the tokenizer has more tokens than the checkpoint.
-    """
+    """The run's own sizes once it has them, or the configured ones; vocab_size: of random weights."""
     if saved := saved_spec(run_dir, model):
         return saved
     numerics = _numerics(model)
     if model.checkpoint:
-        spec = hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
-        if vocab_size > spec.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {vocab_size} tokens, model.checkpoint {model.checkpoint} only "
-                f"{spec.vocab_size}: they do not belong together; set `tokenizer` to the checkpoint's directory"
-            )
-        return spec
+        return hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
     family = FAMILIES[model.family]
     return decoder.DecoderSpec(
         vocab_size=vocab_size,

@@ -15,6 +15,7 @@ from fgrpo_jax.policies.llm import (
     base,
     checks,
     exported,
+    fitting,
     masks,
     prompted,
     prompts,
@@ -66,7 +67,13 @@ def make(
     asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
     begins = prompts.beginning(config.prompt, tokenizer)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction, begins)
-    encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
+    unchecked = functools.partial(encode, config, grammar, tokenizer, kind, asking.instruction, {})
+
+    def encoded(examples):
+        query = unchecked(examples)
+        fitting.check_ids(tokenizer, spec.vocab_size, query, examples)
+        return query
+
     return Policy(
         table=weights.table,
         dtype=spec.param_dtype,
