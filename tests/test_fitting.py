@@ -1,14 +1,17 @@
 """Tokenizers and checkpoints that belong together, and those that do not."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from bpe import train_bpe
 from helpers import random_params
 
-from fgrpo_jax.config import Config, ConfigError, DataConfig, ModelConfig, TranscriptConfig
+from fgrpo_jax.config import MADE_OF_DATA, Config, ConfigError, DataConfig, ModelConfig, TranscriptConfig
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
 from fgrpo_jax.models import decoder, hf
-from fgrpo_jax.policies.llm import system
+from fgrpo_jax.policies.llm import fitting, system
+from fgrpo_jax.policies.llm.validation import problems
 from fgrpo_jax.types import RankingExample
 
 SPEC = decoder.DecoderSpec(
@@ -67,3 +70,43 @@ def test_an_eos_token_beyond_the_vocabulary_is_refused(tmp_path):
     tokenizer.eos_token = "<end>"
     with pytest.raises(ConfigError, match="only 280, and none for '<end>'"):
         policy(tmp_path, tokenizer)
+
+
+# --------------------------------------------------------------------- the tokenizer of the checkpoint
+
+
+@pytest.mark.parametrize("name", MADE_OF_DATA)
+def test_a_tokenizer_made_of_data_is_none_of_a_checkpoint(name):
+    config = Config(tokenizer=name, model=ModelConfig(checkpoint="smollm2"))
+    (found,) = problems(config)
+    assert f"tokenizer='{name}' is made of the data, and its ids mean nothing to model.checkpoint='smollm2'" in found
+    assert problems(dataclasses.replace(config, model=ModelConfig())) == []
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="other' is another one than that of model.checkpoint=.*: token 2"):
+        policy(tmp_path, bpe(), train_bpe(["other words"] * 9, 270))
+
+
+def test_tokens_that_are_added_or_called_otherwise_make_it_no_other(tmp_path):
+    """A copy with tags in place of reserved special tokens, and one more behind."""
+    policy(tmp_path, bpe("<reserved>"), bpe("<tag>", "<more>"), size=282)
+
+
+def test_a_checkpoint_without_a_tokenizer_of_its_own_takes_any(tmp_path):
+    hf.save(tmp_path / "saved", SPEC, random_params(SPEC), None, bpe())
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    fitting.check_own(Config(model=ModelConfig(checkpoint=str(tmp_path / "saved"))), bpe())
+
+
+def test_a_gguf_file_and_the_directory_it_was_made_of_fit(tmp_path):
+    pytest.importorskip("gguf", reason="the gguf extra is not installed")
+    from write_gguf import write_gguf
+
+    spec = SPEC._replace(hidden_size=32, head_dim=32, mlp_size=32)
+    hf.save(tmp_path / "model", spec, random_params(spec), {"model_type": "qwen3"}, bpe())
+    file = write_gguf(tmp_path / "model.gguf", tmp_path / "model", "qwen3")
+    config = Config(tokenizer=str(tmp_path / "model"), model=ModelConfig(checkpoint=str(file)))
+    fitting.check_own(config, bpe())
+    with pytest.raises(ConfigError, match="is another one than that of model.checkpoint"):
+        fitting.check_own(config, train_bpe(["other words"] * 9, 270))

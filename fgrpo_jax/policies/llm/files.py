@@ -28,11 +28,15 @@ _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started fr
 _BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning), if there are any
 
 
+def has_tokenizer(run_dir: Path) -> bool:
+    """Whether a run was begun here."""
+    return is_whole(run_dir / "tokenizer", _LAST)
+
+
 def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> Any:
     """The run's own tokenizer once it has one, or the configured one, which may need the data set."""
-    saved = run_dir / "tokenizer"
-    if is_whole(saved, _LAST):
-        return tokenizers.from_directory(str(saved))
+    if has_tokenizer(run_dir):
+        return tokenizers.from_directory(str(run_dir / "tokenizer"))
     return tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
 
 
@@ -55,7 +59,7 @@ def keeping_beginning(config: Config, tokenizer: Any, run_dir: Path) -> Config:
 
 def _began(run_dir: Path) -> list[int] | None:
     """None: no run that has a tokenizer."""
-    if not is_whole(run_dir / "tokenizer", _LAST):
+    if not has_tokenizer(run_dir):
         return None
     path = run_dir / _BEGINS
     return read_json(path, ("begins",))["begins"] if path.is_file() else []
@@ -145,7 +149,7 @@ def policy_files(
     begins = prompts.beginning(config.prompt, tokenizer)
 
     def save(run_dir: Path) -> None:
-        if not is_whole(run_dir / "tokenizer", _LAST):  # without it the other file counts for nothing
+        if not has_tokenizer(run_dir):  # without it the other file counts for nothing
             if begins:
                 write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
             _save_tokenizer(tokenizer, run_dir)

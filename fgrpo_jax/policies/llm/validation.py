@@ -14,7 +14,7 @@ _WIDEST = 512  # tokens that names may be padded to
 
 
 def problems(config: Config) -> list[str]:
-    return [*_rules(config), *_transcript(config), *_model(config.model), *_by_choice(config)]
+    return [*_rules(config), *_transcript(config), *_tokenizer(config), *_model(config.model), *_by_choice(config)]
 
 
 def _by_choice(config: Config) -> list[str]:
@@ -89,6 +89,15 @@ def _transcript(config: Config) -> list[str]:
     if config.prompt.chat and config.tokenizer in MADE_OF_DATA:
         problems.append(f"prompt.chat needs a tokenizer with a chat template; {config.tokenizer!r} has none")
     return problems
+
+
+def _tokenizer(config: Config) -> list[str]:
+    if config.model.checkpoint and config.tokenizer in MADE_OF_DATA:
+        return [
+            f"tokenizer={config.tokenizer!r} is made of the data, and its ids mean nothing to model.checkpoint="
+            f"{config.model.checkpoint!r}: set `tokenizer` to the checkpoint, or model.checkpoint to ''"
+        ]
+    return []
 
 
 def _model(m: ModelConfig) -> list[str]:
