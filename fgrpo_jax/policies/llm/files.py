@@ -19,7 +19,7 @@ from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
 from fgrpo_jax.models import decoder, flash, gguf, hf, peft
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.models.lora import Lora, merged
+from fgrpo_jax.models.lora import Lora, merged, smallest_side
 from fgrpo_jax.policies.llm import base, prompts, tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
@@ -74,12 +74,17 @@ def attention_of(model: ModelConfig) -> str:
 
 
 def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.DecoderSpec:
-    """The run's own sizes once it has them, or the configured ones; vocab_size: of random weights."""
+    """The run's own sizes once it has them, or the configured ones; vocab_size: of random weights.
+
+    Raises ConfigError for adapters of a higher rank than a weight has.
+    """
     if saved := saved_spec(run_dir, model):
         return saved
     numerics = _numerics(model)
     if model.checkpoint:
-        return hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
+        spec = hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
+        _check_rank(spec)
+        return spec
     family = FAMILIES[model.family]
     return decoder.DecoderSpec(
         vocab_size=vocab_size,
@@ -100,6 +105,16 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         **family.spec,
         **numerics,
     )
+
+
+def _check_rank(spec: decoder.DecoderSpec) -> None:
+    if spec.lora:
+        name, side = smallest_side(decoder.param_table(spec._replace(lora=None)), spec.lora)
+        if spec.lora.rank > side:
+            raise ConfigError(
+                f"model.lora.rank={spec.lora.rank}: projection {name!r} of this checkpoint has no rank above {side}: "
+                "set at most that, or leave it out of model.lora.projections"
+            )
 
 
 def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
