@@ -230,6 +230,8 @@ def test_truncated_anywhere(qwen3, tmp_path):
         ({"more": [("qwen3.attention.value_length", 16)], "leave_out": ["attention.value_length"]}, "another length"),
         ({"more": [("qwen3.rope.scaling.type", "yarn")]}, "'yarn'"),
         ({"more": [("qwen3.attention.sliding_window", 64)]}, "qwen3.attention.sliding_window is not supported"),
+        ({"more": [("qwen3.expert_count", 8)]}, "qwen3.expert_count is not supported"),
+        ({"more": [("split.count", 3)]}, "is one of 3 files of a split model: join them"),
         (
             {"more": [("qwen3.attention.head_count", 0)], "leave_out": ["attention.head_count"]},
             "attention.head_count=0 must be one positive number",
@@ -277,6 +279,30 @@ def test_values_that_cannot_be_dequantized(qwen3, tmp_path, monkeypatch):
         path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
     spec = hf.read_spec(path, **NUMERICS)
     assert "is quantized as I32, which is not read" in refusal(hf.load, path, spec)
+
+
+def test_a_later_part_of_a_split_model_says_so_too(tmp_path):
+    """It has no other metadata."""
+    writer = library.GGUFWriter(tmp_path / "model-00002-of-00003.gguf", "qwen3")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.1.ffn_up.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for call in (hf.read_config, load_tokenizer):
+        assert "is one of 3 files of a split model" in refusal(call, tmp_path / "model-00002-of-00003.gguf")
+
+
+def test_values_of_a_type_that_the_library_does_not_know(qwen3, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
+    name, data = b"token_embd.weight", bytearray(path.read_bytes())
+    at = data.index(name) + len(name) + 4 + 2 * 8  # the number of axes, two sizes
+    assert data[at : at + 4] == bytes(4)  # F32
+    data[at] = 99
+    path.write_bytes(data)
+    assert "quantized as type 99, which gguf " in (said := refusal(hf.read_config, path)) and "--upgrade gguf" in said
 
 
 def test_tokenizers_that_are_refused(qwen3, tmp_path):
