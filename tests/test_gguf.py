@@ -12,7 +12,7 @@ from bpe import train_bpe
 from helpers import quick_jit
 from write_gguf import write_gguf
 
-from fgrpo_jax.config import Config, ModelConfig, PromptConfig, TranscriptConfig
+from fgrpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, PromptConfig, TranscriptConfig
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.models import decoder, gguf, head, hf
 from fgrpo_jax.models.families import FAMILIES
@@ -179,6 +179,18 @@ def test_a_run_needs_the_file_no_more(qwen3, tmp_path):
     made.exports["model"](tmp_path / "out", params, {})
     assert same(hf.load(tmp_path / "out", spec), params)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 777
+
+
+def test_adapters_of_a_file_are_exported_merged_alone(qwen3, tmp_path):
+    """peft could not open it by its name."""
+    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
+    config = Config(tokenizer=str(path), model=ModelConfig(checkpoint=str(path), lora=LoraConfig(rank=2)))
+    tokenizer = files.load_tokenizer(config, None, tmp_path / "run")
+    spec = files.make_spec(config.model, len(tokenizer), tmp_path / "run")
+    made = files.policy_files(config, spec, tokenizer, tmp_path / "run", lambda: {})
+    with pytest.raises(ConfigError, match="a GGUF file, onto which peft loads none: export with --form model"):
+        made.exports["adapter"](tmp_path / "out", {}, {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_an_installed_package_is_found_by_name(qwen3, tmp_path, monkeypatch):

@@ -203,6 +203,11 @@ def policy_files(
         hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 
     def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
+        if gguf.is_meant(Path(base.weights_of(config, run_dir))):
+            raise ConfigError(
+                f"form='adapter': these are adapters of {config.model.checkpoint}, a GGUF file, onto which peft loads "
+                "none: export with --form model, which merges them in"
+            )
         peft.save(out_dir, spec, params, config.model.checkpoint)
 
     exports = {"model": export_model} | ({"adapter": export_adapter} if spec.lora else {})
