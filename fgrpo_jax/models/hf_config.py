@@ -17,9 +17,16 @@ from fgrpo_jax.models.families import FAMILIES, Family
 from fgrpo_jax.models.hf_rope import positive
 
 # Fields of config.json that, when present, must have one of these values, whatever the family.
-_FIXED = {"attention_dropout": (0, None), "quantization_config": (None,)}
-
-
+_FIXED = {
+    "attention_dropout": (0, None),
+    "quantization_config": (None,),
+    "mlp_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+}
 _PERIODS = ("sliding_window_pattern", "full_attention_interval")  # layers to one that sees everything
 _WITH_IMAGES = {"qwen3_5": "qwen3_5_text"}  # model_type of the whole, and of its text_config
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # that the whole may say
