@@ -17,7 +17,7 @@ import jax
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
-from fgrpo_jax.models import decoder, flash, gguf, hf, peft
+from fgrpo_jax.models import decoder, flash, gguf, hf, hf_config, peft
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.models.lora import Lora, merged, smallest_side
 from fgrpo_jax.policies.llm import base, prompts, tokenizers
@@ -203,10 +203,12 @@ def policy_files(
         hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 
     def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
-        if gguf.is_meant(Path(base.weights_of(config, run_dir))):
+        where = Path(base.weights_of(config, run_dir))
+        if gguf.is_meant(where) or hf_config.is_whole_for_transformers(where):
+            kind = "a GGUF file" if gguf.is_meant(where) else "a model of images and text"
             raise ConfigError(
-                f"form='adapter': these are adapters of {config.model.checkpoint}, a GGUF file, onto which peft loads "
-                "none: export with --form model, which merges them in"
+                f"form='adapter': these are adapters of {config.model.checkpoint}, {kind}, onto which peft loads none: "
+                "export with --form model, which merges them in"
             )
         peft.save(out_dir, spec, params, config.model.checkpoint)
 
