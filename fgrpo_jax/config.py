@@ -24,6 +24,9 @@ class PromptConfig:
     """First line(s) of every prompt; empty: the data set's own default."""
     chat: bool = False
     """Wrap the prompt in the tokenizer's chat template (instruction-tuned checkpoints)."""
+    bos: bool = True
+    """Begin a prompt with the special tokens that the tokenizer puts before every text, as Llama's and Gemma's do and
+    most others do not. A chat template has its own. A run that began without them keeps to that."""
     text_tokens: int = 0
     """Tokens of a candidate's or a history item's text that are shown, the first ones, counted in the text alone; 0:
     all. The question is never cut. A run says that it cuts, `data check` how many texts. Needs candidates that are not

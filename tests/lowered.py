@@ -82,7 +82,7 @@ def configs(folder):
         if config.SYSTEM == "llm" and config.tokenizer != "catalogue":
             fields["tokenizer"] = f"{folder}/model"
         if config.SYSTEM == "llm" and config.model.lora.rank:
-            fields["model.checkpoint"] = f"{folder}/model"
+            fields |= {"model.checkpoint": f"{folder}/model", "model.lora.rank": 2}
         found[path.stem] = changed(config, fields)
     return found | {"everything": changed(found["jsonl"], EVERYTHING)}
 

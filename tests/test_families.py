@@ -1,7 +1,6 @@
 """Every family of models against `transformers` on torch, from the same random checkpoint."""
 
 import functools
-import json
 import typing
 
 import jax
@@ -237,30 +236,6 @@ def test_a_model_of_no_family_is_not_exported(tokenizer, tmp_path):
     spec = decoder.DecoderSpec(300, 8, 1, 1, 1, 8, 8, qk_norm=True, qkv_bias=True)
     with pytest.raises(hf.ModelFilesError, match="no family with qk_norm=True, qkv_bias=True"):
         hf.save(tmp_path / "out", spec, random_params(spec), None, tokenizer)
-
-
-def test_the_text_model_of_one_of_images_and_text(tokenizer, tmp_path):
-    """Its names have a prefix, its sizes are nested, and others lie beside it."""
-    spec = files.make_spec(ModelConfig(family="qwen3_5_text", num_layers=4), SIZES["vocab_size"], tmp_path)
-    params = random_params(spec)
-    tensors = saved(tmp_path / "text", spec, params, None, tokenizer)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    text = hf.read_config(tmp_path / "text")
-    config = {"model_type": "qwen3_5", "tie_word_embeddings": text.pop("tie_word_embeddings"), "text_config": text}
-    (whole / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 1}}))
-    renamed = {name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}
-    beside = {"model.visual.norm.weight": np.ones(3, np.float32), "mtp.norm.weight": np.ones(3, np.float32)}
-    safetensors.numpy.save_file(renamed | beside, whole / hf.SINGLE)
-    numerics = NUMERICS | {"logit_chunk": 4096, "rows_first": True}
-    assert hf.read_spec(whole, **numerics) == hf.read_spec(tmp_path / "text", **numerics)
-    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), hf.load(whole, spec), params))
-    (whole / "config.json").write_text(json.dumps(config | {"text_config": None}))
-    with pytest.raises(hf.ModelFilesError, match="text_config=None must be an object"):
-        hf.read_spec(whole, **numerics)
-    safetensors.numpy.save_file(renamed | {"model.other": np.ones(3, np.float32)}, whole / hf.SINGLE)
-    with pytest.raises(hf.ModelFilesError, match="no place: model.other"):
-        hf.load(whole, spec)
 
 
 def test_weights_of_another_family_are_refused(tokenizer, tmp_path):

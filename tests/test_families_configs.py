@@ -28,6 +28,13 @@ def spec_of(folder, fields):
         ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False is"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported, only False is"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu' is"),
+        ("llama", {"sliding_window": 16}, "sliding_window=16 is not supported, only None is"),
+        ("llama", {"attn_logit_softcapping": 50}, "attn_logit_softcapping=50 is not supported, only None is"),
+        ("llama", {"final_logit_softcapping": 30}, "final_logit_softcapping=30 is not supported, only None is"),
+        ("llama", {"logit_scale": 0.0625}, "logit_scale=0.0625 is not supported, only None is"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts=8 is not supported, only None is"),
+        ("qwen3", {"num_experts": 128}, "num_experts=128 is not supported, only None is"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias=True is not supported, only False is"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0 is"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'rope_type': 'dynamic'"),
@@ -77,6 +84,14 @@ def test_configs_that_are_refused(tmp_path, family, fields, complaint):
     assert complaint in str(caught.value)
 
 
+def test_what_asks_for_nothing_is_let_be(tmp_path):
+    """A window that is not used, as in published Qwen2.5; nulls, and a scale of one."""
+    qwen2 = {"model_type": "qwen2", "sliding_window": 131_072, "use_sliding_window": False}
+    assert spec_of(tmp_path, qwen2).window == 0
+    nothing = {"sliding_window": None, "attn_logit_softcapping": None, "logit_scale": 1.0, "num_experts": 0}
+    assert spec_of(tmp_path, {"model_type": "llama"} | nothing) == spec_of(tmp_path, {"model_type": "llama"})
+
+
 def test_what_config_json_may_leave_out(tmp_path):
     left_out = {"num_key_value_heads": None, "rope_theta": "remove", "tie_word_embeddings": "remove"}
     spec = spec_of(tmp_path, {"model_type": "llama", "head_dim": None} | left_out)
@@ -108,6 +123,8 @@ HYBRID |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=[1.5] must be one number up to 1"),
         ({"layer_types": [FULL, LOCAL]}, "layer_types holds 'sliding_attention'; only 'linear_attention' or 'full"),
         ({"attention_bias": True}, "attention_bias=True is not supported, only False is"),
+        ({"attn_output_gate": False}, "attn_output_gate=False is not supported, only True is"),
+        ({"sliding_window": 16}, "sliding_window=16 is not supported, only None is"),
         ({"full_attention_interval": "4"}, "full_attention_interval='4' must be a positive integer"),
     ],
 )

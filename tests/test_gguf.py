@@ -12,11 +12,11 @@ from bpe import train_bpe
 from helpers import quick_jit
 from write_gguf import write_gguf
 
-from fgrpo_jax.config import Config, ModelConfig, PromptConfig, TranscriptConfig
+from fgrpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, PromptConfig, TranscriptConfig
 from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.models import decoder, gguf, head, hf
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.policies.llm import files, tokenizers
+from fgrpo_jax.policies.llm import files, prompts, tokenizers
 
 NUMERICS = {
     "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
@@ -135,12 +135,18 @@ def test_the_tokenizer_equals_that_of_transformers(qwen3, tmp_path, rule):
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
 
 
-def rewritten(folder, source, rule):
+def rewritten(folder, source, rule, **options):
     """A file whose words are split by another rule than its tokenizer's."""
     with pytest.MonkeyPatch.context() as patch:
         before = library.GGUFWriter.add_tokenizer_pre
         patch.setattr(library.GGUFWriter, "add_tokenizer_pre", lambda self, _: before(self, rule))
-        return write_gguf(folder / "other.gguf", source, "qwen3")
+        return write_gguf(folder / "other.gguf", source, "qwen3", **options)
+
+
+@pytest.mark.parametrize("rule, begins", [("llama-bpe", [2]), ("qwen2", [])])
+def test_only_llama_3s_texts_begin_with_bos_where_a_file_does_not_say(qwen3, tmp_path, rule, begins):
+    tokenizer = load_tokenizer(rewritten(tmp_path, qwen3, rule, more=[("tokenizer.ggml.bos_token_id", 2)]))
+    assert tokenizer.bos_token_id == 2 and prompts.beginning(PromptConfig(), tokenizer) == begins
 
 
 def test_digits_are_parted_before_words_are(qwen3, tmp_path):
@@ -173,6 +179,18 @@ def test_a_run_needs_the_file_no_more(qwen3, tmp_path):
     made.exports["model"](tmp_path / "out", params, {})
     assert same(hf.load(tmp_path / "out", spec), params)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 777
+
+
+def test_adapters_of_a_file_are_exported_merged_alone(qwen3, tmp_path):
+    """peft could not open it by its name."""
+    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
+    config = Config(tokenizer=str(path), model=ModelConfig(checkpoint=str(path), lora=LoraConfig(rank=2)))
+    tokenizer = files.load_tokenizer(config, None, tmp_path / "run")
+    spec = files.make_spec(config.model, len(tokenizer), tmp_path / "run")
+    made = files.policy_files(config, spec, tokenizer, tmp_path / "run", lambda: {})
+    with pytest.raises(ConfigError, match="a GGUF file, onto which peft loads none: export with --form model"):
+        made.exports["adapter"](tmp_path / "out", {}, {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_an_installed_package_is_found_by_name(qwen3, tmp_path, monkeypatch):
@@ -224,6 +242,8 @@ def test_truncated_anywhere(qwen3, tmp_path):
         ({"more": [("qwen3.attention.value_length", 16)], "leave_out": ["attention.value_length"]}, "another length"),
         ({"more": [("qwen3.rope.scaling.type", "yarn")]}, "'yarn'"),
         ({"more": [("qwen3.attention.sliding_window", 64)]}, "qwen3.attention.sliding_window is not supported"),
+        ({"more": [("qwen3.expert_count", 8)]}, "qwen3.expert_count is not supported"),
+        ({"more": [("split.count", 3)]}, "is one of 3 files of a split model: join them"),
         (
             {"more": [("qwen3.attention.head_count", 0)], "leave_out": ["attention.head_count"]},
             "attention.head_count=0 must be one positive number",
@@ -271,6 +291,30 @@ def test_values_that_cannot_be_dequantized(qwen3, tmp_path, monkeypatch):
         path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
     spec = hf.read_spec(path, **NUMERICS)
     assert "is quantized as I32, which is not read" in refusal(hf.load, path, spec)
+
+
+def test_a_later_part_of_a_split_model_says_so_too(tmp_path):
+    """It has no other metadata."""
+    writer = library.GGUFWriter(tmp_path / "model-00002-of-00003.gguf", "qwen3")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.1.ffn_up.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for call in (hf.read_config, load_tokenizer):
+        assert "is one of 3 files of a split model" in refusal(call, tmp_path / "model-00002-of-00003.gguf")
+
+
+def test_values_of_a_type_that_the_library_does_not_know(qwen3, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
+    name, data = b"token_embd.weight", bytearray(path.read_bytes())
+    at = data.index(name) + len(name) + 4 + 2 * 8  # the number of axes, two sizes
+    assert data[at : at + 4] == bytes(4)  # F32
+    data[at] = 99
+    path.write_bytes(data)
+    assert "quantized as type 99, which gguf " in (said := refusal(hf.read_config, path)) and "--upgrade gguf" in said
 
 
 def test_tokenizers_that_are_refused(qwen3, tmp_path):

@@ -188,12 +188,36 @@ def test_peft_computes_what_the_run_does(made, tmp_path):
         ({"model.lora.alpha": 0.0}, "model.lora.alpha=0.0 must be positive"),
         ({"model.lora.projections": ()}, "must name at least one weight"),
         ({"model.lora.projections": ("q", "q")}, "each once"),
+        (
+            {"model.lora.rank": 0},
+            "model.lora.base_dtype: 'float32' -> 'bfloat16': only adapters read it; set model.lora",
+        ),
     ],
 )
 def test_impossible_adapters_are_refused(made, fields, message):
     _, config = made
     (found,) = problems(changed(config, fields))
     assert message in found
+
+
+def test_a_rank_that_a_projection_cannot_have_is_refused(made, tmp_path, capsys):
+    _, config = made
+    fields = {"run_dir": str(tmp_path / "run"), "model.lora.rank": 5}
+    assert run_training(changed(config, fields)) == 2
+    assert "model.lora.rank=5: projection 'k' of this checkpoint has no rank above 4" in capsys.readouterr().err
+    without = {"model.lora.projections": ("q", "o", "gate"), "sft.steps": 1, "rl.steps": 0}
+    with quick_runs():
+        assert run_training(changed(config, fields | without)) == 0
+    assert "note: model.lora.rank" not in capsys.readouterr().out
+
+
+def test_a_whole_checkpoint_trained_at_the_rate_of_adapters_is_said(made, tmp_path, capsys):
+    folder, config = made
+    fields = {"run_dir": str(tmp_path / "run"), "model.lora.rank": 0, "model.lora.base_dtype": "float32"}
+    with quick_runs():
+        assert run_training(changed(config, fields | {"sft.steps": 1, "rl.steps": 0})) == 0
+    said = f"note: model.lora.rank=0 trains all parameters of {folder / 'first'}, and sft.optim.learning_rate="
+    assert said in capsys.readouterr().out
 
 
 def test_a_run_keeps_its_adapters(made, capsys):

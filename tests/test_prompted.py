@@ -119,6 +119,19 @@ def ask(method, answers, slate_max=3, rank_max=2, text_tokens=0):
     return found, asked
 
 
+def ask_of(tokenizer, examples):
+    """Token ids of the prompts by which a model with this tokenizer is asked of the examples."""
+    asked = []
+
+    def write(prompts, most):
+        asked.extend(prompts)
+        return [[] for _ in prompts]
+
+    config = Config(transcript=TranscriptConfig(identifier="index", slate_max=3, rank_max=2))
+    prompted.one_step(Asking(config, tokenizer, "qa", "Do it."), examples, write)
+    return asked
+
+
 def test_in_one_step_the_first_labels_are_slate_and_ranking():
     found, asked = ask("zero_shot", ["[5] [1] [2] [3]", "I do not know"])
     assert found == [((4, 0, 1), (4, 0), OK), ((), (), NO_SLATE)]

@@ -198,7 +198,7 @@ def test_transformers_decodes_the_same_lists_token_for_token(made, shipped, tran
     model, tokenizer = opened(made[1])
     for example, (texts, history), tokens, lists in transcripts:
         asked = ranking.prompt(said, example.query, texts, history, tokenizer)
-        prompt = tokenizer.encode(asked, add_special_tokens=False)
+        prompt = ranking.tokens(said, asked, tokenizer)
         written = decoded(model, prompt, ranking.allowed(said, texts, tokenizer))
         assert written == tokens[: len(written)] and set(tokens[len(written) :]) <= {said["transcript"]["eos"]}
         assert list(ranking.lists(said, texts, tokenizer, written)) == lists
@@ -225,7 +225,7 @@ def test_llguidance_decodes_the_same_lists_token_for_token(made, shipped, transc
             return found
 
         asked = ranking.prompt(said, example.query, texts, history, tokenizer)
-        prompt = tokenizer.encode(asked, add_special_tokens=False)
+        prompt = ranking.tokens(said, asked, tokenizer)
         written = decoded(model, prompt, matched)
         assert written == tokens[: len(written)]
 

@@ -52,7 +52,12 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         _PLAIN,
-        {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None)},
+        {
+            "hidden_act": ("silu",),
+            "attention_bias": (False, None),
+            "mlp_bias": (False, None),
+            "sliding_window": (None,),
+        },
         {"head_dim": None, "num_key_value_heads": None, "rope_theta": 10_000.0, "tie_word_embeddings": False},
     ),
     "gemma3_text": Family(
@@ -78,7 +83,12 @@ FAMILIES = {
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM",
         _PLAIN | {"qk_norm": True, "norm_plus_one": True, "attention_gate": True},
-        {"hidden_act": ("silu",), "attention_bias": (False, None)},
+        {
+            "hidden_act": ("silu",),
+            "attention_bias": (False, None),
+            "attn_output_gate": (True, None),
+            "sliding_window": (None,),
+        },
         {"partial_rotary_factor": 0.25},
         ("linear_attention",) * 3 + ("full_attention",),
     ),

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE = "rope_freqs.weight"
+_UNKNOWN_KIND = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")  # what the library says
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 
 
@@ -81,7 +83,7 @@ class Gguf(NamedTuple):
 
 
 def open_file(path: str | Path) -> Gguf:
-    """Raises ModelFilesError for what is no GGUF file, or one that is truncated, or of no family that is read."""
+    """Raises ModelFilesError for no GGUF file, one that is truncated or a part, or of a family that is not read."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ModelFilesError(f"{path} does not exist: give a GGUF file or a Hugging Face directory")
@@ -98,10 +100,17 @@ def _open(path: Path, size: int, changed: int) -> Gguf:
     try:
         reader = library.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        if kind := _UNKNOWN_KIND.search(str(error)):
+            raise ModelFilesError(
+                f"{path} has values quantized as type {kind[1]}, which gguf {version('gguf')} does not know: "
+                "pip install --upgrade gguf, or take a file with other values, as Q8_0, Q4_K or F16"
+            ) from None
         raise ModelFilesError(f"{path} is truncated, damaged or of an unknown version: copy again ({error})") from None
     if reader.byte_order != "I":
         raise ModelFilesError(f"{path} is of another byte order than this machine's: convert it")
     found = Gguf(path, reader, {tensor.name: tensor for tensor in reader.tensors})
+    if (parts := found.get("split.count", 1)) > 1:  # only the first says what the model is
+        raise ModelFilesError(f"{path} is one of {parts} files of a split model: join them (llama-gguf-split --merge)")
     family = found.get("general.architecture")
     if family not in FAMILIES:
         raise ModelFilesError(f"{path}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
@@ -138,8 +147,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ModelFilesError(f"{file.path}: values of another length than keys are not supported")
     if number("rope.dimension_count", width) != width:
         raise ModelFilesError(f"{file.path}: rotary embedding of a part of a head is not supported")
-    if file.get(f"{family}.attention.sliding_window"):
-        raise ModelFilesError(f"{file.path}: {family}.attention.sliding_window is not supported")
+    for name in ("attention.sliding_window", "expert_count"):
+        if file.get(f"{family}.{name}"):
+            raise ModelFilesError(f"{file.path}: {family}.{name} is not supported")
     if (embedding := file.tensors.get("token_embd.weight")) is None:
         raise ModelFilesError(f"{file.path} has no tensor token_embd.weight")
     config = {

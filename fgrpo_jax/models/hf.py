@@ -47,7 +47,10 @@ __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = ("F32", "F16", "BF16")
-_TEXT, _BESIDE_TEXT = "model.language_model.", ("model.visual.", "mtp.")  # what names begin with
+# What names begin with: of a text model in one of images and text, with what it alone has there; and of the rest.
+_TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
+_IMAGES = ("visual.", "vision_tower.", "multi_modal_projector.")
+_BESIDE_TEXT = ("mtp.", *_IMAGES, *(f"model.{name}" for name in _IMAGES))
 _ROWS = 4096  # compared at a time
 
 
@@ -123,10 +126,14 @@ class _Renamed(NamedTuple):
 
 def _of_text(files: dict[str, Any]) -> dict[str, Any]:
     """Where a model of images and text lies, its text model, by the names that one alone has."""
-    if not any(name.startswith(_TEXT) for name in files):
+    if not any(name.startswith(tuple(_TEXT)) for name in files):
         return files
-    own = [name for name in files if not name.startswith(_BESIDE_TEXT)]
-    return {name.replace(_TEXT, "model.", 1): _Renamed(files[name], name) for name in own}
+
+    def alone(name: str) -> str:
+        start = next((start for start in _TEXT if name.startswith(start)), "")
+        return _TEXT.get(start, "") + name.removeprefix(start)
+
+    return {alone(name): _Renamed(files[name], name) for name in files if not name.startswith(_BESIDE_TEXT)}
 
 
 def _check(folder: Path, spec: DecoderSpec, files: dict[str, Any]) -> None:

@@ -17,11 +17,32 @@ from fgrpo_jax.models.families import FAMILIES, Family
 from fgrpo_jax.models.hf_rope import positive
 
 # Fields of config.json that, when present, must have one of these values, whatever the family.
-_FIXED = {"attention_dropout": (0, None), "quantization_config": (None,)}
-
-
+_FIXED = {
+    "attention_dropout": (0, None),
+    "quantization_config": (None,),
+    "mlp_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+}
 _PERIODS = ("sliding_window_pattern", "full_attention_interval")  # layers to one that sees everything
-_WITH_IMAGES = {"qwen3_5": "qwen3_5_text"}  # model_type of the whole, and of its text_config
+# model_type of the whole, and of its text_config, with what transformers takes that to be where it is left out.
+_WITH_IMAGES = {
+    "qwen3_5": ("qwen3_5_text", {}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+        },
+    ),
+}
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # that the whole may say
 _DELTA = (  # of delta.Sizes
     "linear_num_key_heads",
@@ -54,14 +75,22 @@ def check_there(folder: Path) -> None:
 
 def _of_text(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Of a model of images and text, what it says of its text model, which is all that is read."""
-    name = _WITH_IMAGES.get(config.get("model_type"))
-    if name is None:
+    if config.get("model_type") not in _WITH_IMAGES:
         return config
+    name, left_out = _WITH_IMAGES[config["model_type"]]
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise ModelFilesError(f"{path}: text_config={text!r} must be an object")
     shared = {field: config[field] for field in _SHARED if field in config}
-    return shared | {"model_type": name} | text
+    return left_out | shared | {"model_type": name} | text
+
+
+def is_whole_for_transformers(folder: Path) -> bool:
+    """Whether its AutoModelForCausalLM makes the model of images and text of it, in which names are others.
+
+    Of `gemma3` it does, of `qwen3_5` it makes the text model.
+    """
+    return read_json(folder / "config.json").get("model_type") == "gemma3"
 
 
 def read_spec(checkpoint: str | Path, **numerics: Any) -> DecoderSpec:

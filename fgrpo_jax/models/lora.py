@@ -49,6 +49,17 @@ def adapted(table: PyTree, lora: Lora) -> PyTree:
     return {**table, "layers": {name: with_adapter(name, base) for name, base in table["layers"].items()}}
 
 
+def smallest_side(table: PyTree, lora: Lora) -> tuple[str, int]:
+    """Of a model's table without adapters: the adapted weight with the fewest inputs or outputs, and how many."""
+
+    def side(name: str) -> int:
+        shape, n = table["layers"][name].shape[1:], AXES_IN.get(name, 1)
+        return min(math.prod(shape[:n]), math.prod(shape[n:]))
+
+    name = min((name for name in lora.projections if name in table["layers"]), key=side)
+    return name, side(name)
+
+
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
     """Base and adapters of a tree, or table, of both."""
     layers = params["layers"]

@@ -18,6 +18,7 @@ from fgrpo_jax.policies.llm import prompts, serving
 from fgrpo_jax.policies.llm.encode import LONGEST_NAME, check_width
 from fgrpo_jax.policies.llm.files import attention_of
 from fgrpo_jax.policies.llm.serving import LETTERS
+from fgrpo_jax.stages import stages
 from fgrpo_jax.types import RankingExample
 
 
@@ -32,6 +33,7 @@ def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, data
     """
     check_attention(config.model)
     _check_bfloat16(config.model, mesh)
+    _note_rates(config)
     if config.transcript.identifier == "letter":
         _check_letters(dataset, config.data.pool_size)
     if config.transcript.identifier == "text":
@@ -47,6 +49,25 @@ def check_attention(model: ModelConfig) -> None:
         raise ConfigError(
             "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or a TPU v5, or later ones, "
             f"and this is a {jax.devices()[0].device_kind}: set 'auto' or 'blocks'"
+        )
+
+
+_ALL_TRAINED = 1e-4  # learning rates above it are for adapters and for random weights
+
+
+def _note_rates(config: Config) -> None:
+    """Say where a whole checkpoint is trained as adapters would be: by configs/smollm2.py with model.lora.rank=0."""
+    if not config.model.checkpoint or config.model.lora.rank or jax.process_index():
+        return
+    rates = {
+        f"{name}.optim.learning_rate": stage.optim.learning_rate
+        for name, stage in stages(config).items()
+        if stage.steps
+    }
+    if high := [f"{name}={rate:g}" for name, rate in rates.items() if rate > _ALL_TRAINED]:
+        print(
+            f"note: model.lora.rank=0 trains all parameters of {config.model.checkpoint}, and {' and '.join(high)} is "
+            "meant for adapters or random weights: 1e-5 is more usual"
         )
 
 

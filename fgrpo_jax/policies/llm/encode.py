@@ -74,7 +74,8 @@ def prompt_tokens(
     t = config.transcript
     shown = prompts.shortened(examples, config.prompt.text_tokens, tokenizer)
     texts = [prompts.render(e, kind, instruction, t.identifier, t.slate_open) for e in shown]
-    return prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples])
+    begins = prompts.beginning(config.prompt, tokenizer)
+    return prompts.encode_prompts(tokenizer, texts, config.prompt.chat, [e.query_id for e in examples], begins)
 
 
 def _identifiers(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from fgrpo_jax.policies.llm.grammar import Grammar
 FILE = "ranking.json"
 
 
-def files(config: Config, grammar: Grammar, kind: str, instruction: str) -> dict[str, str]:
-    """Names and texts of the files. Raises ConfigError on another kind of prompts."""
-    said = describe(config, grammar, kind, config.prompt.instruction or instruction)
+def files(config: Config, grammar: Grammar, kind: str, instruction: str, begins: Sequence[int]) -> dict[str, str]:
+    """Names and texts of the files. begins: see prompts.beginning. Raises ConfigError on another kind of prompts."""
+    said = describe(config, grammar, kind, config.prompt.instruction or instruction, begins)
     return {FILE: json.dumps(said, indent=1, ensure_ascii=False) + "\n", "ranking.py": inspect.getsource(serving)}
 
 
-def describe(config: Config, grammar: Grammar, kind: str, instruction: str) -> dict[str, Any]:
+def describe(
+    config: Config, grammar: Grammar, kind: str, instruction: str, begins: Sequence[int] = ()
+) -> dict[str, Any]:
     t = config.transcript
     literals = {
         name: {"text": getattr(t, name), "tokens": list(getattr(grammar, name))}
@@ -39,6 +42,7 @@ def describe(config: Config, grammar: Grammar, kind: str, instruction: str) -> d
             "instruction": instruction,
             "opening": t.slate_open,
             "chat": config.prompt.chat,
+            "begins": [] if config.prompt.chat else list(begins),
             "text_tokens": config.prompt.text_tokens,
             "history_max": config.data.history_max,
             "max_tokens": max(config.data.prompt_buckets),
@@ -79,6 +83,7 @@ def read(folder: Path) -> tuple[Config, str]:
             prompt=PromptConfig(
                 instruction=prompt["instruction"],
                 chat=prompt["chat"],
+                bos=bool(prompt.get("begins")),  # older exports have none, and began their prompts with nothing
                 text_tokens=prompt.get("text_tokens", 0),  # older exports have none
             ),
             transcript=TranscriptConfig(**{name: written[name] for name in names}),

@@ -1,10 +1,11 @@
-"""What a run directory says of its language model: tokenizer/, model.json, hf_config.json.
+"""What a run directory says of its language model: tokenizer/, prompt_begins.json, model.json, hf_config.json.
 
 With them the directory can be moved and used where the files that training began with are not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
@@ -16,22 +17,52 @@ import jax
 from fgrpo_jax.config import Config, ConfigError, ModelConfig
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
-from fgrpo_jax.models import decoder, flash, gguf, hf, peft
+from fgrpo_jax.models import decoder, flash, gguf, hf, hf_config, peft
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.models.lora import Lora, merged
-from fgrpo_jax.policies.llm import base, tokenizers
+from fgrpo_jax.models.lora import Lora, merged, smallest_side
+from fgrpo_jax.policies.llm import base, prompts, tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
+_BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning), if there are any
+
+
+def has_tokenizer(run_dir: Path) -> bool:
+    """Whether a run was begun here."""
+    return is_whole(run_dir / "tokenizer", _LAST)
 
 
 def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> Any:
     """The run's own tokenizer once it has one, or the configured one, which may need the data set."""
-    saved = run_dir / "tokenizer"
-    if is_whole(saved, _LAST):
-        return tokenizers.from_directory(str(saved))
+    if has_tokenizer(run_dir):
+        return tokenizers.from_directory(str(run_dir / "tokenizer"))
     return tokenizers.load(config.tokenizer, dataset, config.transcript, config.prompt)
+
+
+def keeping_beginning(config: Config, tokenizer: Any, run_dir: Path) -> Config:
+    """The configuration, by which the prompts of a run begin as they always did: of an earlier version with nothing.
+
+    Raises ConfigError where the tokenizer puts something else before a text than when the run began.
+    """
+    began = _began(run_dir)
+    if began is None:
+        return config
+    config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, bos=bool(began)))
+    if (now := prompts.beginning(config.prompt, tokenizer)) != began:
+        raise ConfigError(
+            f"{run_dir}: its prompts began with the tokens {began}, and its tokenizer puts {now} before a text here: "
+            "restore its tokenizer/, or take the version of transformers that it began with"
+        )
+    return config
+
+
+def _began(run_dir: Path) -> list[int] | None:
+    """None: no run that has a tokenizer."""
+    if not has_tokenizer(run_dir):
+        return None
+    path = run_dir / _BEGINS
+    return read_json(path, ("begins",))["begins"] if path.is_file() else []
 
 
 # --------------------------------------------------------------------- sizes
@@ -43,20 +74,16 @@ def attention_of(model: ModelConfig) -> str:
 
 
 def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.DecoderSpec:
-    """The run's own sizes once it has them, or the configured ones.
+    """The run's own sizes once it has them, or the configured ones; vocab_size: of random weights.
 
-    Raises ConfigError when the tokenizer has more tokens than the checkpoint.
+    Raises ConfigError for adapters of a higher rank than a weight has.
     """
     if saved := saved_spec(run_dir, model):
         return saved
     numerics = _numerics(model)
     if model.checkpoint:
         spec = hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
-        if vocab_size > spec.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {vocab_size} tokens, model.checkpoint {model.checkpoint} only "
-                f"{spec.vocab_size}: they do not belong together; set `tokenizer` to the checkpoint's directory"
-            )
+        _check_rank(spec)
         return spec
     family = FAMILIES[model.family]
     return decoder.DecoderSpec(
@@ -78,6 +105,16 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
         **family.spec,
         **numerics,
     )
+
+
+def _check_rank(spec: decoder.DecoderSpec) -> None:
+    if spec.lora:
+        name, side = smallest_side(decoder.param_table(spec._replace(lora=None)), spec.lora)
+        if spec.lora.rank > side:
+            raise ConfigError(
+                f"model.lora.rank={spec.lora.rank}: projection {name!r} of this checkpoint has no rank above {side}: "
+                "set at most that, or leave it out of model.lora.projections"
+            )
 
 
 def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
@@ -124,9 +161,12 @@ def policy_files(
     config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path, ranking: Callable[[], dict[str, str]]
 ) -> PolicyFiles:
     """run_dir: of the policy itself; an export finds there what else the checkpoint said. ranking: what it adds."""
+    begins = prompts.beginning(config.prompt, tokenizer)
 
     def save(run_dir: Path) -> None:
-        if not is_whole(run_dir / "tokenizer", _LAST):
+        if not has_tokenizer(run_dir):  # without it the other file counts for nothing
+            if begins:
+                write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
             _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
         if source and not (run_dir / _ORIGINAL).is_file() and gguf.locate(source).exists():
@@ -147,6 +187,11 @@ def policy_files(
         theirs = tokenizers.from_directory(str(theirs_dir / "tokenizer"))
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(f"{theirs_dir} has another tokenizer, so its model cannot read these data")
+        if (began := _began(theirs_dir)) != begins:
+            raise ConfigError(
+                f"{theirs_dir}: prompts begin with the tokens {began} there and with {begins} here: set "
+                f"prompt.bos={bool(began)}"
+            )
         if spec.lora:
             base.check(config, run_dir, theirs_dir)
 
@@ -158,6 +203,13 @@ def policy_files(
         hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 
     def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
+        where = Path(base.weights_of(config, run_dir))
+        if gguf.is_meant(where) or hf_config.is_whole_for_transformers(where):
+            kind = "a GGUF file" if gguf.is_meant(where) else "a model of images and text"
+            raise ConfigError(
+                f"form='adapter': these are adapters of {config.model.checkpoint}, {kind}, onto which peft loads none: "
+                "export with --form model, which merges them in"
+            )
         peft.save(out_dir, spec, params, config.model.checkpoint)
 
     exports = {"model": export_model} | ({"adapter": export_adapter} if spec.lora else {})

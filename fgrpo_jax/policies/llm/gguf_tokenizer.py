@@ -96,7 +96,7 @@ def _backend(file: gguf.Gguf, tokens: list[str], rule: str, bos: str | None) -> 
     if split == _QWEN2:
         made.normalizer = normalizers.NFC()
     made.decoder = tokenizers.decoders.ByteLevel()
-    if bos and file.get("tokenizer.ggml.add_bos_token", False):
+    if bos and file.get("tokenizer.ggml.add_bos_token", split == _LLAMA3):  # where it is left out, as llama.cpp
         made.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )

@@ -11,7 +11,19 @@ import jax
 
 from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.models import decoder, hf, lora, memory
-from fgrpo_jax.policies.llm import base, checks, exported, masks, prompted, sampling, serving, targets, transcript
+from fgrpo_jax.policies.llm import (
+    base,
+    checks,
+    exported,
+    fitting,
+    masks,
+    prompted,
+    prompts,
+    sampling,
+    serving,
+    targets,
+    transcript,
+)
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import policy_files
 from fgrpo_jax.policies.llm.query import Query
@@ -53,8 +65,15 @@ def make(
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
     asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
-    ranking = functools.partial(exported.files, config, grammar, kind, instruction)
-    encoded = functools.partial(encode, config, grammar, tokenizer, kind, config.prompt.instruction or instruction, {})
+    begins = prompts.beginning(config.prompt, tokenizer)
+    ranking = functools.partial(exported.files, config, grammar, kind, instruction, begins)
+    unchecked = functools.partial(encode, config, grammar, tokenizer, kind, asking.instruction, {})
+
+    def encoded(examples):
+        query = unchecked(examples)
+        fitting.check_ids(tokenizer, spec.vocab_size, query, examples)
+        return query
+
     return Policy(
         table=weights.table,
         dtype=spec.param_dtype,

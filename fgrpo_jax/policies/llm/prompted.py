@@ -124,7 +124,8 @@ class Asking:
         names = [self._names(example) for example in examples]
         asked = [self._prompt(example, of, question, most) for example, of in zip(examples, names, strict=True)]
         ids = [example.query_id for example in examples]
-        tokens = prompts.encode_prompts(self.tokenizer, asked, False, ids)
+        begins = [] if self.tokenizer.chat_template else prompts.beginning(self.config.prompt, self.tokenizer)
+        tokens = prompts.encode_prompts(self.tokenizer, asked, False, ids, begins)
         longest = max(len(ids) for of in names for ids in serving.encoded(of, self.tokenizer))
         written = write(tokens, -(-((longest + 2) * most + _SPARE) // 16) * 16)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

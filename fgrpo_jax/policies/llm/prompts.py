@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fgrpo_jax.config import ConfigError
+from fgrpo_jax.config import ConfigError, PromptConfig
 from fgrpo_jax.data.datasets import DataError, Item, one_line
 from fgrpo_jax.policies.llm.serving import LETTERS, beginnings, names_of
 from fgrpo_jax.types import RankingExample
@@ -97,11 +97,22 @@ def _ordered(kind: str, question: Any, history: Any, pool: Any) -> list[Any]:
     raise ConfigError(f"prompt kind {kind!r} is not recommendation or qa")
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, encoded in one call; no special tokens are added.
+def beginning(prompt: PromptConfig, tokenizer: Any) -> list[int]:
+    """Token ids that stand before a prompt without a chat template, see PromptConfig.bos; of most tokenizers none."""
+    if not prompt.bos:
+        return []
+    text = "a"  # of an empty one, what stands before it and what behind could not be told apart
+    alone, whole = (tokenizer([text], add_special_tokens=added)["input_ids"][0] for added in (False, True))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)]
+
+
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: Sequence[str], begins: Sequence[int] = ()
+) -> list[list[int]]:
+    """Token ids of rendered prompts, encoded in one call; no special tokens are added but `begins` before each.
 
     chat: everything but the last line (the opening of the slate) becomes the user's turn of
-    the tokenizer's chat template, and the last line opens the answer.
+    the tokenizer's chat template, and the last line opens the answer; its own special tokens begin it, not `begins`.
     Raises DataError, naming the query, where the tokenizer has no token for some text, and
     ConfigError for `chat` with a tokenizer that has no chat template.
     """
@@ -113,7 +124,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], chat: bool, query_ids: 
         for text, ids, query_id in zip(texts, encoded, query_ids, strict=True):
             if unknown in ids:
                 raise DataError(_unknown_text(tokenizer, text, query_id))
-    return encoded
+    return encoded if chat else [[*begins, *ids] for ids in encoded]
 
 
 def _as_chat(tokenizer: Any, text: str) -> str:

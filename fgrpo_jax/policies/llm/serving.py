@@ -5,7 +5,12 @@ An export copies this file beside ranking.json, as ranking.py: it needs nothing 
     said = ranking.load("exported")
     candidates = [candidates[i] for i in ranking.order(said, query_id, len(candidates))]  # as eval.py and rank do
     text = ranking.prompt(said, query, candidates, history, tokenizer)  # candidates, history: texts
+    tokens = ranking.tokens(said, text, tokenizer)                      # what the model was trained with
     grammar = ranking.lark(said, candidates, tokenizer)                 # for llguidance: exactly the lists
+
+Give the engine these tokens. One that is given the text puts the tokenizer's own special tokens (BOS) before it, as
+vLLM and SGLang do unless they are told not to: before a plain prompt that is what `tokens` does too, unless
+ranking.json has none in prompt.begins; before a chat template's text they would stand twice.
 
 What a grammar can say:
 
@@ -43,8 +48,8 @@ def load(folder: str | Path) -> Said:
 def prompt(
     said: Said, query: str, candidates: Sequence[str], history: Sequence[str] = (), tokenizer: Any = None
 ) -> str:
-    """The prompt of a query, to be encoded without special tokens. tokenizer: where its chat template is used, or where
-    texts are cut (prompt.text_tokens). Raises ValueError where it is needed and not given."""
+    """The prompt of a query, to be encoded by `tokens`. tokenizer: where its chat template is used, or where texts are
+    cut (prompt.text_tokens). Raises ValueError where it is needed and not given."""
     import jinja2
 
     p = said["prompt"]
@@ -59,6 +64,11 @@ def prompt(
         return body + p["opening"]
     turns = [{"role": "user", "content": body.removesuffix("\n")}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + p["opening"]
+
+
+def tokens(said: Said, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt: without special tokens but those of the text, and what every plain prompt begins with."""
+    return [*said["prompt"].get("begins", []), *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def beginnings(texts: Sequence[str], most: int, tokenizer: Any) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fgrpo_jax.config import Config, StageConfig
 from fgrpo_jax.data.datasets import Dataset
-from fgrpo_jax.policies.llm import buckets
+from fgrpo_jax.policies.llm import buckets, fitting
 from fgrpo_jax.policies.llm.encode import prompt_tokens
-from fgrpo_jax.policies.llm.files import load_tokenizer, make_spec
+from fgrpo_jax.policies.llm.files import has_tokenizer, keeping_beginning, load_tokenizer, make_spec
 from fgrpo_jax.policies.llm.policy import make
 from fgrpo_jax.policies.llm.prompted import unprompted
 from fgrpo_jax.policies.llm.validation import problems
@@ -28,7 +28,12 @@ def policies(config: Config, dataset: Dataset | None, run_dir: Path) -> dict[str
     catalogue that cannot be a vocabulary, ModelFilesError for a checkpoint that cannot be read.
     """
     tokenizer = load_tokenizer(config, dataset, run_dir)
+    config = keeping_beginning(config, tokenizer, run_dir)
     spec = make_spec(config.model, len(tokenizer), run_dir)
+    if config.model.checkpoint:
+        fitting.check_size(config, tokenizer, spec.vocab_size)
+        if not has_tokenizer(run_dir):
+            fitting.check_own(config, tokenizer)
     kind, instruction = (dataset.kind, dataset.instruction) if dataset else ("", "")
     used = buckets.resolve(config, prompt_lengths(config, tokenizer, kind, instruction), dataset, run_dir)
     policy = make(used, spec, tokenizer, kind, instruction, run_dir)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from fgrpo_jax import config_files
 from fgrpo_jax.algorithm.credit import SCHEMES
-from fgrpo_jax.config import MADE_OF_DATA, Config, ModelConfig
+from fgrpo_jax.config import MADE_OF_DATA, Config, LoraConfig, ModelConfig
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.policies.llm.grammar import OUTCOMES
 from fgrpo_jax.stages import stages
@@ -14,7 +15,7 @@ _WIDEST = 512  # tokens that names may be padded to
 
 
 def problems(config: Config) -> list[str]:
-    return [*_rules(config), *_transcript(config), *_model(config.model), *_by_choice(config)]
+    return [*_rules(config), *_transcript(config), *_tokenizer(config), *_model(config.model), *_by_choice(config)]
 
 
 def _by_choice(config: Config) -> list[str]:
@@ -91,6 +92,15 @@ def _transcript(config: Config) -> list[str]:
     return problems
 
 
+def _tokenizer(config: Config) -> list[str]:
+    if config.model.checkpoint and config.tokenizer in MADE_OF_DATA:
+        return [
+            f"tokenizer={config.tokenizer!r} is made of the data, and its ids mean nothing to model.checkpoint="
+            f"{config.model.checkpoint!r}: set `tokenizer` to the checkpoint, or model.checkpoint to ''"
+        ]
+    return []
+
+
 def _model(m: ModelConfig) -> list[str]:
     problems = []
     if "://" in m.checkpoint:
@@ -120,8 +130,11 @@ def _lora(m: ModelConfig) -> list[str]:
     lora, problems = m.lora, []
     if lora.rank < 0:
         problems.append(f"model.lora.rank={lora.rank}: choose at least 1, or 0 to train the whole model")
-    if lora.rank <= 0:
+    if lora.rank < 0:
         return problems
+    if lora.rank == 0:
+        unread = config_files.differences(LoraConfig(), lora, "model.lora")
+        return [f"{line}: only adapters read it; set model.lora.rank, or leave it" for line in unread.values()]
     if not m.checkpoint:
         problems.append(f"model.lora.rank={lora.rank} needs model.checkpoint: adapters are of a model that was trained")
     if not (math.isfinite(lora.alpha) and lora.alpha > 0):
