@@ -20,10 +20,13 @@ def quickly():
         yield
 
 
-@pytest.mark.parametrize("layers, list_layers", [(1, 1), (2, 3)])
-def test_flops_are_those_of_the_program(layers, list_layers):
-    """But for what the program computes and no one needs: masked pairs of steps, a history's last layer."""
-    n = SMALL._replace(layers=layers, list_layers=list_layers)
+@pytest.mark.parametrize("layers, list_layers, group, together", [(1, 1, 3, 3), (2, 3, 3, 3), (1, 1, 12, 6)])
+def test_flops_are_those_of_the_program(layers, list_layers, group, together):
+    """But for what the program computes and no one needs: a history's last layer, and scores of other lists' steps.
+
+    together: lists that attend as one.
+    """
+    n = SMALL._replace(layers=layers, list_layers=list_layers, group=group)
     spec, given = ranker.spec_of(n), ranker.make_inputs(n)
 
     def read(params, query, actions):
@@ -32,8 +35,8 @@ def test_flops_are_those_of_the_program(layers, list_layers):
     found = products(jax.make_jaxpr(read)(given.params, given.query, given.actions).jaxpr)
     pair = 4 * n.width
     later = n.length - 1
-    rows = n.group * later  # all lists of a group attend as one here
-    masked = n.list_layers * (rows**2 - n.group * later * (later + 1) // 2) * pair
+    scores = group // together * (together * later) ** 2
+    masked = n.list_layers * (scores - group * later * (later + 1) // 2) * pair
     last = n.history * (4 * n.width**2 + 6 * n.width * n.mlp + n.history * pair)
     assert found == ranker_sample_flops(n) + n.batch * (masked + last)
     assert ranker_step_flops(n) == 3 * ranker_sample_flops(n)

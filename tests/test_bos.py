@@ -12,6 +12,7 @@ from test_prompted import ask_of
 from tiny import changed, run_training, tiny_config, write_world
 
 from fgrpo_jax.config import Config, ConfigError, PromptConfig, TranscriptConfig
+from fgrpo_jax.config_files import to_json
 from fgrpo_jax.export import export
 from fgrpo_jax.models import decoder, hf
 from fgrpo_jax.policies.llm import exported, files, prompts, serving, tokenizers
@@ -55,7 +56,9 @@ def test_other_tokenizers_put_nothing_there(tokenizer):
 def test_a_chat_template_has_its_own():
     tokenizer = with_bos()
     tokenizer.chat_template = CHAT
-    (ids,) = prompt_tokens(Config(prompt=PromptConfig(chat=True)), tokenizer, "qa", "Choose.", [EXAMPLE])
+    chat = PromptConfig(chat=True)
+    assert prompts.beginning(chat, tokenizer) == []  # so a run of before, which recorded none, can be a start
+    (ids,) = prompt_tokens(Config(prompt=chat), tokenizer, "qa", "Choose.", [EXAMPLE])
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -96,6 +99,19 @@ def made(tmp_path_factory):
         assert run_training(config) == 0
     export(config.run_dir, str(folder / "out"), "sft")
     return config, folder / "out"
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer merges")
+def test_a_start_that_died_half_way_says_nothing_of_the_next(made, tmp_path):
+    """Where the beginning was written, and not yet the tokenizer, and the prompts are to begin otherwise now."""
+    config = changed(made[0], {"run_dir": str(tmp_path), "prompt.bos": False})
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "prompt_begins.json").write_text('{"begins": [280]}\n')
+    with quick_runs():
+        assert run_training(config) == 0
+        bos = tokenizers.from_directory(str(made[1])).bos_token_id
+        assert json.loads((tmp_path / "prompt_begins.json").read_text()) == {"begins": []}
+        assert first_token(Ranker.open(tmp_path)) != bos
 
 
 def first_token(ranker):

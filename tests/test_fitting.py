@@ -44,8 +44,8 @@ def policy(folder, own=None, other=None, size=280, **model):
     return made
 
 
-def query(text):
-    return RankingExample("q7", "", (("1", text), ("2", "item b")), (0.0, 1.0))
+def query(text, query_id="q7"):
+    return RankingExample(query_id, "", (("1", text), ("2", "item b")), (0.0, 1.0))
 
 
 def test_a_surplus_special_token_is_let_be_until_a_text_has_it(tmp_path):
@@ -55,7 +55,17 @@ def test_a_surplus_special_token_is_let_be_until_a_text_has_it(tmp_path):
     made = policy(tmp_path, tokenizer)
     assert np.max(made.encode([query("item a")]).prompt) < 280
     with pytest.raises(DataError, match="query 'q7': the model's vocabulary of 280 has no token '<image_soft_token>'"):
-        made.encode([query("item b"), query("item <image_soft_token>")][1:])
+        made.encode([query("item b", "q6"), query("item <image_soft_token>"), query("item <image_soft_token>", "q8")])
+    tokens = [[1, 2], [3, 280], [280]]
+    with pytest.raises(DataError, match="query 'b': .* no token '<image_soft_token>'"):
+        fitting.check_ids(tokenizer, 280, tokens, ["a", "b", "c"])
+
+
+def test_a_literal_of_the_transcript_beyond_the_vocabulary_is_refused(tmp_path):
+    """As one that was added to the tokenizer as a special token: the model could not write it."""
+    literal = TRANSCRIPT.slate_close.strip()
+    with pytest.raises(ConfigError, match=f"only 280, and none for '{literal}'"):
+        policy(tmp_path, bpe(literal))
 
 
 def test_other_tokens_beyond_the_vocabulary_are_refused(tmp_path):

@@ -114,7 +114,7 @@ def ask(method, answers, slate_max=3, rank_max=2, text_tokens=0):
         assert most % 16 == 0 and most >= 5 * 3
         return [[*map(ord, left.pop(0)), 0, 0] for _ in prompts]
 
-    found = prompted.METHODS[method](Asking(config, Words(), "qa", "Do it."), examples, write)
+    found = prompted.METHODS[method](Asking(config, Words(), "qa", "Do it.", 1000), examples, write)
     assert not left
     return found, asked
 
@@ -128,7 +128,7 @@ def ask_of(tokenizer, examples):
         return [[] for _ in prompts]
 
     config = Config(transcript=TranscriptConfig(identifier="index", slate_max=3, rank_max=2))
-    prompted.one_step(Asking(config, tokenizer, "qa", "Do it."), examples, write)
+    prompted.one_step(Asking(config, tokenizer, "qa", "Do it.", len(tokenizer)), examples, write)
     return asked
 
 

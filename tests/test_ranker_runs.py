@@ -14,7 +14,11 @@ from tiny_lists import write_lists
 
 import eval as evaluation
 from fgrpo_jax.config_files import from_json, to_json
+from fgrpo_jax.data.datasets import load
 from fgrpo_jax.run import directory
+from fgrpo_jax.run.compute import products
+from fgrpo_jax.run.experiment import assemble
+from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.stages import stages
 
@@ -64,10 +68,13 @@ def test_it_is_said_how_much_a_list_computes(whole):
     found = scores(whole[0].run_dir)["flops"]
     assert set(found) == {*TRAINED, *SELECTED}
     assert found["generators"] == found["imitation"] == found["goalrank"] < found["two_phase"]
-    assert (
-        found["pointwise"] == found["mmr_0.8"] < found["evaluator"]
-        and found["imitation"] < found["g_e"] < found["mg_e_3"]
-    )
+    assert found["pointwise"] == found["mmr_0.8"] < found["evaluator"]
+    assert found["imitation"] < found["g_e"] < found["mg_e_3"]
+    config = whole[0]
+    experiment = assemble(config, load(config.data), Path(config.run_dir))
+    policy, params = experiment.policy("imitation"), best_params(experiment, Path(config.run_dir), "imitation")
+    alone = policy.encode(list(experiment.dataset.splits["test"])[:1])  # whatever the batches of the evaluation were
+    assert found["imitation"] == products(jax.make_jaxpr(policy.greedy)(params, {}, alone).jaxpr)
 
 
 def test_what_a_group_was_like_is_logged(whole):
@@ -184,8 +191,8 @@ def test_the_configuration_is_read_back(whole):
         ({"proposals.mix": (("oracle", 1),)}, "proposals.mix: 'oracle' is not one of retriever, popularity"),
         ({"network.hidden_size": 9}, "network.hidden_size=9 must be a multiple of num_heads=2"),
         ({"goalrank.credit.terms": (("rank", "ndcg", 1.0), ("rank", "hit", 1.0))}, "group_softmax' reads one reward"),
-        ({"selection.mmr": (0.8, 0.8)}, "selection.mmr=(0.8, 0.8) must differ, in [0, 1]"),
-        ({"selection.mmr": (float("nan"),)}, "selection.mmr=(nan,) must differ, in [0, 1]"),
+        ({"selection.mmr": (0.8, 0.8)}, "selection.mmr=(0.8, 0.8) must be different weights in [0, 1]"),
+        ({"selection.mmr": (float("nan"),)}, "selection.mmr=(nan,) must be different weights in [0, 1]"),
         ({"selection.sizes": (1, 4)}, "selection.sizes=(1, 4) must differ, from 1 to selection.generators=3"),
         ({"network.sees_retrieval": False}, "dlcm reads the pool in the first stage's order, which"),
         ({"generators.policy": "generator"}, "generators.policy='generator': this stage is read as the generators"),
@@ -241,24 +248,24 @@ def test_data_without_shown_lists_are_refused(whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "name, fields, message",
     [
-        ({}, "dlcm reads pools in their order"),
-        ({"dlcm.steps": 0}, "proposals.mix asks for retriever: give scores, or leave that out"),
+        ("retrieval", {}, "has no first-stage scores (`retrieval`), and dlcm reads pools in their order: give scores"),
+        ("retrieval", {"dlcm.steps": 0}, "proposals.mix asks for retriever: give scores, or leave that out"),
+        ("topics", {}, "has no topics (`topics`), and selection.mmr asks for them: give topics, or leave that out"),
     ],
 )
-def test_data_without_first_stage_scores_are_refused(whole, tmp_path, capsys, fields, message):
-    """Where something orders by them: without, it would order by nothing."""
+def test_data_without_what_something_orders_by_are_refused(whole, tmp_path, capsys, name, fields, message):
+    """Without it, that would order by nothing."""
     data = tmp_path / "data"
     shutil.copytree(whole[0].data.manual_dir, data)
     lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["retrieval"]
+        del line[name]
     (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = changed(whole[0], fields | {"run_dir": str(tmp_path / "run"), "data.manual_dir": str(data)})
     assert run_training(config) == 2
-    said = capsys.readouterr().err
-    assert "has no first-stage scores (`retrieval`)" in said and message in said
+    assert message in capsys.readouterr().err
 
 
 def test_a_reward_model_of_other_sizes_or_items_is_refused(whole, tmp_path, capsys):

@@ -23,7 +23,9 @@ def runs(tmp_path):
             (folder / "eval" / "test").mkdir(parents=True)
             config = {"network": {"hidden_size": width, "dtype": "float32"}, "cutoffs": [1, 3]}
             (folder / "config.json").write_text(json.dumps(config))
-            (folder / "eval" / "test" / "metrics.json").write_text(json.dumps({"parameters": {"a": 100 * width}}))
+            (folder / "eval" / "test" / "metrics.json").write_text(
+                json.dumps({"parameters": {"a": 100 * width}, "flops": {"a": 1e6 * width}})
+            )
             found = {method: rng.random(QUERIES) for method in "ab"}
             scores[width, seed] = found
             rows = [
@@ -52,6 +54,10 @@ def test_parameters_and_names_of_runs_and_a_plot(runs, tmp_path):
     picture = tmp_path / "plot.png"
     lines = study(tuple(folders), ("a",), x="parameters", plot=str(picture)).splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["400", "800"]
+    assert [line.split()[0] for line in study(tuple(folders), ("a",), x="flops").splitlines()[2:]] == [
+        "4000000.0",
+        "8000000.0",
+    ]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert [line.split()[0] for line in study(tuple(folders), ("a",)).splitlines()[2:]] == [
         "w4s0", "w4s1", "w8s0", "w8s1"
@@ -79,7 +85,7 @@ def test_a_method_of_some_runs_and_a_number_of_a_list(runs, tmp_path):
         ({"x": "cutoffs", "plot": "p.png"}, "x='cutoffs' is no number"),
         ({"x": "network", "plot": "p.png"}, "x='network' is no number"),
         ({"x": "parameters", "methods": ("b",)}, "knows no number of parameters of 'b', only of a"),
-        ({"x": "flops", "methods": ("a",)}, "knows no number of flops of 'a', only of none"),
+        ({"x": "flops", "methods": ("b",)}, "knows no number of flops of 'b', only of a"),
         ({"methods": ("c",)}, "has no method 'c', only a, b"),
         ({"metric": "ndcg@9"}, "has no ndcg@9, only ndcg@5"),
         ({"split": "validation"}, "give RUN_DIR:METHOD of an evaluated run"),

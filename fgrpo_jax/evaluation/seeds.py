@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -34,8 +36,7 @@ def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dic
     if not run_dir or not path.is_file():
         raise ConfigError(f"{entry}: give RUN_DIR:METHOD of an evaluated run; there is no {path}")
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines()[skip:]:
-        row = json.loads(line)
+    for row in _rows(path)[skip:]:
         if method not in row["methods"]:
             raise ConfigError(f"{entry}: {path} has no method {method!r}, only {', '.join(row['methods'])}")
         scores = row["methods"][method]["metrics"]
@@ -48,10 +49,14 @@ def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dic
 def methods_of(run_dir: str, split: str) -> tuple[str, ...]:
     """The methods of a run's evaluation, by its first query; none where there is no evaluation."""
     path = path_of(run_dir) / "eval" / split / "per_query.jsonl"
-    if not path.is_file():
-        return ()
-    with path.open(encoding="utf-8") as lines:
-        return tuple(json.loads(next(lines))["methods"])
+    return tuple(rows[0]["methods"]) if path.is_file() and (rows := _rows(path)) else ()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): evaluate the run again, which writes it") from None
 
 
 def compare(

@@ -22,6 +22,7 @@ from fgrpo_jax.evaluation.seeds import command, interval, methods_of, read, spre
 from fgrpo_jax.files import path_of, read_json
 
 COSTS = ("parameters", "flops")  # of a list, by method, in metrics.json
+_OTHER_QUERIES = "the runs were not evaluated on the same queries"
 _OF_A_SEED = {"seed", "run_dir", "start_from"}
 
 
@@ -43,7 +44,8 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
         path = path_of(run_dir) / "eval" / split / "metrics.json"
         found = read_json(path).get(x, {})
         if method not in found:
-            raise ConfigError(f"{path} knows no number of {x} of {method!r}, only of {', '.join(found) or 'none'}")
+            known = f"only of {', '.join(found)}" if found else "nor of others: evaluate again, if that was long ago"
+            raise ConfigError(f"{path} knows no number of {x} of {method!r}, {known} (flops are counted of rankers)")
         return found[method]
     value = read_json(path_of(run_dir) / "config.json", ())
     for name in x.split("."):
@@ -55,16 +57,16 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
-def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -> list[Cell]:
-    """The values of x in the order of their runs. Raises ConfigError where queries differ."""
+def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -> tuple[list[str], list[Cell]]:
+    """The queries, and the values of x in the order of their runs. Raises ConfigError where queries differ."""
     found: dict[Any, list[dict[str, list[float]]]] = {}
     for run_dir in runs:
         scores = read(f"{run_dir}:{method}", split, (metric,))
         found.setdefault(value_of(run_dir, x, method, split), []).append(scores)
     ids = sorted(next(iter(found.values()))[0])
     if any(sorted(scores) != ids for of_value in found.values() for scores in of_value):
-        raise ConfigError("the runs were not evaluated on the same queries")
-    return [
+        raise ConfigError(_OTHER_QUERIES)
+    return ids, [
         Cell(value, 100 * np.array([[scores[i][0] for i in ids] for scores in of_value]))
         for value, of_value in found.items()
     ]
@@ -124,8 +126,13 @@ def study(
     if plot:
         figures.check_name(plot)
     of_method = {method: _having(runs, method, split) for method in methods}
-    table = {method: cells(having, method, x, metric, split) for method, having in of_method.items()}
-    lines = [f"{metric}, percent, {table[methods[0]][0].scores_RQ.shape[1]} queries"]
+    queries, table = [], {}
+    for method, having in of_method.items():
+        ids, table[method] = cells(having, method, x, metric, split)
+        queries.append(ids)
+    if any(ids != queries[0] for ids in queries):
+        raise ConfigError(_OTHER_QUERIES)
+    lines = [f"{metric}, percent, {len(queries[0])} queries"]
     lines.append(f"{x:24} {'method':14} {'seeds':>5} {'mean':>13}   less the first")
     drawn = {}
     for method, row in table.items():

@@ -95,7 +95,7 @@ def _draw(weight: Array, u: Array) -> Array:
     """The index whose share of the weights [..., n] the number u in [0, 1) falls into."""
     total = _running_sums(weight)
     u = u + 2.0**-24  # amid the multiples of 2^-23 that are drawn: 0 would find any first weight
-    # Sums of other order round otherwise, so one may be smaller than the one before it: ask for a positive weight too.
+    # Sums taken in another order round differently, so one may be below the one before: ask for a positive weight too.
     reached = (total > u[..., None] * total[..., -1:]) & (weight > 0)
     return jnp.where(reached.any(-1), _first(reached), _first(weight == weight.max(-1, keepdims=True)))
 

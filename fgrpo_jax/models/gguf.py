@@ -83,7 +83,7 @@ class Gguf(NamedTuple):
 
 
 def open_file(path: str | Path) -> Gguf:
-    """Raises ModelFilesError for no GGUF file, one that is truncated or a part, or of a family that is not read."""
+    """Raises ModelFilesError for a file that is no GGUF, is truncated or a part of a model, or of a family not read."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ModelFilesError(f"{path} does not exist: give a GGUF file or a Hugging Face directory")

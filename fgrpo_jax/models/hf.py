@@ -47,7 +47,7 @@ __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = ("F32", "F16", "BF16")
-# What names begin with: of a text model in one of images and text, with what it alone has there; and of the rest.
+# Prefixes of a text model's tensors in a model of images and text, and what they are alone; and of what is not read.
 _TEXT = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
 _IMAGES = ("visual.", "vision_tower.", "multi_modal_projector.")
 _BESIDE_TEXT = ("mtp.", *_IMAGES, *(f"model.{name}" for name in _IMAGES))

@@ -23,9 +23,9 @@ _FIXED = {
     "mlp_bias": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
+    "logit_scale": (1, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
 }
 _PERIODS = ("sliding_window_pattern", "full_attention_interval")  # layers to one that sees everything
 # model_type of the whole, and of its text_config, with what transformers takes that to be where it is left out.
@@ -86,9 +86,9 @@ def _of_text(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def is_whole_for_transformers(folder: Path) -> bool:
-    """Whether its AutoModelForCausalLM makes the model of images and text of it, in which names are others.
+    """Whether transformers' AutoModelForCausalLM opens it as a model of images and text, with other names of tensors.
 
-    Of `gemma3` it does, of `qwen3_5` it makes the text model.
+    It does for `gemma3`; for `qwen3_5` it opens the text model.
     """
     return read_json(folder / "config.json").get("model_type") == "gemma3"
 
@@ -164,7 +164,8 @@ def _family(config: dict[str, Any], path: Path) -> Family:
     family = FAMILIES[found]
     for name, values in (_FIXED | family.fixed).items():
         if name in config and config[name] not in values:
-            raise ModelFilesError(f"{path}: {name}={config[name]!r} is not supported, only {values[0]!r} is")
+            known = "leave it out" if values == (None,) else f"only {values[0]!r} is"
+            raise ModelFilesError(f"{path}: {name}={config[name]!r} is not supported, {known}")
     return family
 
 

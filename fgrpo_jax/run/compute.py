@@ -11,8 +11,9 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 def products(jaxpr: Jaxpr) -> int | None:
     """FLOPs of the matrix products, those inside of calls too, and of a scan's body as often as it runs.
 
-    Of a shard's program, times the shards that run it. None where a loop runs until something happens: how often is
-    not said. Of alternatives the largest counts.
+    Of a shard's program, times the devices of the mesh, so what several compute alike counts as often. None where a
+    loop runs until something happens: how often is not said. Of alternatives the largest counts. Not counted are
+    convolutions, ragged products and what is inside of Pallas kernels.
     """
     total = 0
     for equation in jaxpr.eqns:

@@ -210,7 +210,7 @@ class Predictor:
         frozen = self._experiment.base(self._policy)
         for start, part, query in encoded_parts(self._experiment, self._policy, examples):
             lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
-            if not start:
+            if self.flops is None and not start:
                 of_batch = products(jax.make_jaxpr(self._decode)(params, frozen, query).jaxpr)  # not traced again
                 self.flops = of_batch and of_batch / len(part)
             for i in range(min(len(part), len(examples) - start)):

@@ -56,7 +56,7 @@ _ALL_TRAINED = 1e-4  # learning rates above it are for adapters and for random w
 
 
 def _note_rates(config: Config) -> None:
-    """Say where a whole checkpoint is trained as adapters would be: by configs/smollm2.py with model.lora.rank=0."""
+    """Say where a whole checkpoint is trained as adapters would be, as by configs/smollm2.py with lora.rank=0."""
     if not config.model.checkpoint or config.model.lora.rank or jax.process_index():
         return
     rates = {
@@ -66,8 +66,8 @@ def _note_rates(config: Config) -> None:
     }
     if high := [f"{name}={rate:g}" for name, rate in rates.items() if rate > _ALL_TRAINED]:
         print(
-            f"note: model.lora.rank=0 trains all parameters of {config.model.checkpoint}, and {' and '.join(high)} is "
-            "meant for adapters or random weights: 1e-5 is more usual"
+            f"note: model.lora.rank=0 trains all parameters of {config.model.checkpoint}: rates such as "
+            f"{' and '.join(high)} are meant for adapters or random weights, 1e-5 is more usual"
         )
 
 

@@ -42,7 +42,7 @@ def describe(
             "instruction": instruction,
             "opening": t.slate_open,
             "chat": config.prompt.chat,
-            "begins": [] if config.prompt.chat else list(begins),
+            "begins": list(begins),
             "text_tokens": config.prompt.text_tokens,
             "history_max": config.data.history_max,
             "max_tokens": max(config.data.prompt_buckets),

@@ -25,7 +25,7 @@ from fgrpo_jax.types import PolicyFiles, PyTree
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
-_BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning), if there are any
+_BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning)
 
 
 def has_tokenizer(run_dir: Path) -> bool:
@@ -113,7 +113,7 @@ def _check_rank(spec: decoder.DecoderSpec) -> None:
         if spec.lora.rank > side:
             raise ConfigError(
                 f"model.lora.rank={spec.lora.rank}: projection {name!r} of this checkpoint has no rank above {side}: "
-                "set at most that, or leave it out of model.lora.projections"
+                f"set at most that, or leave {name!r} out of model.lora.projections"
             )
 
 
@@ -157,6 +157,15 @@ def _numerics(model: ModelConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------- out and in
 
 
+def _check_for_peft(config: Config, weights: Path) -> None:
+    if gguf.is_meant(weights) or hf_config.is_whole_for_transformers(weights):
+        kind = "a GGUF file" if gguf.is_meant(weights) else "a model of images and text"
+        raise ConfigError(
+            f"form='adapter': these are adapters of {config.model.checkpoint}, {kind}, onto which peft loads none: "
+            "export with --form model, which merges them in"
+        )
+
+
 def policy_files(
     config: Config, spec: decoder.DecoderSpec, tokenizer: Any, run_dir: Path, ranking: Callable[[], dict[str, str]]
 ) -> PolicyFiles:
@@ -165,8 +174,7 @@ def policy_files(
 
     def save(run_dir: Path) -> None:
         if not has_tokenizer(run_dir):  # without it the other file counts for nothing
-            if begins:
-                write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
+            write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
             _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
         if source and not (run_dir / _ORIGINAL).is_file() and gguf.locate(source).exists():
@@ -189,8 +197,8 @@ def policy_files(
             raise ConfigError(f"{theirs_dir} has another tokenizer, so its model cannot read these data")
         if (began := _began(theirs_dir)) != begins:
             raise ConfigError(
-                f"{theirs_dir}: prompts begin with the tokens {began} there and with {begins} here: set "
-                f"prompt.bos={bool(began)}"
+                f"{theirs_dir}: prompts begin with the tokens {began} there and with {begins} here: "
+                + ("their tokenizers differ in that" if began and begins else f"set prompt.bos={bool(began)}")
             )
         if spec.lora:
             base.check(config, run_dir, theirs_dir)
@@ -203,13 +211,7 @@ def policy_files(
         hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
 
     def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
-        where = Path(base.weights_of(config, run_dir))
-        if gguf.is_meant(where) or hf_config.is_whole_for_transformers(where):
-            kind = "a GGUF file" if gguf.is_meant(where) else "a model of images and text"
-            raise ConfigError(
-                f"form='adapter': these are adapters of {config.model.checkpoint}, {kind}, onto which peft loads none: "
-                "export with --form model, which merges them in"
-            )
+        _check_for_peft(config, Path(base.weights_of(config, run_dir)))
         peft.save(out_dir, spec, params, config.model.checkpoint)
 
     exports = {"model": export_model} | ({"adapter": export_adapter} if spec.lora else {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from fgrpo_jax.config import Config, ConfigError
 from fgrpo_jax.data.datasets import DataError
@@ -20,11 +22,14 @@ _FILLING = re.compile(r"\[PAD\d+\]")  # what converters call tokens of a GGUF fi
 def check_size(config: Config, tokenizer: Any, size: int) -> None:
     """Refuse tokens that a checkpoint with a vocabulary of `size` has no row for.
 
-    Special ones that were added to a tokenizer may be, as Gemma 3's for images: what is encoded to one is refused by
-    `check_ids`. Raises ConfigError.
+    Special ones that were added to a tokenizer may be, as Gemma 3's for images, unless prompts begin with them or
+    transcripts are written with them: a text that is encoded to one is refused by `check_ids`. Raises ConfigError.
     """
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    spare = special - {tokenizer.eos_token_id, *prompts.beginning(config.prompt, tokenizer)}
+    t = config.transcript
+    literals = [t.slate_open, t.separator, t.slate_close, t.rank_close]
+    written = {number for ids in tokenizer(literals, add_special_tokens=False)["input_ids"] for number in ids}
+    spare = special - written - {tokenizer.eos_token_id, *prompts.beginning(config.prompt, tokenizer)}
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= size and number not in spare]
     if beyond:
         raise ConfigError(
@@ -57,17 +62,29 @@ def check_own(config: Config, tokenizer: Any) -> None:
             )
 
 
-def check_ids(tokenizer: Any, size: int, query: Query, examples: Sequence[RankingExample]) -> None:
+def checked(
+    encode: Callable[[Sequence[RankingExample]], Query], tokenizer: Any, size: int
+) -> Callable[[Sequence[RankingExample]], Query]:
+    """Queries as `encode` makes them, whose tokens a model with a vocabulary of `size` has rows for (check_ids)."""
+
+    def encoded(examples: Sequence[RankingExample]) -> Query:
+        query = encode(examples)
+        ids = [example.query_id for example in examples]
+        for tokens in (query.prompt, query.identifiers):
+            check_ids(tokenizer, size, tokens.reshape(len(tokens), -1), ids)
+        return query
+
+    return encoded
+
+
+def check_ids(tokenizer: Any, size: int, tokens: Sequence[Sequence[int]], query_ids: Sequence[str]) -> None:
     """Refuse texts with a token that a model with a vocabulary of `size` has no row for: it would read another one's.
 
-    Raises DataError, naming the query.
+    tokens: rows of the queries. Raises DataError, naming the first such query.
     """
-    for tokens in (query.prompt, query.identifiers):
-        if tokens.max() < size:
-            continue
-        row = int((tokens >= size).reshape(len(tokens), -1).any(1).argmax())
-        token = tokenizer.convert_ids_to_tokens(int(tokens[row].max()))
-        raise DataError(
-            f"query {examples[row].query_id!r}: the model's vocabulary of {size} has no token {token!r}, which the "
-            "tokenizer finds there: change the text"
-        )
+    for row, query_id in zip(tokens, query_ids, strict=True):
+        if (largest := np.max(row)) >= size:
+            raise DataError(
+                f"query {query_id!r}: the model's vocabulary of {size} has no token "
+                f"{tokenizer.convert_ids_to_tokens(int(largest))!r}, which the tokenizer finds there: change the text"
+            )

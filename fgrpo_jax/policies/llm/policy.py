@@ -64,22 +64,16 @@ def make(
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}
 
-    asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction)
+    asking = prompted.Asking(config, tokenizer, kind, config.prompt.instruction or instruction, spec.vocab_size)
     begins = prompts.beginning(config.prompt, tokenizer)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction, begins)
-    unchecked = functools.partial(encode, config, grammar, tokenizer, kind, asking.instruction, {})
-
-    def encoded(examples):
-        query = unchecked(examples)
-        fitting.check_ids(tokenizer, spec.vocab_size, query, examples)
-        return query
-
+    encoded = functools.partial(encode, config, grammar, tokenizer, kind, asking.instruction, {})
     return Policy(
         table=weights.table,
         dtype=spec.param_dtype,
         init=weights.init,
         outcomes=transcript.OUTCOMES,
-        encode=encoded,
+        encode=fitting.checked(encoded, tokenizer, spec.vocab_size),
         blank=blank(grammar),
         sources={"sampled": sampled, "logged": logged},
         logprobs=logprobs,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from fgrpo_jax.config import MADE_OF_DATA, Config
 from fgrpo_jax.models import decoder, draw, head
-from fgrpo_jax.policies.llm import prompts, serving
+from fgrpo_jax.policies.llm import fitting, prompts, serving
 from fgrpo_jax.types import OK, Array, Outcome, PyTree, RankingExample
 
 NO_SLATE, NO_RANKING = Outcome("answer_names_none", "slate"), Outcome("answer_ranks_none", "rank")
@@ -109,12 +109,13 @@ def _only(example: RankingExample, items: Sequence[int]) -> RankingExample:
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How a run's prompts are made. kind, instruction: of the data set."""
+    """How a run's prompts are made. kind, instruction: of the data set; vocab_size: of the model."""
 
     config: Config
     tokenizer: object
     kind: str
     instruction: str
+    vocab_size: int
 
     def answers(self, examples: Sequence[RankingExample], question: str, most: int, write: Write) -> list[list[int]]:
         """The candidates that each answer names, at most `most` of them."""
@@ -126,6 +127,7 @@ class Asking:
         ids = [example.query_id for example in examples]
         begins = [] if self.tokenizer.chat_template else prompts.beginning(self.config.prompt, self.tokenizer)
         tokens = prompts.encode_prompts(self.tokenizer, asked, False, ids, begins)
+        fitting.check_ids(self.tokenizer, self.vocab_size, tokens, ids)
         longest = max(len(ids) for of in names for ids in serving.encoded(of, self.tokenizer))
         written = write(tokens, -(-((longest + 2) * most + _SPARE) // 16) * 16)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

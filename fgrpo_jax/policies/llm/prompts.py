@@ -98,8 +98,8 @@ def _ordered(kind: str, question: Any, history: Any, pool: Any) -> list[Any]:
 
 
 def beginning(prompt: PromptConfig, tokenizer: Any) -> list[int]:
-    """Token ids that stand before a prompt without a chat template, see PromptConfig.bos; of most tokenizers none."""
-    if not prompt.bos:
+    """Token ids that stand before a prompt, see PromptConfig.bos; of most tokenizers, and of chat templates, none."""
+    if not prompt.bos or prompt.chat:
         return []
     text = "a"  # of an empty one, what stands before it and what behind could not be told apart
     alone, whole = (tokenizer([text], add_special_tokens=added)["input_ids"][0] for added in (False, True))
@@ -112,7 +112,7 @@ def encode_prompts(
     """Token ids of rendered prompts, encoded in one call; no special tokens are added but `begins` before each.
 
     chat: everything but the last line (the opening of the slate) becomes the user's turn of
-    the tokenizer's chat template, and the last line opens the answer; its own special tokens begin it, not `begins`.
+    the tokenizer's chat template, which has its own special tokens, and the last line opens the answer.
     Raises DataError, naming the query, where the tokenizer has no token for some text, and
     ConfigError for `chat` with a tokenizer that has no chat template.
     """
@@ -124,7 +124,7 @@ def encode_prompts(
         for text, ids, query_id in zip(texts, encoded, query_ids, strict=True):
             if unknown in ids:
                 raise DataError(_unknown_text(tokenizer, text, query_id))
-    return encoded if chat else [[*begins, *ids] for ids in encoded]
+    return [[*begins, *ids] for ids in encoded]
 
 
 def _as_chat(tokenizer: Any, text: str) -> str:

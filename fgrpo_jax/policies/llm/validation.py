@@ -129,12 +129,10 @@ def _model(m: ModelConfig) -> list[str]:
 def _lora(m: ModelConfig) -> list[str]:
     lora, problems = m.lora, []
     if lora.rank < 0:
-        problems.append(f"model.lora.rank={lora.rank}: choose at least 1, or 0 to train the whole model")
-    if lora.rank < 0:
-        return problems
+        return [f"model.lora.rank={lora.rank}: choose at least 1, or 0 to train the whole model"]
     if lora.rank == 0:
         unread = config_files.differences(LoraConfig(), lora, "model.lora")
-        return [f"{line}: only adapters read it; set model.lora.rank, or leave it" for line in unread.values()]
+        return [f"{line}: only adapters read it; set model.lora.rank, or leave this out" for line in unread.values()]
     if not m.checkpoint:
         problems.append(f"model.lora.rank={lora.rank} needs model.checkpoint: adapters are of a model that was trained")
     if not (math.isfinite(lora.alpha) and lora.alpha > 0):

@@ -74,7 +74,8 @@ class BiasConfig:
 class SelectionConfig:
     """Rows of an evaluation that are made of trained stages.
 
-    Generator-evaluators: of the lists of one generator or several, the evaluator's best. And re-ordered scores.
+    Generator-evaluators: of the lists of one generator or several, the evaluator's best. Also scores re-ordered for
+    diversity.
     """
 
     generators: int = 3

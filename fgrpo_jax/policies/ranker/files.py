@@ -51,8 +51,8 @@ def policy_files(spec: RankerSpec, catalogue: Catalogue) -> PolicyFiles:
             raise ConfigError(f"{run_dir} numbers other items, so its networks cannot read these data")
         if found.counts != catalogue.counts:
             raise ConfigError(
-                f"{run_dir} was trained on other queries: its items were taken as often as {_ITEMS} says there, which "
-                "its networks read, and here they were not"
+                f"{run_dir} was trained on other queries: how often they take each item ({_ITEMS}), which its networks "
+                "read, differs from these data"
             )
         theirs = read_json(run_dir / _ITEMS, ("sizes",))["sizes"]
         if differing := [name for name in sizes if theirs.get(name) != sizes[name]]:

@@ -29,8 +29,8 @@ from fgrpo_jax.types import RANK, SLATE, UNTRAINED, Array, Lists, PyTree, Rollou
 
 # Steps of sampling that are compiled apart: XLA CPU then lays the pool out once for all of them, which saves a tenth.
 _UNROLLED = 8
-# Steps that attend as one, at most: of fewer rows a CPU's products take longer than what is in them, of many more the
-# scores do that a mask drops (bench ranker).
+# At most so many steps attend as one. With fewer, a CPU spends more time starting products than computing them; with
+# many more, most scores are masked ones (bench ranker).
 _ROWS = 25
 
 

@@ -26,6 +26,7 @@ from fgrpo_jax.types import RANK, Policy, PyTree, Selection, num_params
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
+_OPTIONAL = {"retrieval": "first-stage scores", "topics": "topics"}  # of candidates
 _FIRST = 1000  # training queries that are looked at before training
 REWARDS = frozenset(scorers.REWARDS) | frozenset(TOPICAL)
 
@@ -52,7 +53,11 @@ def policies(config: RankerConfig, dataset: Dataset | None, run_dir: Path) -> di
     counts = np.concatenate([[0.0], np.log1p(np.asarray(catalogue.counts, np.float64))]).astype(np.float32)
     encode = encoder(numbers, counts, config.data.history_max, n.list_length)
     # All read the same queries, so one of them asks whether these are sound.
-    checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config), _needs_scores(config))}
+    needs = {
+        "retrieval": _needs_scores(config),
+        "topics": "selection.mmr asks for them" if config.selection.mmr else "",
+    }
+    checks = {"generator": functools.partial(_check_queries, encode, _needs_lists(config), needs)}
     return {
         name: _policy(parts, inits.get(name), encode, catalogue, checks.get(name, _no_check))
         for name, parts in made.items()
@@ -131,11 +136,11 @@ def _needs_scores(config: RankerConfig) -> str:
 
 
 def _check_queries(
-    encode: Callable, needs_lists: bool, needs_scores: str, mesh: Mesh, dataset: Dataset, ends_on: str
+    encode: Callable, needs_lists: bool, needs: dict[str, str], mesh: Mesh, dataset: Dataset, ends_on: str
 ) -> None:
     """See Policy.check: all queries but those of a large training split, which are read in their turn.
 
-    Raises DataError.
+    needs: why each of _OPTIONAL is needed, in words; "" where it is not. Raises DataError.
     """
     for name, split in dataset.splits.items():
         if name != "train":
@@ -148,11 +153,12 @@ def _check_queries(
             f"data set {dataset.name!r} has no shown lists (`logged`) in its first {len(first)} training "
             "queries, and evaluator, or network.labels='feedback', learn from nothing else"
         )
-    if needs_scores and (bare := next((row for row in first if not row.retrieval), None)):
-        raise DataError(
-            f"query {bare.query_id!r} of data set {dataset.name!r} has no first-stage scores (`retrieval`), and "
-            f"{needs_scores}: give scores, or leave that out"
-        )
+    for name, reason in needs.items():
+        if reason and (bare := next((row for row in first if not getattr(row, name)), None)):
+            raise DataError(
+                f"query {bare.query_id!r} of data set {dataset.name!r} has no {_OPTIONAL[name]} (`{name}`), and "
+                f"{reason}: give {_OPTIONAL[name].split()[-1]}, or leave that out"
+            )
 
 
 def _no_check(mesh: Mesh, dataset: Dataset, ends_on: str) -> None:

@@ -58,7 +58,7 @@ def _selection(config: RankerConfig) -> list[str]:
     if len(set(s.sizes)) < len(s.sizes) or any(not 1 <= count <= s.generators for count in s.sizes):
         found.append(f"selection.sizes={s.sizes} must differ, from 1 to selection.generators={s.generators}")
     if len({f"{weight:g}" for weight in s.mmr}) < len(s.mmr) or any(not 0 <= weight <= 1 for weight in s.mmr):
-        found.append(f"selection.mmr={s.mmr} must differ, in [0, 1]")
+        found.append(f"selection.mmr={s.mmr} must be different weights in [0, 1]")
     return found
 
 
