@@ -235,7 +235,7 @@ def _opened(finished: dict[str, Finished], dataset) -> dict[str, Opened]:
     return runs
 
 
-def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, dict[str, float]]]:
+def _said(runs, rows, examples) -> tuple[dict[str, list[Prediction]], dict[str, dict[str, int]]]:
     """Of every row that is no baseline: predictions, as indices into `examples`; and what one costs, by kind."""
     predictions, costs = {}, {"parameters": {}, "flops": {}}
     for prefix, one in runs.items():

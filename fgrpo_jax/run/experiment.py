@@ -202,7 +202,7 @@ class Predictor:
             return of_shard(params, frozen, query)[1]
 
         self.program = self._decode = decode
-        self.flops: float | None = None
+        self.flops: int | None = None
 
     def __call__(self, params: PyTree, examples: Sequence[RankingExample]) -> list[Prediction]:
         """One Prediction per example."""
@@ -212,7 +212,7 @@ class Predictor:
             lists = jax.tree.map(np.asarray, self.program(params, frozen, query))
             if self.flops is None and not start:
                 of_batch = products(jax.make_jaxpr(self._decode)(params, frozen, query).jaxpr)  # not traced again
-                self.flops = of_batch and of_batch / len(part)
+                self.flops = of_batch and round(of_batch / len(part))
             for i in range(min(len(part), len(examples) - start)):
                 found.append(
                     Prediction(

@@ -34,7 +34,7 @@ class Opened(NamedTuple):
         return best_params(self.experiment, self.places[name], name)
 
 
-def predict(run: Opened, rows: Sequence[str]) -> tuple[dict[str, list[Prediction]], dict[str, float]]:
+def predict(run: Opened, rows: Sequence[str]) -> tuple[dict[str, list[Prediction]], dict[str, int]]:
     """Predictions with the best parameters of a run's finished stages, by name, then of these of its selections.
 
     And the FLOPs behind one, of those whose programs say how many.
