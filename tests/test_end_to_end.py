@@ -82,8 +82,8 @@ def test_each_stage_compiles_its_step_once(run):
 def test_the_run_directory(run):
     found = {str(path.relative_to(run.directory)) for path in run.directory.iterdir()}
     assert found == {
-        ".lock", "config.json", "data.json", "model.json", "tokenizer", "metrics.jsonl", "samples.jsonl", "sft", "rl",
-        "eval",
+        ".lock", "config.json", "data.json", "model.json", "tokenizer", "prompt_begins.json", "metrics.jsonl",
+        "samples.jsonl", "sft", "rl", "eval",
     }  # fmt: skip
     data = json.loads((run.directory / "data.json").read_text())
     assert set(data["fingerprints"]) == {"train", "validation", "test"} and len(data["catalogue"]) == 500

@@ -216,7 +216,9 @@ def test_a_whole_checkpoint_trained_at_the_rate_of_adapters_is_said(made, tmp_pa
     fields = {"run_dir": str(tmp_path / "run"), "model.lora.rank": 0, "model.lora.base_dtype": "float32"}
     with quick_runs():
         assert run_training(changed(config, fields | {"sft.steps": 1, "rl.steps": 0})) == 0
-    said = f"note: model.lora.rank=0 trains all parameters of {folder / 'first'}, and sft.optim.learning_rate="
+    said = (
+        f"note: model.lora.rank=0 trains all parameters of {folder / 'first'}: rates such as sft.optim.learning_rate="
+    )
     assert said in capsys.readouterr().out
 
 
