@@ -106,7 +106,7 @@ SCALES = {
     **{f"queries_{share}": _fewer_queries(share) for share in (0.1, 0.25, 0.5)},
     # The best of a hundred lists, whoever wrote them (of three generators: 99).
     "mg_e_100": _selected("mg_e_100", 200, generators=100, sizes=(1, 3, 20, 100), lists=100),
-    # As many steps as GoalRank's generator has in its two stages.
+    # As many steps as GoalRank's generator has in its two stages, of 128 queries where its second has 64.
     "longer_generators": _selected("mg_e_3", 500),
 }
 VARIANTS = PARTS | SCALES
