@@ -76,6 +76,19 @@ def test_a_method_of_some_runs_and_a_number_of_a_list(runs, tmp_path):
     assert not any("note" in line for line in study(tuple(folders), ("a",), x="network.hidden_size").splitlines())
 
 
+def test_methods_of_other_queries_share_no_table(runs):
+    """Each method's runs agree, and the two methods' do not."""
+    folders, _ = runs
+    for folder, method in zip(folders, "aabb", strict=True):
+        path = Path(folder) / "eval" / "test" / "per_query.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{"query_id": f"{method}{row['query_id']}", "methods": {method: row["methods"][method]}} for row in rows]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match="the runs were not evaluated on the same queries"):
+        study(tuple(folders), ("a", "b"), x="network.hidden_size")
+    assert "40 queries" in study(tuple(folders), ("a",), x="network.hidden_size")
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
