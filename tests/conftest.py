@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import quick_runs, random_params, recorded_states
+from ranked import opened
 from tiny import run_training, tiny_config, write_world
 from tiny_lists import tiny_ranker, write_lists
 
@@ -119,3 +120,16 @@ def ranked_runs(tmp_path_factory, ranker_run):
     with quick_runs():
         assert run_training(config) == 0
     return {"llm": config, "ranker": ranker_run[0]}
+
+
+@pytest.fixture(scope="session")
+def rankers(ranked_runs):
+    """Every method of these, by system and name."""
+    return opened(ranked_runs)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
+    torch.set_num_threads(1)  # the models are tiny; waiting for threads would take longer
+    return torch

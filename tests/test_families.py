@@ -73,13 +73,6 @@ def tokenizer():
     return train_bpe(["one text"], SIZES["vocab_size"])
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
-    torch.set_num_threads(1)  # the models are tiny; waiting for threads would take longer
-    return torch
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request, torch, tmp_path_factory):
     """(model, its directory, fields of the spec); norms are not one, biases not zero."""

@@ -56,6 +56,9 @@ def test_a_surplus_special_token_is_let_be_until_a_text_has_it(tmp_path):
     assert np.max(made.encode([query("item a")]).prompt) < 280
     with pytest.raises(DataError, match="query 'q7': the model's vocabulary of 280 has no token '<image_soft_token>'"):
         made.encode([query("item b", "q6"), query("item <image_soft_token>"), query("item <image_soft_token>", "q8")])
+    dataset = Dataset("tiny", "qa", "Choose.", (), {"test": in_memory([query("item <image_soft_token>")])}, False, {})
+    with pytest.raises(DataError, match="query 'q7': the model's vocabulary of 280 has no token"):
+        made.check(None, dataset, "test")  # before anything is trained
     tokens = [[1, 2], [3, 280], [280]]
     with pytest.raises(DataError, match="query 'b': .* no token '<image_soft_token>'"):
         fitting.check_ids(tokenizer, 280, tokens, ["a", "b", "c"])

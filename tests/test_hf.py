@@ -59,13 +59,6 @@ def tokenizer():
     return train_bpe([text] * 5, SPEC.vocab_size)
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
-    torch.set_num_threads(1)  # the models are tiny; waiting for threads would take longer
-    return torch
-
-
 @pytest.fixture(scope="module", params=[SPEC, UNTIED], ids=["tied", "untied"])
 def torch_model(request, torch, tmp_path_factory):
     """(model, directory of one file, directory of several files); the norms are not one."""

@@ -20,13 +20,6 @@ def tokenizer():
     return train_bpe(["one text"], SIZES["vocab_size"])
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
-    torch.set_num_threads(1)  # the models are tiny; waiting for threads would take longer
-    return torch
-
-
 def test_the_text_model_of_one_of_images_and_text(tokenizer, tmp_path):
     """Its names have a prefix, its sizes are nested, and others lie beside it."""
     spec = files.make_spec(ModelConfig(family="qwen3_5_text", num_layers=4), SIZES["vocab_size"], tmp_path)

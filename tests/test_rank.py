@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import quick_jit, quick_runs
-from ranked import STAGES, opened, queries, stream
+from ranked import STAGES, queries, stream
 
 import eval as evaluation
 from fgrpo_jax.data.batches import shown
@@ -30,11 +30,6 @@ from fgrpo_jax.types import TRAINED, UNTRAINED, Rollout
 def quickly():
     with quick_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def rankers(ranked_runs):
-    return opened(ranked_runs)
 
 
 # --------------------------------------------------------------------- what is ranked

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 from helpers import quick_runs
-from ranked import encoded, opened, queries, stream
+from ranked import encoded, queries, stream
 from tiny import ROOT
 
 from fgrpo_jax import rank
@@ -27,11 +27,6 @@ from fgrpo_jax.rank import Ranker, rank_stream
 def quickly():
     with quick_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def rankers(ranked_runs):
-    return opened(ranked_runs)
 
 
 # --------------------------------------------------------------------- a stream

@@ -24,7 +24,9 @@ def runs(tmp_path):
             config = {"network": {"hidden_size": width, "dtype": "float32"}, "cutoffs": [1, 3]}
             (folder / "config.json").write_text(json.dumps(config))
             (folder / "eval" / "test" / "metrics.json").write_text(
-                json.dumps({"parameters": {"a": 100 * width}, "flops": {"a": 1e6 * width}})
+                json.dumps(
+                    {"parameters": {"a": 100 * width}, "flops": {"a": 1e6 * width}, "methods": {"a": {}, "b": {}}}
+                )
             )
             found = {method: rng.random(QUERIES) for method in "ab"}
             scores[width, seed] = found
@@ -69,6 +71,7 @@ def test_a_method_of_some_runs_and_a_number_of_a_list(runs, tmp_path):
     path = Path(folders[0]) / "eval" / "test" / "per_query.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("\n".join(json.dumps({**row, "methods": {"a": row["methods"]["a"]}}) for row in rows))
+    path.with_name("metrics.json").write_text(json.dumps({"methods": {"a": {}}}))
     lines = study(tuple(folders[:3]), ("a", "b"), x="cutoffs.1", plot=str(tmp_path / "plot.svg")).splitlines()
     assert [line.split()[:3] for line in lines[2:4]] == [["3", "a", "3"], ["3", "b", "2"]]
     said = f"note: {folders[0]} and {folders[2]} count as seeds of one cutoffs.1, and differ in network.hidden_size"
@@ -84,6 +87,7 @@ def test_methods_of_other_queries_share_no_table(runs):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [{"query_id": f"{method}{row['query_id']}", "methods": {method: row["methods"][method]}} for row in rows]
         path.write_text("\n".join(map(json.dumps, rows)))
+        path.with_name("metrics.json").write_text(json.dumps({"methods": {method: {}}}))
     with pytest.raises(ConfigError, match="the runs were not evaluated on the same queries"):
         study(tuple(folders), ("a", "b"), x="network.hidden_size")
     assert "40 queries" in study(tuple(folders), ("a",), x="network.hidden_size")

@@ -46,12 +46,6 @@ def read(entry: str, split: str, metrics: tuple[str, ...], skip: int = 0) -> dic
     return found
 
 
-def methods_of(run_dir: str, split: str) -> tuple[str, ...]:
-    """The methods of a run's evaluation, by its first query; none where there is no evaluation."""
-    path = path_of(run_dir) / "eval" / split / "per_query.jsonl"
-    return tuple(rows[0]["methods"]) if path.is_file() and (rows := _rows(path)) else ()
-
-
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

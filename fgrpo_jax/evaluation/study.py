@@ -12,13 +12,14 @@ each mean.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.evaluation import figures
-from fgrpo_jax.evaluation.seeds import command, interval, methods_of, read, spread
+from fgrpo_jax.evaluation.seeds import command, interval, read, spread
 from fgrpo_jax.files import path_of, read_json
 
 COSTS = ("parameters", "flops")  # of a list, by method, in metrics.json
@@ -41,7 +42,7 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
     if x == "run":
         return path_of(run_dir).name
     if x in COSTS:
-        path = path_of(run_dir) / "eval" / split / "metrics.json"
+        path = _summary(run_dir, split)
         found = read_json(path).get(x, {})
         if method not in found:
             known = f"only of {', '.join(found)}" if found else "nor of others: evaluate again, if that was long ago"
@@ -74,8 +75,13 @@ def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -
 
 def _having(runs: tuple[str, ...], method: str, split: str) -> tuple[str, ...]:
     """The runs whose evaluation has a method; all of them where none has, so that reading it says what there is."""
-    having = tuple(run for run in runs if method in methods_of(run, split))
+    paths = {run: _summary(run, split) for run in runs}
+    having = tuple(run for run, path in paths.items() if path.is_file() and method in read_json(path)["methods"])
     return having or runs
+
+
+def _summary(run_dir: str, split: str) -> Path:
+    return path_of(run_dir) / "eval" / split / "metrics.json"
 
 
 def _differing(runs: tuple[str, ...], method: str, x: str, split: str) -> list[str]:

@@ -55,7 +55,6 @@ FAMILIES = {
         {
             "hidden_act": ("silu",),
             "attention_bias": (False, None),
-            "mlp_bias": (False, None),
             "sliding_window": (None,),
         },
         {"head_dim": None, "num_key_value_heads": None, "rope_theta": 10_000.0, "tie_word_embeddings": False},

@@ -40,15 +40,6 @@ def make(
     weights = _weights(config, spec, run_dir)
     model = weights.model
 
-    def sampled(stage: StageConfig):
-        def rollout(params, frozen, query, key):
-            return sampling.sample(sampler, model(params, frozen), query, key, stage.group_size)
-
-        return rollout
-
-    def logged(stage: StageConfig):
-        return targets.rollout(grammar, constrained, stage.target.fill, stage.target.train_fill)
-
     def logprobs(params, frozen, query, rollout):
         return sampling.logprobs(sampler, model(params, frozen), query, rollout)
 
@@ -68,14 +59,15 @@ def make(
     begins = prompts.beginning(config.prompt, tokenizer)
     ranking = functools.partial(exported.files, config, grammar, kind, instruction, begins)
     encoded = functools.partial(encode, config, grammar, tokenizer, kind, asking.instruction, {})
+    encoded = fitting.checked(encoded, tokenizer, spec.vocab_size)
     return Policy(
         table=weights.table,
         dtype=spec.param_dtype,
         init=weights.init,
         outcomes=transcript.OUTCOMES,
-        encode=fitting.checked(encoded, tokenizer, spec.vocab_size),
+        encode=encoded,
         blank=blank(grammar),
-        sources={"sampled": sampled, "logged": logged},
+        sources=_sources(sampler, model),
         logprobs=logprobs,
         greedy=greedy,
         turns=functools.partial(masks.turns, grammar),
@@ -92,6 +84,21 @@ def make(
         ),
         prompted={name: functools.partial(method, asking) for name, method in prompted.METHODS.items()},
     )
+
+
+def _sources(sampler: sampling.Sampler, model: Callable) -> dict[str, Callable]:
+    """Where rollouts come from: Policy.sources. model: as _Weights'."""
+
+    def sampled(stage: StageConfig):
+        def rollout(params, frozen, query, key):
+            return sampling.sample(sampler, model(params, frozen), query, key, stage.group_size)
+
+        return rollout
+
+    def logged(stage: StageConfig):
+        return targets.rollout(sampler.grammar, sampler.constrained, stage.target.fill, stage.target.train_fill)
+
+    return {"sampled": sampled, "logged": logged}
 
 
 class _Weights(NamedTuple):
