@@ -64,7 +64,8 @@ RANKER = """
     devices = jax.devices()
     config = tiny_ranker({folder!r} + "/data", {folder!r} + "/prepared", {folder!r}, steps=3)
     others = ("dlcm", "prm", "generators", "two_phase", "grpo", "fgrpo")
-    config = changed(config, {{f"{{name}}.steps": 0 for name in others}})
+    mix = (("pointwise", 2), ("random", 1), ("perturbed", 1))  # with draws
+    config = changed(config, {{f"{{name}}.steps": 0 for name in others}} | {{"proposals.mix": mix}})
 
     def run(name, count, **mesh):
         jax.devices = lambda: devices[:count]
