@@ -44,7 +44,7 @@ from fgrpo_jax.run.processes import check_same, code, end_together, initialize_d
 from fgrpo_jax.run.sharding import replicated
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.run.validation import validate
-from fgrpo_jax.stages import stages
+from fgrpo_jax.stages import reference_of, stages
 from fgrpo_jax.types import Credit, map_params
 
 # ===================================================================== the algorithm
@@ -68,6 +68,8 @@ def make_step(experiment, policy, stage):
     earned = functools.partial(rewards.term_rewards, credit, k=config.reward.k, broken=broken, learned=policy.rewards)
     reward_of = shards.by_query(mesh, table, lambda _, frozen, lists, query: earned(lists, query, frozen), beside)
 
+    at_reference = policy.base.bare if reference_of(stage) == "base" else table
+    reference_logprobs = shards.by_query(mesh, at_reference, by_part, beside)
     turns_of = shards.by_query(mesh, table, lambda _, frozen, query, rollout: policy.turns(query, rollout), beside)
 
     @jax.jit
@@ -80,7 +82,7 @@ def make_step(experiment, policy, stage):
         if loss.epochs > 1:  # the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:
-            batch = batch.replace(ref_logp=logprobs(frozen["reference"], frozen, query, rollout))
+            batch = batch.replace(ref_logp=reference_logprobs(frozen["reference"], frozen, query, rollout))
         reward_BGP = rewards.phase_rewards(reward_BGR, credit)
         dead_BP = advantages.dead_groups(rewards.outcome_rewards(reward_BGR, credit, lists, broken), credit)
         seen = describe(lists, batch, reward_BGP, dead_BP, policy.outcomes, sampled=stage.source == "sampled")

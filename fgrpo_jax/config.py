@@ -63,10 +63,11 @@ class LoraConfig:
     """0: no adapters, the whole model is trained."""
     alpha: float = 32.0
     """What adapters add is scaled by alpha / rank."""
-    projections: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
-        "q", "k", "v", "o", "gate", "up", "down",
-    )  # fmt: skip
-    """Weights of every layer that have an adapter, where it has them: recurrent layers have gate, up and down."""
+    projections: tuple[
+        Literal["q", "k", "v", "o", "gate", "up", "down", "delta_qkv", "delta_z", "delta_o"], ...
+    ] = ("q", "k", "v", "o", "gate", "up", "down")  # fmt: skip
+    """Weights of every layer that have an adapter, where it has them: recurrent layers (qwen3_5_text) have gate, up and
+    down, and delta_qkv, delta_z and delta_o (in_proj_qkv, in_proj_z and out_proj of a checkpoint)."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the checkpoint's weights in memory; model.param_dtype is that of adapters and moments."""
 
@@ -152,7 +153,9 @@ class ObjectiveConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
-    """Weight of the KL penalty to the policy the stage started from."""
+    """Weight of the KL penalty to the policy of `kl_reference`."""
+    kl_reference: Literal["start", "base"] = "start"
+    """What the stage started from, kept beside it; or the base of adapters without any, which costs no memory."""
     sigma: float = 0.0
     """GoalRank keeps a group only if its rewards differ by more than this."""
     normalised: bool = True
@@ -233,8 +236,11 @@ class EvalConfig:
     """Learned rewards (reward_model) of every method's ranking, cut at reward.k: what a stage that is credited with
     one has frozen beside it is what it reads."""
     batch_queries: int = 256
+    queries: int = 0
+    """Of a split: a sample of that many, the same for every seed; 0: all, as they lie. Where a split is sorted
+    (MuSiQue's by hops), only the first ones of a sample (`train_queries`) are a fair one."""
     train_queries: int = 512
-    """Validation queries used while training (the first ones of the split); 0: all."""
+    """Validation queries used while training (the first ones of the split, or of the sample); 0: all."""
     baselines: tuple[str, ...] = ("random", "popularity", "covisitation", "bm25")
     """Baselines that make no sense for the task are named and left out."""
     prompted: tuple[Literal["zero_shot", "zero_shot_2"], ...] = ()

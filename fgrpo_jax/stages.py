@@ -40,6 +40,11 @@ def from_start(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in read and name not in trained)
 
 
+def reference_of(stage: StageConfig) -> str | None:
+    """What its KL term holds a stage to, `objective.kl_reference`; None where it has no such term."""
+    return stage.objective.kl_reference if stage.objective.kl_weight else None
+
+
 def credited(config: RunConfig, reward: str) -> str | None:
     """The first stage that is trained here and credited with a reward, so that it has frozen what the reward reads."""
     for name, stage in stages(config).items():

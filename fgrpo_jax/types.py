@@ -239,11 +239,13 @@ class Base(NamedTuple):
     """Parameters of a policy that no stage trains: `frozen` holds them as "base", whatever the stage.
 
     table: a tree of Param. dtype: of the stored ones. load: (shardings) -> the parameters, in their places.
+    bare: what the policy's functions take for `params` where the base is to compute alone: a tree without leaves.
     """
 
     table: PyTree
     dtype: str
     load: Callable
+    bare: PyTree
 
 
 class Footprint(NamedTuple):
@@ -262,8 +264,8 @@ class Footprint(NamedTuple):
 class Policy(NamedTuple):
     """What training and evaluation know of a policy: everything that only it knows is behind these.
 
-    `frozen` holds what is never updated, by name: "reference", the parameters that the stage started
-    from, where it has a KL term, those of the stages in `frozen_from`, and "base". It is always passed explicitly.
+    `frozen` holds what is never updated, by name: "reference", the parameters that a KL term
+    holds it to, where it has one, those of the stages in `frozen_from`, and "base". It is always passed explicitly.
 
     table: its parameters, a tree of Param. dtype: of the stored ones.
     init: (key, shardings) -> params, in their places: random ones, or those of a checkpoint.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgrpo_jax.config import Config, DataConfig, StageConfig
+from fgrpo_jax.config import Config, DataConfig, EvalConfig, StageConfig
 from fgrpo_jax.data import batches as data
 from fgrpo_jax.data import lastfm, next_item
 from fgrpo_jax.data.datasets import DataError, Dataset, in_memory
@@ -249,6 +249,20 @@ def test_evaluation_order_depends_on_seed_and_query_only():
     assert data.evaluation_examples(made, Config(seed=1), "test") != shown
     with pytest.raises(DataError, match="no split 'dev', only train, test, validation"):
         data.evaluation_examples(made, Config(), "dev")
+
+
+def test_a_sample_of_a_split_is_one_for_all_seeds_and_its_first_are_a_sample_too():
+    """Of a split sorted by kind, as MuSiQue's is: first 300 of one kind, then 100 of another."""
+    rows = [RankingExample(f"{2 + n // 300}hop__{n}", "what?", ITEMS[:3], (1.0, 0.0, 0.0)) for n in range(400)]
+    made = dataset([example(0)], validation=rows)
+
+    def sample(count, seed=0):
+        return ids(data.evaluation_examples(made, Config(seed=seed, eval=EvalConfig(queries=count)), "validation"))
+
+    chosen = sample(80)
+    assert chosen == sample(80, seed=1) == sample(200)[:80] and len(set(chosen)) == 80
+    assert 40 < sum(name.startswith("2hop") for name in chosen[:64]) < 60  # of 48
+    assert sorted(sample(1000)) == sorted(ids(rows)) and sample(0) == ids(rows)
 
 
 def test_buckets():

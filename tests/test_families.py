@@ -12,11 +12,13 @@ import safetensors.numpy
 from bpe import train_bpe
 from helpers import quick_jit, random_params
 
-from fgrpo_jax.config import ModelConfig
-from fgrpo_jax.models import decoder, head, hf
+from fgrpo_jax.config import LoraConfig, ModelConfig
+from fgrpo_jax.models import decoder, head, hf, lora, peft
 from fgrpo_jax.models.decoder import DELTA, FULL, LOCAL
 from fgrpo_jax.models.families import FAMILIES
+from fgrpo_jax.models.lora import Lora
 from fgrpo_jax.policies.llm import files
+from fgrpo_jax.types import map_params
 
 NUMERICS = {
     "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
@@ -198,6 +200,35 @@ def test_what_is_read_is_what_is_written(torch, case, tokenizer, tmp_path):
         with torch.no_grad():
             one, other = (torch_logits(torch, m, prompt, actions) for m in (model, back))
         assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_adapters_of_every_weight_are_what_peft_loads(torch, case, tmp_path):
+    """On every projection that a family has, and merged: logits equal to peft's on transformers' model."""
+    import transformers
+
+    library = pytest.importorskip("peft", reason="the parity extra is not installed")
+    _, folder, _ = case
+    known = typing.get_args(typing.get_args(typing.get_type_hints(LoraConfig)["projections"])[0])
+    plain = hf.read_spec(folder, **NUMERICS)
+    spec = plain._replace(lora=Lora(3, 5.0, known))
+    base, table = hf.load(folder, plain), lora.split(decoder.param_table(spec))[1]
+    assert table["layers"].keys() == {name for name in known if name in decoder.param_table(plain)["layers"]}
+    rng = np.random.default_rng(0)
+    adapters = map_params(lambda p: jnp.asarray(0.1 * rng.normal(size=p.shape), "float32"), table)
+    peft.save(tmp_path / "adapter", spec, adapters, str(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = library.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+
+    prompt, actions, weight = tokens()
+    with torch.no_grad():
+        theirs = torch_logits(torch, model, prompt, actions).numpy()
+    _, ours = with_gradient(spec, lora.join(base, adapters, spec.lora), prompt, actions, weight)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    _, merged = with_gradient(plain, lora.merged(base, adapters, spec.lora), prompt, actions, weight)
+    np.testing.assert_allclose(merged, theirs, atol=1e-4, rtol=0)
+    _, bare = with_gradient(plain, base, prompt, actions, weight)
+    assert np.abs(bare - ours).max() > 0.5
 
 
 # --------------------------------------------------------------------- the table

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bpe import train_bpe
 from helpers import quick_runs, random_params
-from tiny import changed, run_training, tiny_config, write_world
+from tiny import changed, rows, run_training, tiny_config, write_world
 
 import eval as evaluation
 from fgrpo_jax.config import ConfigError, LoraConfig
@@ -227,6 +227,37 @@ def test_a_run_keeps_its_adapters(made, capsys):
     assert run_training(changed(config, {"model.lora.rank": 3})) == 2
     assert "model.lora.rank: 2 -> 3" in capsys.readouterr().err
     assert directory.read_config(folder / "run").model.lora.rank == 2
+
+
+def test_the_reference_of_a_kl_term_is_the_start_or_the_base(made, tmp_path):
+    """One step of F-GRPO from the adapters of SFT, which differ from the base, and from new ones, which do not."""
+    folder, config = made
+    one = {"rl.steps": 1, "rl.eval_every": 1, "log_every": 1}
+    after_sft, kl = {"sft.steps": 0, "start_from": str(folder / "run")}, {}
+    for name, fields in {
+        "start": after_sft,
+        "base": after_sft | {"rl.objective.kl_reference": "base"},
+        "new": {"sft.steps": 0, "rl.objective.kl_reference": "base"},
+    }.items():
+        with quick_runs():
+            assert run_training(changed(config, one | fields | {"run_dir": str(tmp_path / name)})) == 0
+        (kl[name],) = (row["kl"] for row in rows(tmp_path / name) if "kl" in row)
+    assert abs(kl["start"]) < 1e-6 and abs(kl["new"]) < 1e-6 and kl["base"] > 1e-5, kl
+
+
+def test_the_base_as_reference_needs_adapters_a_term_and_no_memory(made, tmp_path, capsys):
+    folder, config = made
+    base = changed(config, {"rl.objective.kl_reference": "base"})
+    experiment = assemble(base, prompts_of(base, folder / "run"), folder / "run")
+    without = assemble(changed(config, {"rl.objective.kl_weight": 0.0}), experiment.dataset, folder / "run")
+    assert memory.state(experiment, "rl") == memory.state(without, "rl")
+    whole = {"model.lora.rank": 0, "model.lora.base_dtype": "float32", "run_dir": str(tmp_path / "run")}
+    for fields, message in (
+        (whole, "rl.objective.kl_reference='base' is of adapters, and llm trains all parameters"),
+        ({"rl.objective.kl_weight": 0.0}, "kl_reference='base': only a KL term reads it; set rl.objective.kl_weight"),
+    ):
+        assert run_training(changed(base, fields)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_base_is_counted_in_its_own_type(made):

@@ -10,7 +10,7 @@ from tiny import changed
 
 import train
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.run import memory
+from fgrpo_jax.run import host_memory, memory
 from fgrpo_jax.run.checks import check_training
 from fgrpo_jax.run.experiment import assemble, plan
 from fgrpo_jax.types import num_params
@@ -93,13 +93,57 @@ def test_microbatches_and_remat_lessen_what_is_kept(experiment):
     assert kept(model__dtype="bfloat16")["copies"] == usual["copies"] / 2
 
 
-def test_a_cpu_has_what_is_available(monkeypatch, tmp_path):
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", path)
+def test_a_cpu_has_its_share_of_what_is_available(monkeypatch):
     cpu = jax.devices()[0]
-    assert memory.of_device(cpu) == 1000 * 1024 // jax.local_device_count()
-    path.unlink()
-    assert memory.of_device(cpu) is None
+    for found, share in ((1000 * 1024, 1000 * 1024 // jax.local_device_count()), (0, 0), (None, None)):
+        monkeypatch.setattr(host_memory, "available", lambda found=found: found)
+        assert memory.of_device(cpu) == share
     told = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 7}, platform="gpu")
     assert memory.of_device(told) == 7
+
+
+def machine(folder, groups, files):
+    """Directories as /proc and /sys/fs/cgroup, 1,000 KiB available."""
+    for name, text in {
+        "proc/meminfo": "MemTotal: 2000 kB\nMemAvailable: 1000 kB\n",
+        "proc/self/cgroup": groups,
+        **files,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / "proc", folder / "sys"
+
+
+def group(folder, version, limit, used, cached=0):
+    limit_name, used_name, cached_name = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    return {
+        f"{folder}/{limit_name}": f"{limit}\n",
+        f"{folder}/{used_name}": f"{used}\n",
+        f"{folder}/memory.stat": f"anon 1\n{cached_name} {cached}\n",
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, files, expected",
+    [
+        ("", {}, 1024_000),
+        ("0::/\n", {}, 1024_000),  # the outermost group says nothing
+        ("0::/job\n", group("sys/job", 2, "max", 5), 1024_000),
+        ("0::/job\n", group("sys/job", 2, 700_000, 300_000, 100_000), 500_000),
+        ("0::/job\n", group("sys/job", 2, 700_000, 800_000), 0),
+        ("0::/slice/job\n", group("sys/slice/job", 2, "max", 5) | group("sys/slice", 2, 9_000, 1_000), 8_000),
+        ("0::/away/of/the/host\n", group("sys", 2, 9_000, 1_000), 8_000),  # a container sees its own group as the root
+        ("4:cpu,memory:/job\n0::/\n", group("sys/memory/job", 1, 60_000, 50_000, 10_000), 20_000),
+        ("4:memory:/job\n", group("sys/memory/job", 1, 2**63 - 4096, 5), 1024_000),  # no limit
+        ("4:memory:/of/host\n", group("sys/memory", 1, 60_000, 50_000), 10_000),
+    ],
+)  # fmt: skip
+def test_a_control_group_leaves_less_than_the_machine_has(groups, files, expected, tmp_path):
+    assert host_memory.available(*machine(tmp_path, groups, files)) == expected
+
+
+def test_a_system_that_does_not_say_what_it_has(tmp_path):
+    assert host_memory.available(tmp_path / "proc", tmp_path / "sys") is None

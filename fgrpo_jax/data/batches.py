@@ -85,8 +85,7 @@ class Batches:
 
         if "train" not in dataset.splits:
             raise DataError(f"data set {dataset.name!r} has no training split: its raw file is not in data.manual_dir")
-        split = dataset.splits["train"]
-        self._split = split if isinstance(split, Split) else in_memory(split)
+        self._split = _by_index(dataset.splits["train"])
         self._dataset, self._data, self._size = dataset, cfg.data, stage.batch_queries
         self._seed, self._stage = cfg.seed, stage_name
         self._share = np.array(dataset.weights) / sum(dataset.weights) if dataset.weights else None
@@ -156,16 +155,26 @@ def make_batches(dataset: Dataset, cfg: RunConfig, stage_name: str, stage: Stage
 
 
 def evaluation_examples(dataset: Dataset, cfg: RunConfig, split: str) -> list[RankingExample]:
-    """A whole split: frozen pools, shown in an order drawn from (seed, query id).
+    """A split, or `eval.queries` of it: frozen pools, shown in an order drawn from (seed, query id).
 
-    Queries without a relevant candidate are kept. Raises DataError for a split that is absent.
+    Those of it are the same for every seed, in an order of their own, as files may be sorted: so the first of
+    them are a fair sample too. Queries without a relevant candidate are kept. Raises DataError for a split that is
+    absent.
     """
     if split not in dataset.splits:
         raise DataError(
             f"data set {dataset.name!r} has no split {split!r}, only {', '.join(dataset.splits)}: "
             "put its raw file into data.manual_dir, or choose another split"
         )
-    return [shown(example, cfg)[0] for example in dataset.splits[split]]
+    rows = _by_index(dataset.splits[split])
+    if cfg.eval.queries:
+        chosen = sorted(range(len(rows)), key=lambda i: seed_of("evaluated", rows.query_ids[i]))[: cfg.eval.queries]
+        rows = rows.rows(chosen)
+    return [shown(example, cfg)[0] for example in rows]
+
+
+def _by_index(split: Sequence[RankingExample]) -> Split:
+    return split if isinstance(split, Split) else in_memory(split)
 
 
 def shown(example: RankingExample, cfg: RunConfig) -> tuple[RankingExample, np.ndarray]:

@@ -11,7 +11,7 @@ from fgrpo_jax.run.directory import is_done
 from fgrpo_jax.run.experiment import Experiment
 from fgrpo_jax.run.finished import check_start
 from fgrpo_jax.run.sharding import check_divisible
-from fgrpo_jax.stages import from_start, stages, start_of
+from fgrpo_jax.stages import from_start, reference_of, stages, start_of
 
 
 def check_training(experiment: Experiment, run_dir: Path) -> None:
@@ -43,5 +43,5 @@ def _reads_start(experiment: Experiment, run_dir: Path, name: str) -> bool:
     if not stage.steps or is_done(run_dir, name):
         return False
     begun = bool(steps_in(run_dir / name / "checkpoints"))
-    starts = start_of(experiment.config, name) in elsewhere and (not begun or bool(stage.objective.kl_weight))
+    starts = start_of(experiment.config, name) in elsewhere and (not begun or reference_of(stage) == "start")
     return starts or any(other in elsewhere for other in stage.frozen_from)

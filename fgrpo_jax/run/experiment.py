@@ -33,7 +33,7 @@ from fgrpo_jax.run.ahead import one_ahead
 from fgrpo_jax.run.compute import products
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
-from fgrpo_jax.stages import stages
+from fgrpo_jax.stages import reference_of, stages
 from fgrpo_jax.types import Lists, Policy, PyTree, RankingExample
 
 KNOWN = Registries(
@@ -117,6 +117,11 @@ def assemble(config: RunConfig, dataset: datasets.Dataset | None, run_dir: Path)
             raise ConfigError(f"{name}.policy={stage.policy!r} is not one of {', '.join(made)}")
         if stage.source not in (sources := made[stage.policy].sources):
             raise ConfigError(f"{name}.source={stage.source!r}: {stage.policy} has only {', '.join(sources)}")
+        if reference_of(stage) == "base" and made[stage.policy].base is None:
+            raise ConfigError(
+                f"{name}.objective.kl_reference='base' is of adapters, and {stage.policy} trains all parameters: "
+                "choose 'start', or set model.lora.rank"
+            )
         if SCHEMES[stage.credit.scheme].by_item and made[stage.policy].turns is None:
             raise ConfigError(f"{name}.credit.scheme={stage.credit.scheme!r}: {stage.policy} writes no lists")
     return Experiment(config, dataset, made, mesh, {})

@@ -6,40 +6,35 @@ Parameters, moments and gradients are counted; what a step keeps beside them is 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from fgrpo_jax.config import ConfigError
-from fgrpo_jax.run import sharding
-from fgrpo_jax.stages import stages
+from fgrpo_jax.run import host_memory, sharding
+from fgrpo_jax.stages import reference_of, stages
 from fgrpo_jax.types import PyTree, is_param
 
 if TYPE_CHECKING:
     from fgrpo_jax.run.experiment import Experiment
 
-_MEMINFO = Path("/proc/meminfo")
-
 
 def of_device(device: jax.Device) -> int | None:
-    """Bytes that programs may use of a device; of the machine's available memory, a CPU device's share of
-    it. None where nobody says."""
+    """Bytes that programs may use of a device: a CPU device has its share of what the process can have of the
+    machine's. None where nobody says."""
     if stats := device.memory_stats():
         return stats.get("bytes_limit")
-    if device.platform == "cpu" and _MEMINFO.is_file():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // jax.local_device_count()
-    return None
+    if device.platform != "cpu" or (here := host_memory.available()) is None:
+        return None
+    return here // jax.local_device_count()
 
 
 def state(experiment: Experiment, name: str) -> dict[str, int]:
     """Bytes of a device that a stage's parameters take, trained and frozen ones, and the optimizer's two moments."""
     policy, stage = experiment.policy(name), stages(experiment.config)[name]
     trained = _bytes(experiment, policy.table, policy.dtype)
-    frozen = trained * bool(stage.objective.kl_weight)
+    frozen = trained * (reference_of(stage) == "start")
     frozen += sum(_bytes(experiment, p.table, p.dtype) for p in map(experiment.policy, stage.frozen_from))
     if policy.base:
         frozen += _bytes(experiment, policy.base.table, policy.base.dtype)

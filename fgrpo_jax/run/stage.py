@@ -21,7 +21,7 @@ from fgrpo_jax.run.finished import best_params, frozen_params, source_of
 from fgrpo_jax.run.log import MetricsLog
 from fgrpo_jax.run.meter import Meter, Validation
 from fgrpo_jax.run.progress import Progress
-from fgrpo_jax.stages import stages
+from fgrpo_jax.stages import reference_of, stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample, TrainState
 
 
@@ -95,12 +95,14 @@ class Stage:
         def initial(params: PyTree) -> TrainState:
             return TrainState(jnp.int32(0), params, self._optimizer.init(params))
 
-        has_reference = bool(self.stage.objective.kl_weight)
-        params = self._start_params() if latest is None or has_reference else None
+        reference = reference_of(self.stage)
+        params = self._start_params() if latest is None or reference == "start" else None
         frozen = frozen_params(self._experiment, self._run_dir, self.name)
         frozen |= self._experiment.base(self._experiment.policy(self.name))
-        if has_reference:  # a copy: the parameters themselves are donated to the first update
+        if reference == "start":  # a copy: the parameters themselves are donated to the first update
             frozen["reference"] = jax.tree.map(jnp.copy, params)
+        elif reference == "base":
+            frozen["reference"] = self._experiment.policy(self.name).base.bare
         if latest is None:
             return jax.jit(initial, out_shardings=self._state_at)(params), frozen
         if self._is_main:

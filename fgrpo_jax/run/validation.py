@@ -183,9 +183,10 @@ def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
     whole = known.whole_metrics | known.more_whole_metrics.intersection(e.metrics)
     problems += unknown("eval.metric", [e.metric], whole | cut)
     problems += unknown("eval.baselines", e.baselines, known.baselines)
-    if e.batch_queries < 1 or e.bootstrap < 1 or e.train_queries < 0 or e.transcripts < 0:
+    if e.batch_queries < 1 or e.bootstrap < 1 or min(e.queries, e.train_queries, e.transcripts) < 0:
         problems.append(
-            "eval.batch_queries, eval.bootstrap must be positive, eval.train_queries, eval.transcripts not negative"
+            "eval.batch_queries, eval.bootstrap must be positive, eval.queries, eval.train_queries, eval.transcripts "
+            "not negative"
         )
     if not e.cutoffs or min(e.cutoffs) < 1:
         problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")

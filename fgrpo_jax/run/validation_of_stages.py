@@ -43,6 +43,10 @@ def check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
     o = s.objective
     if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
         problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
+    if o.kl_reference != "start" and not o.kl_weight:
+        problems.append(
+            f"{name}.objective.kl_reference={o.kl_reference!r}: only a KL term reads it; set {name}.objective.kl_weight"
+        )
     if not 0 <= o.sigma < math.inf:
         problems.append(f"{name}.objective.sigma={o.sigma} must be >= 0 and finite")
     problems += _unread_options(f"{name}.objective", o, o.name, known.objectives)

@@ -141,7 +141,8 @@ def _weights(config: Config, spec: decoder.DecoderSpec, run_dir: Path) -> _Weigh
     def joined(params: PyTree, frozen: PyTree) -> PyTree:
         return lora.join(frozen["base"], params, spec.lora)
 
-    return _Weights(table, init_adapters, Base(base_table, base_dtype, load_base), joined)
+    bare = {"layers": {}}  # no adapters
+    return _Weights(table, init_adapters, Base(base_table, base_dtype, load_base, bare), joined)
 
 
 def _summary(config: Config, spec: decoder.DecoderSpec, weights: _Weights) -> str:
