@@ -162,10 +162,14 @@ def test_writing_is_the_argmax_of_the_whole_forward(spec, params):
     params = {**params, "head": params["embed"] + 0.5 * rng.normal(size=params["embed"].shape).astype(np.float32)}
     spec = spec._replace(tie_embeddings=False)
     write = quick_jit(prompted.write, static_argnums=(0, 1, 5))
-    free = np.asarray(write(spec, 1, params, prompt, length, 6))
+    free = np.asarray(write(spec, (1,), params, prompt, length, 6))
     row, t = next((r, t) for r in range(3) for t in range(5) if free[r, t + 1] not in {1, *free[r, : t + 1]})
     end = int(free[row, t])  # so that this answer is over where another token would follow
-    written = write(spec, end, params, prompt, length, 6)
+    written = write(spec, (end,), params, prompt, length, 6)
+    both = np.asarray(
+        write(spec, (1, end), params, prompt, length, 6)
+    )  # the same answers, that an end of turn ends too
+    np.testing.assert_array_equal(both, np.where(np.asarray(written) == end, 1, written))
     whole = decoder.whole_ends(spec, params)
     hidden = quick_jit(decoder.completions, static_argnums=0)(spec, whole, prompt, length, written[:, None])
     best = np.asarray(head.logits(whole, hidden).argmax(-1))[:, 0]

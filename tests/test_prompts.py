@@ -212,6 +212,22 @@ def test_other_tokenizers_and_chat(tmp_path):
         encode(catalogue(), text, True)
 
 
+def test_a_chat_neither_thinks_first_nor_tells_today():
+    """Of templates that ask for it as Qwen3's and Llama 3's do; one that thinks in any case is refused."""
+    tokenizer, text = byte_pair(), render(QUESTION, "qa")
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}" + tokenizer.chat_template
+    )
+    thought = "<think>\n\n</think>\n\n"
+    before = tokenizer.chat_template
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}" + thought + "{% endif %}"
+    said = tokenizer.decode(encode(tokenizer, text, True))
+    assert said.startswith("Today: 26 Jul 2024\n") and said.endswith(f"assistant\n{thought}<SLATE>")
+    tokenizer.chat_template = before + "<think>\n"
+    with pytest.raises(ConfigError, match="prompt.chat=True: this chat template begins every answer with <think>"):
+        encode(tokenizer, text, True)
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer = byte_pair()
     tokenizer.eos_token = None

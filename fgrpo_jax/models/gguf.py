@@ -170,6 +170,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := file.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = token
+    turn_end = file.get("tokenizer.ggml.eot_token_id")
+    if turn_end is not None and turn_end != config.setdefault("eos_token_id", turn_end):
+        config["eos_token_id"] = [config["eos_token_id"], turn_end]
     return config
 
 

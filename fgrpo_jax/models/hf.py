@@ -34,6 +34,8 @@ from fgrpo_jax.files import is_address, path_of, send, storing
 from fgrpo_jax.models import gguf
 from fgrpo_jax.models.decoder import DecoderSpec
 from fgrpo_jax.models.hf_config import (
+    GENERATION,
+    SAID_OF_TOKENS,
     check_there,
     make_config,
     read_config,
@@ -206,6 +208,8 @@ def save(
     def write(folder: Path) -> None:
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        said = {name: config[name] for name in SAID_OF_TOKENS if config.get(name) is not None}
+        (folder / GENERATION).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)
         for name, content in (also or {}).items():
             (folder / name).write_text(content, encoding="utf-8")

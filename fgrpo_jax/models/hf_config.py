@@ -7,6 +7,7 @@ field and value.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fgrpo_jax.models.decoder import DELTA, LOCAL, DecoderSpec, layer_kinds, pat
 from fgrpo_jax.models.families import FAMILIES, Family
 from fgrpo_jax.models.hf_rope import positive
 
+GENERATION = "generation_config.json"
+SAID_OF_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields of config.json that, when present, must have one of these values, whatever the family.
 _FIXED = {
     "attention_dropout": (0, None),
@@ -43,7 +46,7 @@ _WITH_IMAGES = {
         },
     ),
 }
-_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # that the whole may say
+_SHARED = ("tie_word_embeddings", *SAID_OF_TOKENS)  # that the whole may say
 _DELTA = (  # of delta.Sizes
     "linear_num_key_heads",
     "linear_num_value_heads",
@@ -54,7 +57,8 @@ _DELTA = (  # of delta.Sizes
 
 
 def read_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The checkpoint's config.json, or what a GGUF file says in its place.
+    """The checkpoint's config.json, or what a GGUF file says in its place; eos_token_id with those of
+    generation_config.json, as a chat's turn may end with another token than a text.
 
     Raises ModelFilesError when there is none to read.
     """
@@ -62,7 +66,26 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     if gguf.is_meant(folder):
         return gguf.read_config(folder)
     check_there(folder)
-    return _of_text(read_json(folder / "config.json"), folder / "config.json")
+    config = _of_text(read_json(folder / "config.json"), folder / "config.json")
+    if not (folder / GENERATION).is_file():
+        return config
+    ends = (*ends_of(config, folder), *ends_of(read_json(folder / GENERATION), folder / GENERATION))
+    return config | _with_ends(ends)
+
+
+def ends_of(config: dict[str, Any], source: str | Path) -> tuple[int, ...]:
+    """Its eos_token_id: one, several or none. source: what an error names. Raises ModelFilesError for anything else."""
+    value = config.get("eos_token_id")
+    ends = (value,) if isinstance(value, int) else tuple(value or ()) if isinstance(value, list | None) else (value,)
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+        raise ModelFilesError(f"{source}: eos_token_id={value!r} must be a token's number, or a list of such")
+    return ends
+
+
+def _with_ends(ends: Iterable[int]) -> dict[str, Any]:
+    """The field of a configuration that says them: a number where there is one alone."""
+    ends = [*dict.fromkeys(ends)]
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
 
 
 def check_there(folder: Path) -> None:
@@ -215,10 +238,12 @@ def make_config(
     """The config.json of an exported model, for transformers 4 and 5.
 
     dtype: of the stored weights. original: the config.json training started from, whose other
-    fields are kept; None for a model from scratch, which gets the token ids given.
+    fields are kept; None for a model from scratch, which gets the token ids given. eos_token_id: what ends a
+    transcript, beside what the original says ends a text.
     """
-    tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    config = dict(tokens if original is None else original)
+    config = dict({"pad_token_id": pad_token_id} if original is None else original)
+    own = () if eos_token_id is None else (eos_token_id,)
+    config |= _with_ends((*ends_of(config, "config.json"), *own))
     for stale in ("torch_dtype", "rope_scaling", "transformers_version", "_name_or_path"):
         config.pop(stale, None)
     name = _name(spec)

@@ -237,3 +237,9 @@ def original_config(config: Config, run_dir: Path) -> dict[str, Any] | None:
     if (run_dir / _ORIGINAL).is_file():
         return read_json(run_dir / _ORIGINAL)
     return hf.read_config(config.model.checkpoint)  # a run of an earlier version
+
+
+def ends_of_answers(config: Config, tokenizer: Any, run_dir: Path) -> tuple[int, ...]:
+    """The tokens that end what a checkpoint writes: a transcript's, and what else it says ends a text or a turn."""
+    said = hf_config.ends_of(original_config(config, run_dir) or {}, config.model.checkpoint)
+    return (*dict.fromkeys((tokenizer.eos_token_id, *said)),)

@@ -25,7 +25,7 @@ from fgrpo_jax.policies.llm import (
     transcript,
 )
 from fgrpo_jax.policies.llm.encode import blank, encode
-from fgrpo_jax.policies.llm.files import policy_files
+from fgrpo_jax.policies.llm.files import ends_of_answers, policy_files
 from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.types import Base, Footprint, Policy, PyTree, num_params
 
@@ -50,7 +50,8 @@ def make(
         return sampling.sample(sampler, model(params, frozen), query, None, 1)
 
     def write(params, frozen, prompt, prompt_len, most):
-        return prompted.write(spec, grammar.eos, model(params, frozen), prompt, prompt_len, most)
+        ends = ends_of_answers(config, tokenizer, run_dir)
+        return prompted.write(spec, ends, model(params, frozen), prompt, prompt_len, most)
 
     def sizes(query: Query) -> dict[str, int]:
         return {"S": query.prompt.shape[1], "T": grammar.length(*query.identifiers.shape[1:])}

@@ -50,9 +50,9 @@ def unprompted(config: Config) -> str:
 
 
 def write(
-    spec: decoder.DecoderSpec, eos: int, params: PyTree, prompt_BS: Array, prompt_len_B: Array, most: int
+    spec: decoder.DecoderSpec, ends: Sequence[int], params: PyTree, prompt_BS: Array, prompt_len_B: Array, most: int
 ) -> Array:
-    """[B,T] int32: the most probable tokens after each prompt, T = `most`; eos from the end on."""
+    """[B,T] int32: the most probable tokens after each prompt, T = `most`; the first of `ends` from any of them on."""
     params = decoder.whole(spec, params)
     prompt = decoder.prefill(spec, params, prompt_BS, prompt_len_B)
     batch = prompt_BS.shape[0]
@@ -63,15 +63,16 @@ def write(
         t, token_B1, cache, written_BT, done_B = carry
         hidden_B1D, cache = decoder.decode_step(spec, weights, prompt, cache, token_B1, t)
         token_B1, _ = draw.choose_token(head.logits(weights, hidden_B1D), None)
-        token_B1 = jnp.where(done_B[:, None], eos, token_B1)
+        done_B |= jnp.isin(token_B1[:, 0], jnp.array(ends))
+        token_B1 = jnp.where(done_B[:, None], ends[0], token_B1)
         written_BT = jax.lax.dynamic_update_slice_in_dim(written_BT, token_B1, t, axis=1)
-        return t + 1, token_B1, cache, written_BT, done_B | (token_B1[:, 0] == eos)
+        return t + 1, token_B1, cache, written_BT, done_B
 
     def unfinished(carry: tuple) -> Array:
         return (carry[0] < most) & ~carry[-1].all()
 
     start = jnp.int32(0), first_B1, decoder.empty_cache(spec, batch, 1, most)
-    start = *start, jnp.full((batch, most), eos, jnp.int32), jnp.zeros(batch, bool)
+    start = *start, jnp.full((batch, most), ends[0], jnp.int32), jnp.zeros(batch, bool)
     return jax.lax.while_loop(unfinished, body, start)[3]
 
 
@@ -144,8 +145,7 @@ class Asking:
         text = prompts.render(example, self.kind, self.instruction, identifier, asked)
         if not self.tokenizer.chat_template:
             return f"{text}\nAnswer:"
-        turns = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return prompts.asked(self.tokenizer, text, "eval.prompted")
 
 
 def named(answer: str, names: Sequence[str], identifier: str) -> list[int]:

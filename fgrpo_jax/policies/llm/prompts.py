@@ -13,6 +13,7 @@ from typing import Any
 
 from fgrpo_jax.config import ConfigError, PromptConfig
 from fgrpo_jax.data.datasets import DataError, Item, one_line
+from fgrpo_jax.policies.llm import serving
 from fgrpo_jax.policies.llm.serving import LETTERS, beginnings, names_of
 from fgrpo_jax.types import RankingExample
 
@@ -131,8 +132,18 @@ def _as_chat(tokenizer: Any, text: str) -> str:
     if not tokenizer.chat_template:
         raise ConfigError("prompt.chat=True, but the tokenizer has no chat template: set it to False")
     body, _, opening = text.rpartition("\n")
-    turns = [{"role": "user", "content": body}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + opening
+    return asked(tokenizer, body, "prompt.chat=True") + opening
+
+
+def asked(tokenizer: Any, text: str, setting: str) -> str:
+    """A user's turn in the chat template. Raises ConfigError, naming the setting, where the answer opens a thought."""
+    turn = serving.chat(text, tokenizer)
+    if turn.rstrip().endswith("<think>"):
+        raise ConfigError(
+            f"{setting}: this chat template begins every answer with <think>, also with enable_thinking=False, and no "
+            "transcript ends a thought: leave it out, or choose a checkpoint that can answer at once"
+        )
+    return turn
 
 
 def _unknown_text(tokenizer: Any, text: str, query_id: str) -> str:

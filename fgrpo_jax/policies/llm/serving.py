@@ -24,6 +24,7 @@ What a grammar can say:
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -62,8 +63,18 @@ def prompt(
     body = jinja2.Template(p["template"]).render(shown, instruction=p["instruction"])
     if not p["chat"]:
         return body + p["opening"]
-    turns = [{"role": "user", "content": body.removesuffix("\n")}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + p["opening"]
+    return chat(body.removesuffix("\n"), tokenizer) + p["opening"]
+
+
+def chat(text: str, tokenizer: Any) -> str:
+    """A user's turn and the beginning of the answer to it, by the tokenizer's chat template.
+
+    Templates that let a model think first (Qwen3's, Qwen3.5's) are told that it does not, and those that tell the date
+    (Llama 3's) that it is the one they fall back to: a prompt is the same on every day.
+    """
+    turns = [{"role": "user", "content": text}]
+    said = {"enable_thinking": False, "strftime_now": datetime.date(2024, 7, 26).strftime}
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **said)
 
 
 def tokens(said: Said, text: str, tokenizer: Any) -> list[int]:
