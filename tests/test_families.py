@@ -203,7 +203,7 @@ def test_what_is_read_is_what_is_written(torch, case, tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-def test_adapters_of_every_weight_are_what_peft_loads(torch, case, tmp_path):
+def test_adapters_of_every_weight_are_what_peft_loads(torch, case, tokenizer, tmp_path):
     """On every projection that a family has, and merged: logits equal to peft's on transformers' model."""
     import transformers
 
@@ -225,7 +225,8 @@ def test_adapters_of_every_weight_are_what_peft_loads(torch, case, tmp_path):
         theirs = torch_logits(torch, model, prompt, actions).numpy()
     _, ours = with_gradient(spec, lora.join(base, adapters, spec.lora), prompt, actions, weight)
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
-    _, merged = with_gradient(plain, lora.merged(base, adapters, spec.lora), prompt, actions, weight)
+    hf.save(tmp_path / "merged", plain, lora.join(base, adapters, spec.lora), None, tokenizer)
+    _, merged = with_gradient(plain, hf.load(tmp_path / "merged", plain), prompt, actions, weight)
     np.testing.assert_allclose(merged, theirs, atol=1e-4, rtol=0)
     _, bare = with_gradient(plain, base, prompt, actions, weight)
     assert np.abs(bare - ours).max() > 0.5

@@ -43,6 +43,8 @@ from fgrpo_jax.models.hf_config import (
     read_spec,
 )
 from fgrpo_jax.models.hf_layout import TENSORS, Tensor, flat_table, tensors_of, to_ours, to_stored
+from fgrpo_jax.models.layers import Adapted
+from fgrpo_jax.models.lora import merged
 from fgrpo_jax.types import Array, PyTree
 
 __all__ = ["ModelFilesError", "load", "read_config", "read_spec", "save"]
@@ -190,19 +192,21 @@ def save(
     tokenizer: Any,
     max_file_bytes: int = 4 * 1024**3,
     also: Mapping[str, str] | None = None,
+    dtype: str = "",
 ) -> None:
     """Write a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     hf_config: config.json of the checkpoint training started from: its other fields (context
         length, token ids) are kept. None: those come from the tokenizer and the defaults of
         `transformers`.
-    also: texts of further files, by name.
-    Weights are in the type of `params`. The directory appears whole or not at all; at an address
+    params: adapters of its weights are merged in, a layer at a time.
+    also: texts of further files, by name. dtype: of the stored weights; empty: that of `params`.
+    The directory appears whole or not at all; at an address
     config.json comes last. Raises ModelFilesError when it exists and is not empty, or when
     parameters lie on other hosts, StorageError when it cannot be written.
     """
     target, flat = check_free(directory), addressable(params)
-    dtype = str(flat["embed"].dtype)
+    dtype = dtype or str(flat["embed"].dtype)
     config = make_config(spec, dtype, hf_config, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     def write(folder: Path) -> None:
@@ -213,7 +217,7 @@ def save(
         tokenizer.save_pretrained(folder)
         for name, content in (also or {}).items():
             (folder / name).write_text(content, encoding="utf-8")
-        _save_weights(folder, spec, flat, max_file_bytes)
+        _save_weights(folder, spec, flat, dtype, max_file_bytes)
 
     write_whole(target, write, "config.json")
 
@@ -226,10 +230,15 @@ def check_free(directory: str | Path) -> Path:
     return target
 
 
-def addressable(params: PyTree) -> dict[str, Array]:
+def _on_host(weight: Array | Adapted, layer: int | None) -> np.ndarray:
+    of_layer = weight if layer is None else jax.tree.map(lambda x: x[layer], weight)
+    return merged(of_layer) if isinstance(of_layer, Adapted) else np.asarray(of_layer)
+
+
+def addressable(params: PyTree) -> dict[str, Array | Adapted]:
     """Parameters by their paths. Raises ModelFilesError when some lie on other hosts."""
     flat = flatten_dict(params, sep="/")
-    if not all(x.is_fully_addressable for x in flat.values() if isinstance(x, jax.Array)):
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(flat) if isinstance(x, jax.Array)):
         raise ModelFilesError("parameters lie on several hosts: export from a single-host run of eval.py")
     return flat
 
@@ -252,11 +261,13 @@ def write_whole(target: Path, write: Callable[[Path], None], last: str) -> None:
             raise
 
 
-def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_file_bytes: int) -> None:
+def _save_weights(
+    folder: Path, spec: DecoderSpec, flat: dict[str, Array | Adapted], dtype: str, max_file_bytes: int
+) -> None:
     files: list[list[Tensor]] = [[]]
     sizes = [0]
     for tensor in tensors_of(spec):
-        size = math.prod(tensor.shape) * flat[tensor.path].dtype.itemsize
+        size = math.prod(tensor.shape) * jnp.dtype(dtype).itemsize
         if files[-1] and sizes[-1] + size > max_file_bytes:
             files.append([])
             sizes.append(0)
@@ -268,8 +279,7 @@ def _save_weights(folder: Path, spec: DecoderSpec, flat: dict[str, Array], max_f
     for name, tensors in zip(names, files, strict=True):
         arrays = {}
         for t in tensors:
-            array = flat[t.path] if t.layer is None else flat[t.path][t.layer]
-            arrays[t.name] = to_stored(t, np.asarray(array))
+            arrays[t.name] = to_stored(t, _on_host(flat[t.path], t.layer).astype(jnp.dtype(dtype), copy=False))
         safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
     if len(files) > 1:
         weight_map = {t.name: name for name, tensors in zip(names, files, strict=True) for t in tensors}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fgrpo_jax.models.layers import Adapted
 from fgrpo_jax.types import Array, Param, PyTree, map_params
@@ -92,16 +93,8 @@ def init(adapters: PyTree, key: Array, dtype: str) -> PyTree:
     return map_params(one, adapters)
 
 
-def merged(base: PyTree, adapters: PyTree, lora: Lora) -> PyTree:
-    """The weights of a model without adapters that computes the same, in the type of the base."""
-
-    def add(w: Array, a: Array, b: Array) -> Array:
-        stack, flat = w.shape[0], (w.shape[0], -1)
-        a, b = a.astype(jnp.float32).reshape(stack, -1, lora.rank), b.astype(jnp.float32).reshape(stack, lora.rank, -1)
-        both = w.astype(jnp.float32).reshape(flat) + lora.scale * jnp.matmul(a, b, precision="highest").reshape(flat)
-        return both.reshape(w.shape).astype(w.dtype)
-
-    layers = dict(base["layers"])
-    for name, adapter in adapters["layers"].items():
-        layers[name] = jax.jit(add)(layers[name], adapter["a"], adapter["b"])
-    return {**base, "layers": layers}
+def merged(weight: Adapted) -> np.ndarray:
+    """One layer's weight with its adapter in it, in float32 and on the host: a device need not have room for it."""
+    w, a, b = (np.asarray(x).astype(np.float32) for x in (weight.base, weight.a, weight.b))
+    low, wide = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+    return w + weight.scale * (low @ wide).reshape(w.shape)

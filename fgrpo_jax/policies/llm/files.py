@@ -19,7 +19,7 @@ from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, write_atomically
 from fgrpo_jax.models import decoder, flash, gguf, hf, hf_config, peft
 from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.models.lora import Lora, merged, smallest_side
+from fgrpo_jax.models.lora import Lora, join, smallest_side
 from fgrpo_jax.policies.llm import base, prompts, tokenizers
 from fgrpo_jax.types import PolicyFiles, PyTree
 
@@ -204,11 +204,11 @@ def policy_files(
             base.check(config, run_dir, theirs_dir)
 
     def export_model(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
-        if spec.lora:  # in the adapters' type: in one of few bits they would be rounded away
-            weights = jax.tree.map(lambda x: x.astype(spec.param_dtype), frozen["base"])
-            params = merged(weights, params, spec.lora)
-        whole = spec._replace(lora=None)
-        hf.save(out_dir, whole, params, original_config(config, run_dir), tokenizer, also=ranking())
+        if spec.lora:
+            params = join(frozen["base"], params, spec.lora)
+        whole, original = spec._replace(lora=None), original_config(config, run_dir)
+        # In the adapters' type: in one of few bits, as the base may be, they would be rounded away.
+        hf.save(out_dir, whole, params, original, tokenizer, also=ranking(), dtype=spec.param_dtype)
 
     def export_adapter(out_dir: Path, params: PyTree, frozen: PyTree) -> None:
         _check_for_peft(config, Path(base.weights_of(config, run_dir)))
