@@ -68,6 +68,7 @@ def get_config(variant: str = "ml1m") -> Config:
             metric=f"ndcg@{k}",
             cutoffs=(1, k),
             batch_queries=8 if not machine else 250,
+            queries=300 if not machine else 2000,
             train_queries=64 if not machine else 500,
             baselines=("random", "bm25") if name != "ml1m" else ("random", "popularity", "covisitation", "bm25"),
         ),

@@ -109,7 +109,14 @@ def test_it_is_configured_for_real_data_on_either_machine(name):
     for config in (cores, gpu):
         validate(config, KNOWN)
         assert config.reward.k == config.transcript.rank_max and config.model.lora.rank
-    changes = {"run_dir", "model.dtype", "model.lora.base_dtype", "eval.batch_queries", "eval.train_queries"}
+    changes = {
+        "run_dir",
+        "model.dtype",
+        "model.lora.base_dtype",
+        "eval.batch_queries",
+        "eval.queries",
+        "eval.train_queries",
+    }
     sizes = {f"{stage}.{field}" for stage in ("sft", "rl") for field in STAGE_SIZES}
     shapes = {"data.prompt_buckets", "transcript.identifier_width"}
     assert set(differences(cores, gpu)) <= changes | sizes | shapes
