@@ -292,7 +292,7 @@ class RunConfig:
 
     seed: int = 0
     run_dir: str = "runs/synthetic"
-    """Everything the run writes: a folder, or a gs:// address; one that is not empty is resumed."""
+    """Everything the run writes: a folder, or a gs:// address; one that holds a run is resumed."""
     start_from: str = ""
     """Run directory that stages start from whose own start is not trained here (its steps are 0): as `rl`
     from the best SFT checkpoint there. Where it lies from `run_dir` is noted at the start, so the two can be

@@ -1,6 +1,6 @@
 """About what a device holds beside parameters and moments while a step runs, in bytes: closed forms.
 
-Compilers need somewhat more or less (README says how far off); they are there to see, before anything is
+Compilers need somewhat more or less (bench/README.md says how far off); they are there to see, before anything is
 compiled, whether a configuration can fit.
 """
 

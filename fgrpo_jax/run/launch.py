@@ -14,8 +14,8 @@ def keep_memory() -> bool:
     """Let this process keep what memory it has taken until it ends; whether it will.
 
     XLA CPU takes a step's temporaries from malloc, which by default returns large blocks to the
-    kernel as soon as they are freed: every step then pays for its page faults again (README,
-    Speed). Here malloc takes blocks of all sizes from the heap and gives none of it back, and the
+    kernel as soon as they are freed: every step then pays for its page faults again
+    (bench/README.md, Memory). Here malloc takes blocks of all sizes from the heap and gives none of it back, and the
     heap lies in 2 MB pages (transparent huge pages at `madvise` or `always`). Only
     the main thread's heap can hold blocks of any size, so XLA also runs its programs on the thread
     that calls them: no batch is prepared while a step is under way, unless by another thread (ahead.py). With several
