@@ -24,7 +24,6 @@ What a grammar can say:
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import re
@@ -72,9 +71,12 @@ def chat(text: str, tokenizer: Any) -> str:
     Templates that let a model think first (Qwen3's, Qwen3.5's) are told that it does not, and those that tell the date
     (Llama 3's) that it is the one they fall back to: a prompt is the same on every day.
     """
-    turns = [{"role": "user", "content": text}]
-    said = {"enable_thinking": False, "strftime_now": datetime.date(2024, 7, 26).strftime}
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **said)
+    turns, template = [{"role": "user", "content": text}], tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
+    return tokenizer.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
 
 
 def tokens(said: Said, text: str, tokenizer: Any) -> list[int]:
