@@ -19,8 +19,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from fgrpo_jax.models.layers import linear, rms_norm
+from fgrpo_jax.shards import over_tensor, tensor_parts
 from fgrpo_jax.types import Array, Param, PyTree
 
 KEPT = "projection of the delta rule"  # checkpoint name of what the backward pass should find
@@ -98,17 +100,39 @@ def mix(sizes: Sizes, eps: float, layer: PyTree, x: Projected, before: State, li
     What comes out of the others means nothing, and reaches no one.
     """
     mixed, tail = _convolve(layer["conv"], x.qkv, before.tail, live)
-    at = sizes.keys * sizes.key_width
-    q, k, v = jnp.split(mixed, (at, 2 * at), -1)
-    q, k = (_unit(y.reshape(*y.shape[:2], sizes.keys, -1)) for y in (q, k))
-    q, k = (jnp.repeat(y, sizes.values // sizes.keys, 2) for y in (q * sizes.key_width**-0.5, k))
-    v = v.reshape(*v.shape[:2], sizes.values, -1)
-    is_live = (jnp.arange(v.shape[1]) < live[:, None])[..., None]
+    is_live = (jnp.arange(mixed.shape[1]) < live[:, None])[..., None]
     beta = jnp.where(is_live, jax.nn.sigmoid(x.b.astype(_WIDE)), 0.0)
     decay = -jnp.exp(layer["a_log"].astype(_WIDE)) * jax.nn.softplus(x.a.astype(_WIDE) + layer["dt_bias"].astype(_WIDE))
-    out, memory = rule(q, k, v, jnp.where(is_live, decay, 0.0), beta, before.memory)
+    out, memory = _by_heads(sizes, mixed, jnp.where(is_live, decay, 0.0), beta, before.memory)
     out = rms_norm(out, layer["out_norm"], eps) * jax.nn.silu(x.z.astype(_WIDE))
     return out.astype(x.z.dtype), State(tail, memory)
+
+
+def _by_heads(sizes: Sizes, mixed: Array, g: Array, beta: Array, memory: Array) -> tuple[Array, Array]:
+    """`rule` of all heads, or on each device of the tensor axis of its own, where channels are whole.
+
+    Written out, since XLA would cut the channels anew to get at heads: by collectives in every decoding step, for which
+    shards that have ended would be waited for.
+    """
+
+    def some(count: int, first: Array | int, mixed: Array, *rest: Array) -> tuple[Array, Array]:
+        at = sizes.keys * sizes.key_width
+        q, k, v = jnp.split(mixed, (at, 2 * at), -1)
+        q, k = (_unit(y.reshape(*y.shape[:2], sizes.keys, -1)) for y in (q, k))
+        q, k = (jnp.repeat(y, sizes.values // sizes.keys, 2) for y in (q * sizes.key_width**-0.5, k))
+        v = v.reshape(*v.shape[:2], sizes.values, -1)
+        return rule(*(jax.lax.dynamic_slice_in_dim(y, first, count, 2) for y in (q, k, v)), *rest)
+
+    if (parts := tensor_parts(sizes.values)) == 1:
+        return some(sizes.values, 0, mixed, g, beta, memory)
+
+    def own(*arrays: Array) -> tuple[Array, Array]:
+        count = sizes.values // parts
+        return some(count, count * jax.lax.axis_index("tensor"), *arrays)
+
+    of_tokens, of_memory = PartitionSpec(None, None, "tensor"), PartitionSpec(None, "tensor")
+    places = PartitionSpec(), of_tokens, of_tokens, of_memory
+    return over_tensor(own, places, (of_tokens, of_memory))(mixed, g, beta, memory)
 
 
 def _convolve(weight_CT: Array, x_NXC: Array, tail: Array, live: Array) -> tuple[Array, Array]:
