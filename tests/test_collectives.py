@@ -16,10 +16,12 @@ from helpers import simulated
 SCALARS = 1024  # bytes: sums of rewards, losses, norms
 PARTS = {"rl__microbatches": 2}
 FREE = {"transcript__constrained": False, "rl__objective__kl_weight": 0.1, "rl__objective__epochs": 2}
+HYBRID = {"model__family": "qwen3_5_text", "model__num_layers": 4, "model__head_dim": 8, "model__delta": [2, 4, 8, 6]}
 CASES = {  # data, fsdp, tensor
     "data 8": ((8, 1, 1), {}),
     "fsdp 8": ((1, 8, 1), PARTS),
     "fsdp 4 x tensor 2, jumping ahead": ((1, 4, 2), PARTS | {"tokenizer": "words", "data__prompt_buckets": (32,)}),
+    "fsdp 4 x tensor 2, recurrent layers": ((1, 4, 2), PARTS | HYBRID),
     "data 2 x fsdp 2 x tensor 2, free, with a reference": ((2, 2, 2), FREE),
 }
 BATCH = 16
@@ -45,7 +47,7 @@ fields = {name: tuple(value) if isinstance(value, list) else value for name, val
 mesh = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
 model = dict(model__hidden_size=16, model__num_layers=3, model__mlp_size=24)
 with TemporaryDirectory() as folder:
-    experiment = build(folder, rl__batch_queries=batch, **mesh, **model, **fields)
+    experiment = build(folder, rl__batch_queries=batch, **mesh, **(model | fields))
     config, dataset, folder = experiment.config, experiment.dataset, Path(experiment.config.run_dir)
     spec = files.make_spec(config.model, 256, folder)  # a vocabulary of which every mesh here has equal parts
     tokenizer = files.load_tokenizer(config, dataset, folder)
