@@ -222,6 +222,21 @@ def test_a_whole_checkpoint_trained_at_the_rate_of_adapters_is_said(made, tmp_pa
     assert said in capsys.readouterr().out
 
 
+def test_adapters_at_the_rate_of_a_whole_checkpoint_and_a_base_in_float32_are_said(made, tmp_path, capsys):
+    folder, config = made
+    fields = {"run_dir": str(tmp_path / "run"), "sft.optim.learning_rate": 1e-6, "sft.steps": 1, "rl.steps": 0}
+    with quick_runs():
+        assert run_training(changed(config, fields)) == 0
+    said = capsys.readouterr().out
+    assert "rates such as sft.optim.learning_rate=1e-06 are meant for whole checkpoints" in said
+    assert "base_dtype" not in said
+    wide = {"model.dtype": "bfloat16", "model.lora.base_dtype": "float32", "run_dir": str(tmp_path / "wide")}
+    with quick_runs():
+        assert run_training(changed(config, fields | wide | {"sft.optim.learning_rate": 1e-3})) == 0
+    said = capsys.readouterr().out
+    assert "note: model.lora.base_dtype='float32' keeps weights" in said and "rates such as" not in said
+
+
 def test_a_run_keeps_its_adapters(made, capsys):
     folder, config = made
     assert run_training(changed(config, {"model.lora.rank": 3})) == 2
@@ -232,7 +247,7 @@ def test_a_run_keeps_its_adapters(made, capsys):
 def test_the_reference_of_a_kl_term_is_the_start_or_the_base(made, tmp_path):
     """One step of F-GRPO from the adapters of SFT, which differ from the base, and from new ones, which do not."""
     folder, config = made
-    one = {"rl.steps": 1, "rl.eval_every": 1, "log_every": 1}
+    one = {"rl.steps": 1, "rl.eval_every": 1, "log_every": 1, "eval.versus": "random"}
     after_sft, kl = {"sft.steps": 0, "start_from": str(folder / "run")}, {}
     for name, fields in {
         "start": after_sft,

@@ -53,21 +53,31 @@ def check_attention(model: ModelConfig) -> None:
 
 
 _ALL_TRAINED = 1e-4  # learning rates above it are for adapters and for random weights
+_ADAPTERS = 1e-5  # below it, for whole checkpoints: adapters begin at zero, and would stay there
 
 
 def _note_rates(config: Config) -> None:
-    """Say where a whole checkpoint is trained as adapters would be, as by configs/smollm2.py with lora.rank=0."""
-    if not config.model.checkpoint or config.model.lora.rank or jax.process_index():
+    """Say where a whole checkpoint is trained as adapters would be, as by configs/smollm2.py with lora.rank=0, or
+    adapters as a whole checkpoint; and where the base of adapters takes twice the room that its numbers need."""
+    model, rank = config.model, config.model.lora.rank
+    if not model.checkpoint or jax.process_index():
         return
-    rates = {
-        f"{name}.optim.learning_rate": stage.optim.learning_rate
-        for name, stage in stages(config).items()
-        if stage.steps
-    }
-    if high := [f"{name}={rate:g}" for name, rate in rates.items() if rate > _ALL_TRAINED]:
+    rates = {name: stage.optim.learning_rate for name, stage in stages(config).items() if stage.steps}
+    strange = [
+        f"{name}.optim.learning_rate={rate:g}"
+        for name, rate in rates.items()
+        if (rate < _ADAPTERS if rank else rate > _ALL_TRAINED)
+    ]
+    if strange:
+        of, usual = ("whole checkpoints", "1e-4") if rank else ("adapters or random weights", "1e-5")
         print(
-            f"note: model.lora.rank=0 trains all parameters of {config.model.checkpoint}: rates such as "
-            f"{' and '.join(high)} are meant for adapters or random weights, 1e-5 is more usual"
+            f"note: model.lora.rank={rank} trains {'adapters of' if rank else 'all parameters of'} {model.checkpoint}: "
+            f"rates such as {' and '.join(strange)} are meant for {of}, {usual} is more usual"
+        )
+    if rank and model.dtype == "bfloat16" and model.lora.base_dtype == "float32":
+        print(
+            "note: model.lora.base_dtype='float32' keeps weights that are not trained at twice the size that "
+            "model.dtype='bfloat16' computes with: set it to 'bfloat16', unless the checkpoint has more"
         )
 
 
