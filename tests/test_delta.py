@@ -44,7 +44,7 @@ def with_gradients(f):
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_chunks_change_nothing(chunk, monkeypatch):
-    monkeypatch.setattr(delta, "_CHUNK", chunk)
+    monkeypatch.setattr(delta, "CHUNK", chunk)
     found, wanted = with_gradients(lambda *args: delta.rule(*args)), with_gradients(one_by_one)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, wanted)
 
@@ -65,7 +65,7 @@ def mixed(layer, x, before, size, live):
 @pytest.mark.parametrize("live", [[0, 2], [3, 7]])
 def test_a_state_is_all_that_is_left_of_tokens(layer, live, monkeypatch):
     """Prompts of different lengths, padded with anything; shorter than the convolution too."""
-    monkeypatch.setattr(delta, "_CHUNK", 4)
+    monkeypatch.setattr(delta, "CHUNK", 4)
     x, none = random((N, X, D), 20), delta.empty(SIZES, (N,), "float32")
     whole, _ = mixed(layer, x, none, X, jnp.full(N, X))
     live = jnp.array(live)

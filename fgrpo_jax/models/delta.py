@@ -27,7 +27,7 @@ from fgrpo_jax.types import Array, Param, PyTree
 
 KEPT = "projection of the delta rule"  # checkpoint name of what the backward pass should find
 
-_CHUNK = 64
+CHUNK = 64
 _WIDE, _EXACT = jnp.float32, jax.lax.Precision.HIGHEST
 
 
@@ -154,7 +154,7 @@ def rule(q: Array, k: Array, v: Array, g: Array, beta: Array, memory: Array) -> 
     Gives [N,X,H,F] and the memory after all of them. A token with g = beta = 0 leaves it as it is.
     """
     batch, length, heads, _ = q.shape
-    chunk = min(_CHUNK, length)
+    chunk = min(CHUNK, length)
 
     def cut(x: Array) -> Array:
         """[chunks,N,H,c,...]"""
