@@ -9,8 +9,10 @@ from tiny import ROOT, changed
 import train
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.config_files import load_file
+from fgrpo_jax.data.datasets import DATASETS, builder_class
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.run.validation_of_data import data_problems
 
 DEFAULT = load_file(ROOT / "configs" / "synthetic.py")
 
@@ -50,7 +52,7 @@ def test_values_of_the_wrong_type():
         (dict(data__kcore=0), "data.kcore=0 must be positive"),
         (dict(data__retrieved=6), "data.retrieved=6 must be at least 12, two lists of six"),
         (dict(data__pool="half"), "data.pool='half' must be of type"),
-        (dict(data__name="jsonl"), "set data.manual_dir to their folder"),
+        (dict(data__name="jsonl"), "set data.manual_dir to their folder, of train.jsonl, validation"),
         (dict(data__prompt_buckets=(64, 40)), "data.prompt_buckets=.* must be ascending"),
         (dict(data__pool_size=1), "data.pool_size=1 must be at least 2"),
         (dict(data__history_dropout=float("nan")), r"data.history_dropout=nan must be in \[0, 1\)"),
@@ -233,6 +235,21 @@ def test_impossible_values_of_ir(fields, message):
     named = {name if "__" in name else f"data__ir__{name}": value for name, value in fields.items()}
     (found,) = problems(data__name="ir", data__manual_dir="collection", **named)
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_only_data_sets_of_files_need_their_folder(name):
+    needed = builder_class(name).MANUAL_DOWNLOAD_INSTRUCTIONS
+    found = data_problems(changed(DEFAULT, {"data.name": name}), KNOWN)
+    said = f"data.name={name!r} reads files: set data.manual_dir to their folder, of {needed}"
+    assert found == ([said] if needed else [])
+
+
+def test_a_new_data_set_says_itself_what_it_reads():
+    config = changed(DEFAULT, {"data.name": "new"})
+    known = KNOWN._replace(datasets=KNOWN.datasets | {"new"})
+    assert not data_problems(config, known._replace(raw_files=lambda name: None))
+    assert "of new.csv" in data_problems(config, known._replace(raw_files=lambda name: f"{name}.csv"))[0]
 
 
 def test_all_problems_are_told_at_once(capsys):

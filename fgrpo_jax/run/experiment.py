@@ -38,6 +38,7 @@ from fgrpo_jax.types import Lists, Policy, PyTree, RankingExample
 
 KNOWN = Registries(
     datasets=frozenset(datasets.DATASETS),
+    raw_files=lambda name: datasets.builder_class(name).MANUAL_DOWNLOAD_INSTRUCTIONS,
     rewards=frozenset(REWARDS),
     objectives={name: objectives.options(name) for name in objectives.OBJECTIVES},
     schemes={name: scheme.options for name, scheme in SCHEMES.items()},

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
@@ -29,6 +29,7 @@ class Registries(NamedTuple):
     """The names that exist, handed to `validate` by train.py."""
 
     datasets: frozenset[str]
+    raw_files: Callable[[str], str | None]  # those that a data set needs, in words; None: it is made
     rewards: frozenset[str]
     objectives: Mapping[str, Sequence[str]]  # with the options each one reads
     schemes: Mapping[str, Sequence[str]]  # of credit, with the options that each one reads
@@ -96,12 +97,12 @@ def check_types(config: RunConfig) -> None:
 def check_data(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what reading and judging data need, `data` and `eval`, and of the types of all fields."""
     check_types(config)
-    _refuse(data_problems(config, known.datasets) + own_data_problems(config) + _check_eval(config.eval, known))
+    _refuse(data_problems(config, known) + own_data_problems(config) + _check_eval(config.eval, known))
 
 
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
-    problems = data_problems(config, known.datasets) + unread(config.data, ["pool"])
+    problems = data_problems(config, known) + unread(config.data, ["pool"])
     _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config), *_check_prompted(config)])
 
 
@@ -114,7 +115,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     problems = [
         *_check_versus(config),
         *policies.problems(config),
-        *data_problems(config, known.datasets),
+        *data_problems(config, known),
         *own_data_problems(config),
         *_check_eval(config.eval, known),
         *_check_rewards(config),
