@@ -220,6 +220,9 @@ class RewardConfig:
     """(outcome, reward) pairs: a reward of its own for a broken rule, as in
     ("slate_duplicate", -0.5); the outcomes are listed in
     fgrpo_jax/policies/llm/grammar.py."""
+    own: tuple[tuple[str, Literal["slate", "rank"], str], ...] = ()
+    """(name, list it reads, place) of rewards of your own, which credit.terms can name then; place is
+    FILE.py:FUNCTION or MODULE:FUNCTION. What the function is: fgrpo_jax/run/own_rewards.py."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,12 +177,14 @@ class Credit(NamedTuple):
         its group's population std, then weighted and summed), "sum" (weighted, summed,
         then centred and divided).
     scheme, shrinkage: see algorithm/credit.py.
+    of_slate: rewards that read the whole slate, beside rewards.COVERAGE.
     """
 
     terms: tuple[tuple[str, str, float], ...]
     normalise: str = "none"
     scheme: str = "group"
     shrinkage: float = 1.0
+    of_slate: tuple[str, ...] = ()
 
 
 @flax.struct.dataclass

@@ -85,8 +85,11 @@ def validate(config: RunConfig, known: Registries) -> None:
 
 def problems_of(config: RunConfig, known: Registries) -> list[str]:
     """What is wrong with a configuration, each problem with what to change; empty where it can run."""
-    known = known._replace(rewards=known.rewards | policies.learned_rewards(config))
-    return wrong_types(config) or _impossible(config, known)
+    if problems := wrong_types(config):
+        return problems
+    there = known.rewards | policies.learned_rewards(config)
+    own = [name for name, _, _ in config.reward.own]
+    return _impossible(config, known._replace(rewards=there.union(own))) + _check_own(config.reward, there)
 
 
 def check_types(config: RunConfig) -> None:
@@ -208,6 +211,18 @@ def _check_rewards(config: RunConfig) -> list[str]:
         for name in asked
         if name in learned and credited(config, name) is None
     ]
+
+
+def _check_own(r: RewardConfig, there: frozenset[str]) -> list[str]:
+    """there: the names of the other rewards."""
+    problems, names = [], [name for name, _, _ in r.own]
+    for name, _, place in r.own:
+        if name in there or names.count(name) > 1:
+            problems.append(f"reward.own: another reward is called {name!r} too: choose another name")
+        where, _, function = place.rpartition(":")
+        if not where or not function.isidentifier():
+            problems.append(f"reward.own: {name!r} is at {place!r}: write FILE.py:FUNCTION or MODULE:FUNCTION")
+    return problems
 
 
 def _check_reward(r: RewardConfig) -> list[str]:
