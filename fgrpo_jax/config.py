@@ -146,8 +146,10 @@ class ObjectiveConfig:
     name: str = "clipped_pg"
     """clipped_pg, nll or group_softmax (GoalRank)."""
     weighting: Literal["token", "phase", "constant"] = "token"
-    """Loss weight of an action: 1 / all trained tokens; each phase of each transcript sums to
-    1 / (phases x rollouts); or a constant 1 / (rollouts x longest transcript)."""
+    """Loss weight of an action. token: 1 / all trained tokens of the batch. phase: those of a phase of a rollout sum
+    to 1 / (phases of rollouts that have trained tokens). constant: 1 / (rollouts x tokens that transcripts of the
+    batch are padded to), the same at every step only if transcript.identifier_width is that of the longest identifier
+    (`data check` tells it): else a batch of longer names has smaller gradients."""
     ratio: Literal["token", "phase", "sequence"] = "phase"
     """Level at which the importance ratio is formed and clipped."""
     clip_low: float = 0.2

@@ -139,7 +139,8 @@ def action_weights(phase_BGT: Array, weighting: str) -> Array:
     """Loss weight of every action, `weight_BGT` float32, 0 where untrained.
 
     token: 1 / trained tokens of the batch. phase: each phase of each rollout sums to
-    1 / ((rollout, phase) pairs that have trained tokens). constant: 1 / (B·G·T) (Dr. GRPO).
+    1 / ((rollout, phase) pairs that have trained tokens). constant: 1 / (B·G·T) (Dr. GRPO); T is what
+    the transcripts of this batch are padded to.
     Advantages play no part: a dead group stays in the denominator.
 
     phase_BGT: of the global batch; inside jit the array may be sharded. Actions labelled
