@@ -38,6 +38,7 @@ from fgrpo_jax.evaluation.report_page.page import Beside
 from fgrpo_jax.files import check_writable, path_of, read_rows, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
+from fgrpo_jax.run.finished import nothing_finished
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
 from fgrpo_jax.run.prompting import answered
@@ -183,7 +184,7 @@ def _finished(run_dir: Path, prefix: str, used: RunConfig, config: RunConfig) ->
         places = {name: start if name in elsewhere else run_dir for name in stages(config)}
     done = {name: place for name, place in places.items() if directory.is_done(place, name)}
     if not done:
-        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
+        raise nothing_finished(run_dir)
     instruction = datasets.builder_class(config.data.name).instruction
     return {prefix + name: Finished(used, run_dir, place, name, instruction) for name, place in done.items()}
 

@@ -20,6 +20,24 @@ def place_of(config: RunConfig, run_dir: Path, name: str) -> Path | None:
     return directory.start_dir(run_dir, config) if config.start_from else None
 
 
+def finished_places(config: RunConfig, run_dir: Path) -> dict[str, Path]:
+    """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
+    places = {name: place_of(config, run_dir, name) for name in stages(config)}
+    return {name: place for name, place in places.items() if place and directory.is_done(place, name)}
+
+
+def last_finished(config: RunConfig, run_dir: Path) -> str:
+    """The last stage that was trained here and is finished. Raises ConfigError where there is none."""
+    own = [name for name in finished_places(config, run_dir) if stages(config)[name].steps]
+    if not own:
+        raise nothing_finished(run_dir)
+    return own[-1]
+
+
+def nothing_finished(run_dir: Path) -> ConfigError:
+    return ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
+
+
 def source_of(config: RunConfig, run_dir: Path, name: str) -> tuple[Path, str] | None:
     """The finished stage whose best parameters stage `name` starts from; None: the initial ones."""
     start = start_of(config, name)
