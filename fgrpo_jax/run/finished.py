@@ -81,7 +81,9 @@ def _check_fits(policy: Policy, trained: str, run_dir: Path, name: str) -> RunCo
     """The configuration of a run whose stage is finished, and trained this policy, called `trained`."""
     theirs = directory.read_config(run_dir)
     if not directory.is_done(run_dir, name):
-        raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
+        raise ConfigError(
+            f"{run_dir} has no finished {name} stage to take parameters from: let train.py run to its end there"
+        )
     if name in stages(theirs) and stages(theirs)[name].policy != trained:
         raise ConfigError(f"{run_dir}: its stage {name} trained {stages(theirs)[name].policy!r}, not {trained!r}")
     policy.files.check(run_dir)

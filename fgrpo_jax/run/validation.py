@@ -130,9 +130,9 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     if config.seed < 0:
         problems.append(f"seed={config.seed} must not be negative")
     problems += _check_places(config)
-    if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
-        problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
-    return problems
+    c = config.checkpoint
+    counts = {"log_every": config.log_every, "checkpoint.every": c.every, "checkpoint.keep": c.keep}
+    return problems + [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
 
 
 def _check_places(config: RunConfig) -> list[str]:
@@ -187,11 +187,13 @@ def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
     whole = known.whole_metrics | known.more_whole_metrics.intersection(e.metrics)
     problems += unknown("eval.metric", [e.metric], whole | cut)
     problems += unknown("eval.baselines", e.baselines, known.baselines)
-    if e.batch_queries < 1 or e.bootstrap < 1 or min(e.queries, e.train_queries, e.transcripts) < 0:
-        problems.append(
-            "eval.batch_queries, eval.bootstrap must be positive, eval.queries, eval.train_queries, eval.transcripts "
-            "not negative"
-        )
+    for least, meaning, names in (
+        (1, "", ("batch_queries", "bootstrap")),
+        (0, "; 0: all of them", ("queries", "train_queries")),
+        (0, "; 0: none", ("transcripts",)),
+    ):
+        values = {name: getattr(e, name) for name in names}
+        problems += [f"eval.{n}={v} must be at least {least}{meaning}" for n, v in values.items() if v < least]
     if not e.cutoffs or min(e.cutoffs) < 1:
         problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
     return problems
