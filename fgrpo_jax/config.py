@@ -164,7 +164,7 @@ class ObjectiveConfig:
     """GoalRank divides a group's rewards, less their mean, by their standard deviation; else it takes them as
     they are."""
     epochs: int = 1
-    """Updates per rollout batch; above 1 the old log-probabilities are recomputed once."""
+    """Updates per rollout batch; above 1 the old log-probabilities that ratios are taken to are recomputed once."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,16 +150,8 @@ def action_weights(phase_BGT: Array, weighting: str) -> Array:
     return WEIGHTINGS[weighting](phase_BGT, phase_BGT != UNTRAINED).astype(jnp.float32)
 
 
-def make_batch(
-    query: PyTree,
-    rollout: Rollout,
-    reward_BGR: Array,
-    credit: Credit,
-    weighting: str,
-    old_logp: Array | None = None,
-    ref_logp: Array | None = None,
-) -> Batch:
-    """Everything an update needs, from rollouts and their rewards; the global batch.
+def make_batch(query: PyTree, rollout: Rollout, reward_BGR: Array, credit: Credit, weighting: str) -> Batch:
+    """What every update needs, from rollouts and their rewards; the global batch.
 
     credit, weighting: static under jit.
     """
@@ -169,6 +161,4 @@ def make_batch(
         reward=reward_BGR,
         advantage=per_action(group_advantage(reward_BGR, credit), rollout.phase),
         weight=action_weights(rollout.phase, weighting),
-        old_logp=old_logp,
-        ref_logp=ref_logp,
     )
