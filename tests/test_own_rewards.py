@@ -53,7 +53,7 @@ def quickly():
 
 def test_a_run_that_is_credited_with_them(data, tmp_path, capsys):
     """It is that of the built-in rewards that they repeat; only training needs the file."""
-    file, prepared = tmp_path / "mine.py", tmp_path / "prepared"
+    file, prepared = tmp_path / "mine.py", data.parent / "prepared"
     file.write_text(FILE)
     own = (("found", "slate", f"{file}:found"), ("well_ranked", "rank", f"{file}:well_ranked"))
     fields = {"log_every": 1, "reward.broken": -0.3, "transcript.constrained": False}  # so that some break
@@ -108,7 +108,7 @@ def test_functions_that_cannot_be_used(data, tmp_path, capsys, body, message):
     """Told in one line, before anything is written or compiled."""
     (tmp_path / "mine.py").write_text(BODIES[body])
     fields = {"reward.own": (("mine", "rank", f"{tmp_path}/mine.py:f"),), "rl.credit.terms": (("rank", "mine", 1.0),)}
-    config = changed(tiny_config(data, data / "prepared", tmp_path / "run", rl_steps=1), fields)
+    config = changed(tiny_config(data, data.parent / "prepared", tmp_path / "run", rl_steps=1), fields)
     assert run_training(config) == 2
     (line,) = capsys.readouterr().err.splitlines()
     with pytest.raises(AssertionError, match=message):

@@ -45,7 +45,8 @@ from fgrpo_jax.run.experiment import Experiment, encode, initial_params, random_
 from fgrpo_jax.run.finished import best_params, frozen_params, source_of
 from fgrpo_jax.run.validation import problems_of
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import PHASES, Credit, Policy, PyTree
+from fgrpo_jax.types import PHASES, Credit, PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 OWN = ("grpo", "gdpo", "labels")  # rows whose expectation is no other row's
 

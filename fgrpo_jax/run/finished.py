@@ -10,7 +10,8 @@ from fgrpo_jax.run import directory
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment
 from fgrpo_jax.stages import from_start, stages, start_of
-from fgrpo_jax.types import Policy, PyTree
+from fgrpo_jax.types import PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 
 def place_of(config: RunConfig, run_dir: Path, name: str) -> Path | None:

@@ -15,11 +15,12 @@ from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.experiment import Experiment
 from fgrpo_jax.run.finished import best_params, finished_places, last_finished, prompts_for, prompts_of
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import Policy, PyTree
+from fgrpo_jax.types import PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 
 class Method(NamedTuple):
-    """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
+    """How lists are made: greedily, and by drawing where that is possible; see types_of_policies.Policy.
 
     policy: that encodes the queries. params: what the functions take; table: their Params.
     sampled: (lists of a query) -> (params, frozen, query, key) -> (Rollout, Lists).

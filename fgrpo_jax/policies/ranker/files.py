@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.files import read_json, write_atomically
 from fgrpo_jax.policies.ranker.network import RankerSpec
-from fgrpo_jax.types import PolicyFiles
+from fgrpo_jax.types_of_policies import PolicyFiles
 
 _ITEMS = "items.json"
 # Not described: how it is computed, which may differ, and what the policies of one run differ in.
