@@ -19,7 +19,7 @@ or --reward.own first_hit rank my_rewards.py:first_hit. my_rewards.py lies in th
 
         return reward
 
-The function of k is called once, on the host. What it returns runs under jit: it must be jax.numpy, treat queries one
+The function of k is called on the host. What it returns runs under jit: it must be jax.numpy, treat queries one
 by one (every device has only its own) and give finite float32 [B,G].
 
     lists    types.Lists: slate [B,G,N] and ranking [B,G,K], indices of candidates, -1 where there is none
