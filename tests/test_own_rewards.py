@@ -140,7 +140,9 @@ def test_the_example_is_one(tmp_path, monkeypatch):
     lists = Lists(None, jnp.array([[[1, 0], [0, 1], [-1, -1]]]), None)
     for place in (f"{tmp_path}/example_of_rewards.py", "example_of_rewards"):
         fields = {"reward.own": (("first_hit", "rank", f"{place}:first_hit"),)}
-        found = own_rewards.load(changed(tiny_config("", "", ""), fields))
+        config = changed(tiny_config("", "", ""), fields)
+        found = own_rewards.load(config)
+        assert own_rewards.text(config) == (example if place.endswith(".py") else "")  # the same on all hosts
         np.testing.assert_array_equal(found["first_hit"](5)(lists, query, {}), [[1, 0, 0]])
 
 
