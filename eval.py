@@ -38,6 +38,7 @@ from fgrpo_jax.evaluation.report_page.page import Beside
 from fgrpo_jax.files import check_writable, path_of, read_rows, resolved
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
+from fgrpo_jax.run.finished import nothing_finished
 from fgrpo_jax.run.judge import Opened, fits_of, parameters_of, predict, rewards_of
 from fgrpo_jax.run.processes import note, on_first
 from fgrpo_jax.run.prompting import answered
@@ -71,11 +72,7 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
     methods = [*settings.baselines, *settings.prompted, *finished, *rows]
     if settings.versus not in methods:
         raise ConfigError(f"eval.versus={settings.versus!r} is not evaluated here; choose one of {', '.join(methods)}")
-    dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
-    same_data = all(getattr(data, name) == getattr(config.data, name) for name in ("name", "manual_dir", "pool"))
-    if same_data:
-        is_main = jax.process_index() == 0
-        directory.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
+    dataset, same_data = _dataset(run_dir, config, used)
     examples = evaluation_examples(dataset, used, settings.split)
     train = dataset.splits.get("train", ()) if same_data else _training_split(run_dir, config, dataset)
     predictions, left_out = evaluate.run_baselines(
@@ -102,15 +99,30 @@ def evaluate_run(run_dir: Path, data=None, settings=None, split: str = "", other
         rewards, config.reward.k,
     )  # fmt: skip
     evaluation.summary.update(costs)
-    about = report.manifest(
+    about, beside = _about(used, dataset), Beside(logs, stepped if settings.transcripts else None)
+    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
+
+
+def _about(used: RunConfig, dataset: datasets.Dataset) -> dict[str, object]:
+    """What the evaluation is of: it is written beside the numbers."""
+    split = used.eval.split
+    return report.manifest(
         as_dict(dataclasses.replace(used, run_dir="")),
-        {"run": config.seed, "bootstrap": config.seed},
-        {settings.split: dataset.fingerprints[settings.split]},
+        {"run": used.seed, "bootstrap": used.seed},
+        {split: dataset.fingerprints[split]},
         report.git_revision(),
         [note.text for note in dataset.notes],
     )
-    beside = Beside(logs, stepped if settings.transcripts else None)
-    return report.write_evaluation(run_dir / "eval" / settings.split, evaluation, about, left_out, fits, beside)
+
+
+def _dataset(run_dir: Path, config: RunConfig, used: RunConfig) -> tuple[datasets.Dataset, bool]:
+    """What to evaluate on, and whether these are the data of the run, which then must not have changed."""
+    dataset = datasets.load(used.data, catalogue=directory.read_catalogue(run_dir))
+    same = all(getattr(used.data, name) == getattr(config.data, name) for name in ("name", "manual_dir", "pool"))
+    if same:
+        is_main = jax.process_index() == 0
+        directory.check_data(run_dir, dataset.kind, dataset.fingerprints, dataset.catalogue, is_main)
+    return dataset, same
 
 
 # --------------------------------------------------------------------- which policies
@@ -183,7 +195,7 @@ def _finished(run_dir: Path, prefix: str, used: RunConfig, config: RunConfig) ->
         places = {name: start if name in elsewhere else run_dir for name in stages(config)}
     done = {name: place for name, place in places.items() if directory.is_done(place, name)}
     if not done:
-        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
+        raise nothing_finished(run_dir)
     instruction = datasets.builder_class(config.data.name).instruction
     return {prefix + name: Finished(used, run_dir, place, name, instruction) for name, place in done.items()}
 

@@ -29,12 +29,12 @@ import eval as evaluation
 from fgrpo_jax import shards
 from fgrpo_jax.algorithm import advantages, rewards
 from fgrpo_jax.algorithm.credit import SCHEMES
-from fgrpo_jax.algorithm.objectives import OBJECTIVES, options, with_values
+from fgrpo_jax.algorithm.objectives import OBJECTIVES, has_ratio, options, with_values
 from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
 from fgrpo_jax.config_files import as_dict, to_json
 from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
-from fgrpo_jax.run import directory, dry_run
+from fgrpo_jax.run import directory, dry_run, own_rewards
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.checkpoint import preemption
 from fgrpo_jax.run.checks import check_training
@@ -45,7 +45,7 @@ from fgrpo_jax.run.sharding import replicated
 from fgrpo_jax.run.stage import Stage
 from fgrpo_jax.run.validation import validate
 from fgrpo_jax.stages import reference_of, stages
-from fgrpo_jax.types import Credit, map_params
+from fgrpo_jax.types import map_params
 
 # ===================================================================== the algorithm
 
@@ -56,7 +56,7 @@ def make_step(experiment, policy, stage):
     Returns them, the optimizer, and where the parts of a train state lie.
     """
     config, loss = experiment.config, stage.objective
-    credit = Credit(stage.credit.terms, stage.credit.normalise, stage.credit.scheme, stage.credit.shrinkage)
+    credit = own_rewards.credit_of(config, stage.credit)
     scheme = SCHEMES[credit.scheme]
     broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
 
@@ -65,7 +65,8 @@ def make_step(experiment, policy, stage):
     sample = shards.by_query(mesh, table, policy.sources[stage.source](stage), beside)
     by_part = functools.partial(by_parts, policy.logprobs, stage.microbatches)
     logprobs = shards.by_query(mesh, table, by_part, beside)
-    earned = functools.partial(rewards.term_rewards, credit, k=config.reward.k, broken=broken, learned=policy.rewards)
+    others = policy.rewards | own_rewards.load(config)
+    earned = functools.partial(rewards.term_rewards, credit, k=config.reward.k, broken=broken, learned=others)
     reward_of = shards.by_query(mesh, table, lambda _, frozen, lists, query: earned(lists, query, frozen), beside)
 
     at_reference = policy.base.bare if reference_of(stage) == "base" else table
@@ -79,7 +80,7 @@ def make_step(experiment, policy, stage):
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
         turns = turns_of(params, frozen, query, rollout) if scheme.by_item else None
         batch = scheme.assign(credit, config.reward.k, broken, batch, lists, turns)
-        if loss.epochs > 1:  # the policy before the first of several updates
+        if loss.epochs > 1 and has_ratio(loss.name):  # to the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:
             batch = batch.replace(ref_logp=reference_logprobs(frozen["reference"], frozen, query, rollout))
@@ -148,12 +149,14 @@ def start(config, dry: bool = False) -> int:
 def run(config, dry: bool) -> int:
     """Everything between a configuration and its evaluation table."""
     validate(config, experiments.KNOWN)
+    own_rewards.load(config)  # before the data are read
     run_dir = directory.check(config)
     initialize_distributed()
     experiments.prepare_process(config)
     dataset = datasets.load(config.data)
     splits = str(sorted(dataset.fingerprints.items()))
-    check_same({"configuration": to_json(config), "jax": jax.__version__, "fgrpo_jax": code(), "data": splits})
+    files = {"fgrpo_jax": code(), "reward.own": own_rewards.text(config), "data": splits}
+    check_same({"configuration": to_json(config), "jax": jax.__version__} | files)
     experiment = experiments.assemble(config, dataset, run_dir)
     check_training(experiment, run_dir)
     plan = experiments.plan(experiment)

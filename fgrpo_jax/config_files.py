@@ -44,6 +44,14 @@ def load_file(path: str | Path) -> RunConfig:
     return config
 
 
+def config_of_run(run_dir: Path) -> Path:
+    """The file with a run's configuration. Raises ConfigError where there is none."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
+    return path
+
+
 def as_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config) | {"system": config.SYSTEM}
 

@@ -84,8 +84,7 @@ class DataConfig:
     """Data set: interactions, ir and jsonl (your own), synthetic, next_item, categories, lastfm, musique,
     hotpotqa, goalrank_world, goalrank_ml1m or goalrank_book."""
     manual_dir: str = ""
-    """Folder with the raw files of the data set (not used by synthetic, next_item, categories and
-    goalrank_world)."""
+    """Folder with the raw files of the data set; one that is made (as synthetic, next_item) reads none."""
     prepared_dir: str = "~/.cache/fgrpo_jax"
     """Where prepared data sets are kept, one folder per data set and content fingerprint."""
     pool_size: int = 20

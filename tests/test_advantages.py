@@ -155,13 +155,13 @@ def test_batch_holds_rewards_advantages_and_weights():
     rng = np.random.default_rng(4)
     reward = jnp.asarray(rng.random((B, G, R)), jnp.float32)
     rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(random_phases(rng)), jnp.zeros((B, G, T)))
-    batch = make_batch(None, rollout, reward, Credit(TERMS), "phase", ref_logp=rollout.logp)
+    batch = make_batch(None, rollout, reward, Credit(TERMS), "phase")
     np.testing.assert_array_equal(batch.reward, reward)
     group = np.asarray(group_advantage(reward, Credit(TERMS)))
     padded = np.concatenate([np.zeros((B, G, 1)), group], -1)  # by label: untrained, slate, rank
     np.testing.assert_array_equal(batch.advantage, np.take_along_axis(padded, np.asarray(rollout.phase), -1))
     np.testing.assert_array_equal(batch.weight, action_weights(rollout.phase, "phase"))
-    assert batch.old_logp is None and batch.ref_logp is rollout.logp
+    assert batch.old_logp is batch.ref_logp is batch.value is None
 
 
 def test_dead_groups_stay_in_the_denominator():

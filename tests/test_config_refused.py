@@ -9,8 +9,10 @@ from tiny import ROOT, changed
 import train
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.config_files import load_file
+from fgrpo_jax.data.datasets import DATASETS, builder_class
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.validation import validate
+from fgrpo_jax.run.validation_of_data import data_problems
 
 DEFAULT = load_file(ROOT / "configs" / "synthetic.py")
 
@@ -50,7 +52,7 @@ def test_values_of_the_wrong_type():
         (dict(data__kcore=0), "data.kcore=0 must be positive"),
         (dict(data__retrieved=6), "data.retrieved=6 must be at least 12, two lists of six"),
         (dict(data__pool="half"), "data.pool='half' must be of type"),
-        (dict(data__name="jsonl"), "set data.manual_dir to their folder"),
+        (dict(data__name="jsonl"), "set data.manual_dir to their folder, of train.jsonl, validation"),
         (dict(data__prompt_buckets=(64, 40)), "data.prompt_buckets=.* must be ascending"),
         (dict(data__pool_size=1), "data.pool_size=1 must be at least 2"),
         (dict(data__history_dropout=float("nan")), r"data.history_dropout=nan must be in \[0, 1\)"),
@@ -105,13 +107,17 @@ def test_values_of_the_wrong_type():
         ),
         (
             dict(rl__credit__scheme="labels", rl__credit__terms=(("slate", "recall", -1.0),)),
-            "rl.credit.scheme='labels' cannot imitate what is not wanted",
+            "rl.credit.scheme='labels' imitates .*, and that of .slate, recall. is -1.0: raise it, or leave",
+        ),
+        (
+            dict(rl__credit__scheme="labels", rl__credit__terms=(("slate", "recall", 1.0), ("rank", "ndcg", 0.0))),
+            "and that of .rank, ndcg. is 0.0: raise it, or leave the term out of rl.credit.terms",
         ),
         (dict(rl__credit__scheme="labels", rl__source="mixed"), "it judges what the policy itself wrote"),
         (dict(rl__group_size=1), "rl.group_size=1: an advantage centred by its group is then always 0; use 2"),
         (dict(rl__batch_queries=10, rl__microbatches=4), "rl.batch_queries=10 is not divisible by rl.microbatches=4"),
         (dict(rl__eval_every=0), "rl.eval_every=0 must be at least 1"),
-        (dict(rl__patience=-1), "rl.patience must not be negative"),
+        (dict(rl__patience=-1), "rl.patience=-1 must not be negative; 0: never stop early"),
         (dict(rl__subset=(0.5, 0.5)), r"rl.subset=\(0.5, 0.5\): need 0 <= low < high <= 1"),
         (dict(rl__objective__name="ppo"), "rl.objective.name: 'ppo' is not one of clipped_pg, group_softmax, nll"),
         (
@@ -121,15 +127,16 @@ def test_values_of_the_wrong_type():
         (dict(rl__objective__sigma=-1.0), "rl.objective.sigma=-1.0 must be >= 0 and finite"),
         (dict(rl__objective__normalised=False), "rl.objective.normalised=False: 'clipped_pg' has no such term"),
         (dict(rl__objective__name="nll"), "rl.objective.name='nll' ignores rewards"),
-        (dict(rl__objective__epochs=0), "rl.objective.epochs must be at least 1"),
+        (dict(rl__objective__epochs=0), "rl.objective.epochs=0 must be at least 1"),
         (dict(rl__starts_from="dpo"), "rl.starts_from: 'dpo' is not one of sft"),
         (
             dict(rl__starts_from="sft", sft__steps=0, eval__versus="rl"),
             "rl.starts_from: stage 'sft' is skipped, its steps are 0",
         ),
         (dict(sft__frozen_from=("rl",)), "sft.frozen_from: 'rl' is not one of "),
-        (dict(rl__objective__kl_weight=float("nan")), "rl.objective: kl_weight and clips must be >= 0"),
-        (dict(rl__objective__clip_low=1.0), "rl.objective: .* clip_low < 1"),
+        (dict(rl__objective__kl_weight=float("nan")), "rl.objective.kl_weight=nan must be >= 0 and finite; 0: no"),
+        (dict(rl__objective__clip_low=1.0), r"rl.objective.clip_low=1.0 must be in \[0, 1\)"),
+        (dict(rl__objective__clip_high=-0.5), "rl.objective.clip_high=-0.5 must be >= 0; inf: ratios are not clipped"),
         (dict(rl__credit__terms=()), "rl.credit.terms is empty: nothing would be trained"),
         (dict(rl__credit__terms=(("slate", "coverage", 1.0),)), "rl.credit.terms: 'coverage' is not one of f1, hit,"),
         (dict(rl__credit__terms=(("slate", "f1", float("nan")),)), "rl.credit.terms: weight nan is not finite"),
@@ -163,7 +170,8 @@ def test_values_of_the_wrong_type():
         (dict(sft__credit__scheme="exact"), "sft.credit.scheme='exact': it judges what the policy itself wrote"),
         (dict(rl__optim__learning_rate=0.0), "rl.optim.learning_rate=0.0 must be positive"),
         (dict(rl__optim__b2=1.0), r"rl.optim: b1=0.9 and b2=1.0 must be in \[0, 1\)"),
-        (dict(rl__optim__weight_decay=float("nan")), "weight_decay must be finite and not negative"),
+        (dict(rl__optim__weight_decay=float("nan")), "rl.optim.weight_decay=nan must be finite and not"),
+        (dict(rl__optim__warmup_steps=-2), "rl.optim.warmup_steps=-2 must not be negative; 0: none"),
         (dict(eval__metric="ndcg"), "eval.metric: 'ndcg' is not one of .*mrr, ndcg@1"),
         (dict(eval__metrics=("ndcg", "auc")), "eval.metrics: 'auc' is not one of alpha_ndcg, diversity, f1, hit,"),
         (dict(eval__metric="map@5"), "eval.metric: 'map@5' is not one of"),
@@ -172,9 +180,13 @@ def test_values_of_the_wrong_type():
         (dict(eval__metric="mrr@5"), "eval.metric: 'mrr@5' is not one of"),
         (dict(eval__baselines=("random", "als")), "eval.baselines: 'als' is not one of bm25,"),
         (dict(eval__versus="gru4rec"), "eval.versus: 'gru4rec' is not one of .*rl, sft"),
-        (dict(eval__bootstrap=0), "eval.bootstrap must be positive"),
+        (dict(eval__bootstrap=0), "eval.bootstrap=0 must be at least 1"),
+        (dict(eval__batch_queries=0), "eval.batch_queries=0 must be at least 1"),
+        (dict(eval__queries=-1), "eval.queries=-1 must be at least 0; 0: all of them"),
+        (dict(eval__transcripts=-1), "eval.transcripts=-1 must be at least 0; 0: none"),
         (dict(eval__cutoffs=(0, 5)), r"eval.cutoffs=\(0, 5\) must hold positive numbers"),
-        (dict(checkpoint__keep=0), "checkpoint.keep must be at least 1"),
+        (dict(checkpoint__keep=0), "checkpoint.keep=0 must be at least 1"),
+        (dict(log_every=-3), "log_every=-3 must be at least 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -233,6 +245,21 @@ def test_impossible_values_of_ir(fields, message):
     named = {name if "__" in name else f"data__ir__{name}": value for name, value in fields.items()}
     (found,) = problems(data__name="ir", data__manual_dir="collection", **named)
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_only_data_sets_of_files_need_their_folder(name):
+    needed = builder_class(name).MANUAL_DOWNLOAD_INSTRUCTIONS
+    found = data_problems(changed(DEFAULT, {"data.name": name}), KNOWN)
+    said = f"data.name={name!r} reads files: set data.manual_dir to their folder, of {needed}"
+    assert found == ([said] if needed else [])
+
+
+def test_a_new_data_set_says_itself_what_it_reads():
+    config = changed(DEFAULT, {"data.name": "new"})
+    known = KNOWN._replace(datasets=KNOWN.datasets | {"new"})
+    assert not data_problems(config, known._replace(raw_files=lambda name: None))
+    assert "of new.csv" in data_problems(config, known._replace(raw_files=lambda name: f"{name}.csv"))[0]
 
 
 def test_all_problems_are_told_at_once(capsys):

@@ -83,7 +83,10 @@ def test_a_plot_is_the_same_again(runs, kind, start):
         ),
         ({"a": ("base0",), "b": ("base0:sft",)}, "give RUN_DIR:METHOD"),
         ({"a": ("none:rl",)}, "none is not a run directory: it holds no config.json"),
-        ({"b": ("small:sft",)}, "were not evaluated on the same queries"),
+        (
+            {"b": ("small:sft",)},
+            "base0:rl and .*small:sft were not evaluated on the same queries .20 and 30; 50 of one",
+        ),
         ({"a": ("base0:x",)}, "has no method 'x', only rl, sft"),
         ({"plot": "gains.pdf"}, "a plot, 'gains.pdf', must end in .svg or .png"),
     ],
@@ -102,7 +105,7 @@ def test_seeds_are_of_the_same_queries(runs):
     path = folder / "base1" / "eval" / "test" / "per_query.jsonl"
     path.write_text(path.read_text().replace('"query_id": "80-', '"query_id": "81-'))
     with pytest.raises(
-        ConfigError, match="base1:rl and .*base1:sft, or the seeds before, were not evaluated on the same"
+        ConfigError, match="base0:rl and .*base1:rl were not evaluated on the same queries .20 and 20; 40 of one alone"
     ):
         compare(
             *(entries(folder, ("base0", "base1"), method) for method in ("rl", "sft")),

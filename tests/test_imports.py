@@ -14,7 +14,8 @@ from fgrpo_jax.algorithm import objectives
 
 ROOT = Path(config.__file__).parents[1]
 LAYERS = (
-    ("errors", "config_of_data", "types", "config", "config_files", "stages", "files", "metrics", "shards"),
+    ("errors", "config_of_data", "config_of_stages", "config", "config_files", "stages", "files", "types")
+    + ("types_of_policies", "metrics", "shards"),
     ("algorithm", "models", "data"),
     ("policies", "evaluation"),
     ("run", "bench"),
@@ -91,8 +92,10 @@ def test_mathematics_takes_numbers_never_a_config(module):
 
 
 def test_types_import_nothing_of_the_project():
-    assert not set(imported(ast.walk(TREES["types"]))) and not set(imported(ast.walk(TREES["config_of_data"])))
-    assert set(imported(ast.walk(TREES["config"]))) == {"errors", "config_of_data"}
+    for module in ("types", "config_of_data", "config_of_stages"):
+        assert not set(imported(ast.walk(TREES[module]))), module
+    assert set(imported(ast.walk(TREES["config"]))) == {"errors", "config_of_data", "config_of_stages"}
+    assert set(imported(ast.walk(TREES["types_of_policies"]))) == {"types"}
 
 
 # --------------------------------------------------------------------- what stays light
@@ -117,7 +120,7 @@ def test_help_does_not_import_jax(run):
 
 
 def test_what_surrounds_a_policy_knows_no_model():
-    """Nor a tokenizer, nor a transcript: what only a policy knows is behind types.Policy."""
+    """Nor a tokenizer, nor a transcript: what only a policy knows is behind types_of_policies.Policy."""
     for name in SOURCES:
         if name.split(".")[0] in ("algorithm", "evaluation", "run", "train", "eval"):
             known = {

@@ -91,6 +91,10 @@ def test_it_is_evaluated_and_exported(moved, tmp_path, capsys):
     assert exported["max_position_embeddings"] == 777 and exported["rope_theta"] == SPEC.rope_theta
     numerics = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 4096}
     assert hf.read_spec(tmp_path / "out", **numerics) == SPEC._replace(init_std=0.02)
+    export(runs / "second", tmp_path / "its start", "sft")
+    export(runs / "first", tmp_path / "first")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("its start", "first")]
+    assert weights[0] == weights[1]
 
 
 def test_without_the_run_it_started_from_a_row_is_missing_and_that_is_said(moved, capsys):

@@ -30,7 +30,8 @@ def make(seed=0, weighting="token", credit=CREDIT, old=0.0, ref=0.0):
     reward = rng.integers(0, 5, (B, G, len(credit.terms))).astype(np.float32) / 4
     rollout = Rollout(jnp.zeros((B, G, T), jnp.int32), jnp.asarray(phase), logp)
     near = [jnp.asarray(logp + d * rng.standard_normal((B, G, T)), jnp.float32) if d else None for d in (old, ref)]
-    return make_batch(None, rollout, jnp.asarray(reward), credit, weighting, *near), logp
+    batch = make_batch(None, rollout, jnp.asarray(reward), credit, weighting)
+    return batch.replace(old_logp=near[0], ref_logp=near[1]), logp
 
 
 def gradient(objective, logp, batch):

@@ -102,7 +102,7 @@ def test_files_that_were_damaged_are_named(config, tmp_path):
 @pytest.mark.parametrize(
     "value, now, message",
     [
-        ('"keep": 2', '"keep": 0', "log_every, checkpoint.every and checkpoint.keep must be at least 1"),
+        ('"keep": 2', '"keep": 0', "checkpoint.keep=0 must be at least 1"),
         ('"learning_rate": 0.03', '"learning_rate": NaN', "sft.optim.learning_rate=nan must be positive"),
         ('"versus": "sft"', '"versus": "als"', "eval.versus: 'als' is not one of bm25, random, sft"),
     ],

@@ -70,8 +70,8 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh():
         @jax.jit
         def step(phase, logp, old, reward):
             def loss(x):
-                batch = make_batch(None, Rollout(phase, phase, logp), reward, credit, "phase", old_logp=old)
-                return clipped_pg()(x, batch)[0]
+                batch = make_batch(None, Rollout(phase, phase, logp), reward, credit, "phase")
+                return clipped_pg()(x, batch.replace(old_logp=old))[0]
             return jax.value_and_grad(loss)(logp)
 
         one = step(phase, logp, old, reward)

@@ -88,7 +88,9 @@ def test_methods_of_other_queries_share_no_table(runs):
         rows = [{"query_id": f"{method}{row['query_id']}", "methods": {method: row["methods"][method]}} for row in rows]
         path.write_text("\n".join(map(json.dumps, rows)))
         path.with_name("metrics.json").write_text(json.dumps({"methods": {method: {}}}))
-    with pytest.raises(ConfigError, match="the runs were not evaluated on the same queries"):
+    with pytest.raises(
+        ConfigError, match="w4s0:a and .*w8s0:b were not evaluated on the same queries .40 and 40; 80 of"
+    ):
         study(tuple(folders), ("a", "b"), x="network.hidden_size")
     assert "40 queries" in study(tuple(folders), ("a",), x="network.hidden_size")
 
@@ -122,5 +124,7 @@ def test_runs_on_other_queries_are_refused(runs):
         lines = file.read().splitlines()
     with open(path, "w") as file:
         file.write("\n".join(lines[1:]))
-    with pytest.raises(ConfigError, match="the runs were not evaluated on the same queries"):
+    with pytest.raises(
+        ConfigError, match="w4s0:a and .*w8s1:a were not evaluated on the same queries .40 and 39; 1 of"
+    ):
         study(tuple(runs[0]), ("a",))

@@ -116,6 +116,15 @@ def test_other_algorithms_are_other_configurations(experiment, fgrpo, variant):
         assert seen[0]["reward/slate"] == fgrpo[2][0]["reward/slate"]  # the same rollouts
 
 
+@pytest.mark.parametrize("stage, given", [("sft", False), ("rl", True)])
+def test_old_probabilities_are_computed_for_those_who_read_them(experiment, stage, given):
+    """The likelihood of what is learnt has no ratio to the policy before."""
+    config = changed(experiment.config, {f"{stage}.objective.epochs": 2})
+    validate(config, KNOWN)
+    _, batch, _, compiled = two_steps(assemble(config, experiment.dataset, Path(config.run_dir)), stage)
+    assert compiled == 1 and (batch.old_logp is not None) == given
+
+
 def test_a_warm_up_is_as_long_whatever_the_epochs(experiment):
     """Of 2 rollout batches: with one update each, or three."""
     for epochs, expected in ((1, [0.5, 1.0, 1.0]), (3, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0])):

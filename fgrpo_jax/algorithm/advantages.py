@@ -139,7 +139,8 @@ def action_weights(phase_BGT: Array, weighting: str) -> Array:
     """Loss weight of every action, `weight_BGT` float32, 0 where untrained.
 
     token: 1 / trained tokens of the batch. phase: each phase of each rollout sums to
-    1 / ((rollout, phase) pairs that have trained tokens). constant: 1 / (B·G·T) (Dr. GRPO).
+    1 / ((rollout, phase) pairs that have trained tokens). constant: 1 / (B·G·T) (Dr. GRPO); T is what
+    the transcripts of this batch are padded to.
     Advantages play no part: a dead group stays in the denominator.
 
     phase_BGT: of the global batch; inside jit the array may be sharded. Actions labelled
@@ -149,16 +150,8 @@ def action_weights(phase_BGT: Array, weighting: str) -> Array:
     return WEIGHTINGS[weighting](phase_BGT, phase_BGT != UNTRAINED).astype(jnp.float32)
 
 
-def make_batch(
-    query: PyTree,
-    rollout: Rollout,
-    reward_BGR: Array,
-    credit: Credit,
-    weighting: str,
-    old_logp: Array | None = None,
-    ref_logp: Array | None = None,
-) -> Batch:
-    """Everything an update needs, from rollouts and their rewards; the global batch.
+def make_batch(query: PyTree, rollout: Rollout, reward_BGR: Array, credit: Credit, weighting: str) -> Batch:
+    """What every update needs, from rollouts and their rewards; the global batch.
 
     credit, weighting: static under jit.
     """
@@ -168,6 +161,4 @@ def make_batch(
         reward=reward_BGR,
         advantage=per_action(group_advantage(reward_BGR, credit), rollout.phase),
         weight=action_weights(rollout.phase, weighting),
-        old_logp=old_logp,
-        ref_logp=ref_logp,
     )

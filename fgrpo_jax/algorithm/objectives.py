@@ -174,6 +174,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 }
 
 
+def has_ratio(name: str) -> bool:
+    """Whether it weighs actions by how probable they were before its first update: it reads `batch.old_logp`."""
+    return "ratio" in options(name)
+
+
 def options(name: str) -> tuple[str, ...]:
     """The keywords that the builder of this name takes. Raises KeyError on one that OBJECTIVES lacks."""
     return tuple(inspect.signature(OBJECTIVES[name]).parameters)

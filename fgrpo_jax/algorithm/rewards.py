@@ -3,7 +3,7 @@
 Coverage rewards read the whole slate as a set, utility rewards the top k of the ranking.
 Both are the very functions that evaluation reports (metrics.py). `frozen` is for rewards that
 are learned. To add a reward, write a function of k that returns it and add one line to COVERAGE
-or UTILITY.
+or UTILITY; or have a configuration name it where it is (run/own_rewards.py).
 
 Sources: coverage trains generation and utility trains ranking as in F-GRPO (arXiv
 2605.12995). Its k and its format penalty are unspecified in the paper: both are arguments.
@@ -125,6 +125,11 @@ def broken_values(default: float, rules: tuple[tuple[str, float], ...], outcomes
     return Broken(value, tuple(outcome.breaks != "slate" for outcome in outcomes))
 
 
+def covers(credit: Credit, name: str) -> bool:
+    """Whether a reward reads the slate, so that it counts where only the rank phase broke."""
+    return name in COVERAGE or name in credit.of_slate
+
+
 def term_rewards(
     credit: Credit,
     lists: Lists,
@@ -140,14 +145,14 @@ def term_rewards(
     ranking. One that broke in the rank phase keeps its coverage rewards and gets the value in the
     utility ones.
 
-    credit, k, broken: static under jit. broken: see `broken_values`. learned: a policy's own rewards,
-    beside REWARDS.
+    credit, k, broken: static under jit. broken: see `broken_values`. learned: a policy's or a user's own
+    rewards, beside REWARDS.
     """
     value_BG = jnp.asarray(broken.value, jnp.float32)[lists.outcome]
     keeps_slate_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
     known, distinct = REWARDS | dict(learned), {}
     for name in dict.fromkeys(name for _, name, _ in credit.terms):  # in their order: a set has another on every host
-        counts_BG = keeps_slate_BG if name in COVERAGE else ok_BG
+        counts_BG = keeps_slate_BG if covers(credit, name) else ok_BG
         distinct[name] = jnp.where(counts_BG, known[name](k)(lists, query, frozen), value_BG)
     columns = [distinct[name] for _, name, _ in credit.terms]
     return jnp.stack(columns, -1) if columns else jnp.zeros((*lists.outcome.shape, 0), jnp.float32)
@@ -159,7 +164,7 @@ def outcome_rewards(reward_BGR: Array, credit: Credit, lists: Lists, broken: Bro
     Groups are judged by these: a penalty must not make one look alive in which no slate found anything.
     """
     keeps_slate_BG, ok_BG = jnp.asarray(broken.keeps_slate)[lists.outcome], lists.outcome == 0
-    counts = [keeps_slate_BG if name in COVERAGE else ok_BG for _, name, _ in credit.terms]
+    counts = [keeps_slate_BG if covers(credit, name) else ok_BG for _, name, _ in credit.terms]
     return jnp.where(jnp.stack(counts, -1), reward_BGR, 0.0) if counts else reward_BGR
 
 
@@ -174,6 +179,6 @@ def phase_rewards(reward_BGR: Array, credit: Credit) -> Array:
     seen = set()
     for r, (_, name, weight) in enumerate(credit.terms):
         if name not in seen:
-            totals[0 if name in COVERAGE else 1] += weight * reward_BGR[..., r]
+            totals[0 if covers(credit, name) else 1] += weight * reward_BGR[..., r]
         seen.add(name)
     return jnp.stack(totals, -1)

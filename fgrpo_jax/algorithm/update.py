@@ -73,6 +73,24 @@ def by_parts(logprobs: Callable, parts: int, params: PyTree, frozen: PyTree, que
     return jnp.moveaxis(found, 0, 1).reshape(-1, *found.shape[2:])
 
 
+def _added_up(function: Callable, parts: int) -> Callable:
+    """`function(params, frozen, batch)` of every part of a batch, one after the other, and the results added."""
+    if parts == 1:
+        return function
+
+    def added(params: PyTree, frozen: PyTree, batch: Batch):
+        split = _split(batch, parts)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, function(params, frozen, part)), None
+
+        one = jax.eval_shape(function, params, frozen, jax.tree.map(lambda x: x[0], split))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+        return jax.lax.scan(add, zero, split)[0]
+
+    return added
+
+
 def _apply(optimizer: optax.GradientTransformation, old: tuple[PyTree, PyTree], grads: PyTree):
     params, opt_state = old
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -119,19 +137,7 @@ def make_update(
         logp_BGT = logprobs(params, frozen, part.query, part.rollout)
         return objective(logp_BGT, part)
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def gradient(params: PyTree, frozen: PyTree, batch: Batch):
-        if microbatches == 1:
-            return grad_fn(params, frozen, batch)
-        parts = _split(batch, microbatches)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, part)), None
-
-        one = jax.eval_shape(grad_fn, params, frozen, jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-        return jax.lax.scan(add, zero, parts)[0]
+    gradient = _added_up(jax.value_and_grad(loss_fn, has_aux=True), microbatches)
 
     def one_update(carry, _, frozen, batch):
         params, opt_state = carry

@@ -39,13 +39,14 @@ from fgrpo_jax.data import datasets
 from fgrpo_jax.data.batches import make_batches
 from fgrpo_jax.errors import UserError
 from fgrpo_jax.files import path_of
-from fgrpo_jax.run import directory, experiment
+from fgrpo_jax.run import directory, experiment, own_rewards
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment, encode, initial_params, random_key
 from fgrpo_jax.run.finished import best_params, frozen_params, source_of
 from fgrpo_jax.run.validation import problems_of
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import PHASES, Credit, Policy, PyTree
+from fgrpo_jax.types import PHASES, Credit, PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 OWN = ("grpo", "gdpo", "labels")  # rows whose expectation is no other row's
 
@@ -85,11 +86,12 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
     config = built.config
     broken = rewards.broken_values(config.reward.broken, config.reward.rules, policy.outcomes)
     source = policy.sources[stage.source](stage)
-    credits = {row: Credit(c.terms, c.normalise, c.scheme, c.shrinkage) for row, c in rows.items()}
+    credits = {row: own_rewards.credit_of(config, c) for row, c in rows.items()}
+    known = policy.rewards | own_rewards.load(config)
     by_choice = any(SCHEMES[c.scheme].value_by for c in credits.values())
 
     def batch_of(credit: Credit, frozen, query, rollout, lists):
-        reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken, policy.rewards)
+        reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken, known)
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, stage.objective.weighting)
         turns = policy.turns(query, rollout) if SCHEMES[credit.scheme].by_item else None
         return SCHEMES[credit.scheme].assign(credit, config.reward.k, broken, batch, lists, turns)
@@ -118,8 +120,8 @@ def make_gradients(built: Experiment, policy: Policy, stage: StageConfig, rows: 
         def one(slope: tuple) -> jax.Array:
             return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(pull(slope)[0])])
 
-        credit = Credit(stage.credit.terms)
-        reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken, policy.rewards)
+        credit = own_rewards.credit_of(config, CreditConfig(stage.credit.terms))
+        reward_BGR = rewards.term_rewards(credit, lists, query, frozen, config.reward.k, broken, known)
         judged_BGR = rewards.outcome_rewards(reward_BGR, credit, lists, broken)
         dead_P = advantages.dead_groups(judged_BGR, credit).mean(0)
         reward_P = rewards.phase_rewards(reward_BGR, credit).mean((0, 1))

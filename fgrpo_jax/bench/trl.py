@@ -73,12 +73,11 @@ def _serve(line: Connection, spec: DecoderSpec, shape: Shape, steps: int, thread
         trainer.train()
 
 
-def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
-    import datasets
+def _model(spec: DecoderSpec) -> tuple[Any, Any]:
+    """Of that shape, with random weights; and its tokenizer, whose words are t0, t1, ..."""
     import tokenizers
     import torch
     import transformers
-    import trl
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(spec.vocab_size)}, "t0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -97,8 +96,15 @@ def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
         bos_token_id=None,
     )
     torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(sizes).to(getattr(torch, spec.dtype)), tokenizer
+
+
+def _trainer(spec: DecoderSpec, shape: Shape, steps: int, folder: str) -> Any:
+    import datasets
+    import trl
+
+    model, tokenizer = _model(spec)
     on_cpu = spec.dtype == "float32"  # see main
-    model = transformers.LlamaForCausalLM(sizes).to(getattr(torch, spec.dtype))
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, spec.vocab_size, (shape.batch * steps, shape.prompt))
     prompts = [" ".join(f"t{i}" for i in row) for row in tokens]

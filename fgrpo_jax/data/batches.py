@@ -201,6 +201,11 @@ def _arranged(example: RankingExample, order: np.ndarray, history: tuple[Item, .
     )
 
 
+def round_up(n: int) -> int:
+    """A multiple of 4 from 4 on, so that few array shapes (and programs) occur."""
+    return n if n < 4 else -(-n // 4) * 4
+
+
 def bucket(length: int, buckets: Sequence[int], query_id: str) -> int:
     """The smallest bucket that holds `length` prompt tokens; prompts are never cut.
 

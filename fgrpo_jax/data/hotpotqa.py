@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.questions import Questions
 from fgrpo_jax.data.raw_files import find_splits, open_raw
 from fgrpo_jax.types import Missed, RankingExample
 
@@ -25,19 +25,14 @@ _LONGEST = 1 << 24  # characters of a question: more are no JSON
 _BLOCK = 1 << 20  # bytes read at a time: the training file is one line of half a gigabyte
 
 
-class Hotpotqa(RankingBuilder, skip_registration=True):
+class Hotpotqa(Questions, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "the official files hotpot_train_v1.1.json and hotpot_dev_distractor_v1.json"
-    kind = "qa"
     optional = ("missed",)
-    instruction = "Choose and rank the passages that are needed to answer the question."
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
         names = {split: _named(start) for split, start in _OFFICIAL.items()}
         return find_splits(folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS, names)
-
-    def split_names(self) -> tuple[str, ...]:
-        return tuple(self.files)
 
     def examples(self, split: str) -> Iterator[RankingExample]:
         path = self.files[split]
@@ -46,9 +41,6 @@ class Hotpotqa(RankingBuilder, skip_registration=True):
                 yield _example(row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{path}, question {number}: not a HotpotQA question ({error!r})") from error
-
-    def frozen(self, split: str) -> dict[str, Any]:
-        return {"seed": None, "negatives": "the paragraphs of the official file, in its order"}
 
 
 def _named(start: str) -> Callable[[str], bool]:

@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgrpo_jax.data.builder import RankingBuilder
 from fgrpo_jax.data.datasets import DataError, one_line
+from fgrpo_jax.data.questions import Questions
 from fgrpo_jax.data.raw_files import find_splits, numbered_lines
 from fgrpo_jax.types import RankingExample
 
 _OFFICIAL = {"train": "train", "validation": "dev", "test": "test"}
 
 
-class Musique(RankingBuilder, skip_registration=True):
+class Musique(Questions, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "the official files musique_ans_v1.0_{train,dev}.jsonl of MuSiQue"
-    kind = "qa"
-    instruction = "Choose and rank the passages that are needed to answer the question."
 
     @classmethod
     def find(cls, folder: Path | None) -> dict[str, Path]:
@@ -35,9 +33,6 @@ class Musique(RankingBuilder, skip_registration=True):
             folder, cls.MANUAL_DOWNLOAD_INSTRUCTIONS, names, lambda split, path: split != "test" or _labelled(path)
         )
 
-    def split_names(self) -> tuple[str, ...]:
-        return tuple(self.files)
-
     def examples(self, split: str) -> Iterator[RankingExample]:
         path = self.files[split]
         for number, line in numbered_lines(path):
@@ -45,9 +40,6 @@ class Musique(RankingBuilder, skip_registration=True):
                 yield _example(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}, line {number}: not a MuSiQue question ({error!r})") from error
-
-    def frozen(self, split: str) -> dict[str, Any]:
-        return {"seed": None, "negatives": "the paragraphs of the official file, in its order"}
 
 
 def _named(name: str) -> Callable[[str], bool]:

@@ -13,7 +13,6 @@ of slate groups without signal in the first logged steps of a's stage.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ import numpy as np
 
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.evaluation import figures
-from fgrpo_jax.evaluation.seeds import command, interval, read, spread
-from fgrpo_jax.files import path_of, read_json, read_rows
+from fgrpo_jax.evaluation.seeds import command, fields_of, interval, read, same_queries, spread
+from fgrpo_jax.files import path_of, read_rows
 
 DEAD = "dead_groups/slate"
 OWN = ("seed", "run_dir", "start_from", "data.prepared_dir")
@@ -71,20 +70,6 @@ def run_of(entry: str) -> str:
     return run_dir
 
 
-def fields_of(run_dir: str) -> dict[str, Any]:
-    """Every field of a run's configuration, by its name with dots. Raises ConfigError."""
-    path = path_of(run_dir) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
-    return _flat(read_json(path, ()))
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: json.dumps(value) if isinstance(value, list) else value}
-    return {key: one for part, of in value.items() for key, one in _flat(of, f"{name}.{part}".lstrip(".")).items()}
-
-
 def _values(run_dir: str, by: tuple[str, ...]) -> dict[str, Any]:
     fields = fields_of(run_dir)
     if unknown := [field for field in by if field not in fields]:
@@ -100,14 +85,12 @@ def other_differences(run_dir: str, base: str, by: tuple[str, ...]) -> list[str]
 
 
 def _gain(value: Any, pairs: list[tuple[str, str]], scores: Callable) -> Gain:
-    of_a, less, dead, ids = [], [], [], None
+    ids = same_queries({entry: scores(entry) for pair in pairs for entry in pair})
+    of_a, less, dead = [], [], []
     for one, other in pairs:
-        left, right = scores(one), scores(other)
-        ids = ids or left.keys()
-        if not left.keys() == right.keys() == ids:
-            raise ConfigError(f"{one} and {other}, or the seeds before, were not evaluated on the same queries")
-        of_a.append(100 * np.array([left[i][0] for i in sorted(left)]))
-        less.append(of_a[-1] - 100 * np.array([right[i][0] for i in sorted(left)]))
+        left, right = (np.array([scores(entry)[i][0] for i in ids]) for entry in (one, other))
+        of_a.append(100 * left)
+        less.append(of_a[-1] - 100 * right)
         dead.append(_dead(*one.rpartition(":")[::2]))
     known = [share for share in dead if share is not None]
     return Gain(value, float(np.mean(of_a)), float(np.mean(known)) if known else None, np.array(less))

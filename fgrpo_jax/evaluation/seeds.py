@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy as np
 import tyro
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.config_files import config_of_run
 from fgrpo_jax.evaluation.evaluate import resampled_means
-from fgrpo_jax.files import path_of
+from fgrpo_jax.files import path_of, read_json
 
 METRICS = ("ndcg@5", "recall@1", "recall@3", "recall@5", "mrr", "slate_recall")
 
@@ -53,6 +54,34 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} is damaged ({error}): evaluate the run again, which writes it") from None
 
 
+def fields_of(run_dir: str) -> dict[str, Any]:
+    """Every field of a run's configuration, by its name with dots; lists as JSON. Raises ConfigError."""
+    return _flat(read_json(config_of_run(path_of(run_dir))))
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: json.dumps(value) if isinstance(value, list) else value}
+    return {key: one for part, of in value.items() for key, one in _flat(of, f"{name}.{part}".lstrip(".")).items()}
+
+
+def same_queries(evaluated: Mapping[str, Collection[str]]) -> list[str]:
+    """The ids, sorted, of the queries that all of these were evaluated on, by `RUN_DIR:METHOD`.
+
+    Raises ConfigError where one was evaluated on others than the first.
+    """
+    first, *others = evaluated
+    ids = set(evaluated[first])
+    for other in others:
+        if differing := ids.symmetric_difference(evaluated[other]):
+            raise ConfigError(
+                f"{first} and {other} were not evaluated on the same queries ({len(ids):,} and "
+                f"{len(evaluated[other]):,}; {len(differing):,} of one alone, as {min(differing)!r}): evaluate both "
+                "runs again on the same data (eval.py, --split and --eval.queries), or leave one out"
+            )
+    return sorted(ids)
+
+
 def compare(
     a: tuple[str, ...],
     b: tuple[str, ...],
@@ -77,9 +106,7 @@ def compare(
     if len(a) != len(b) or not a:
         raise ConfigError(f"{len(a)} runs in a and {len(b)} in b: give as many of both, paired by seed")
     sides = [[read(entry, split, metrics, skip) for entry in side] for side in (a, b)]
-    ids = sorted(sides[0][0])
-    if any(sorted(run) != ids for side in sides for run in side):
-        raise ConfigError("the runs were not evaluated on the same queries")
+    ids = same_queries({entry: run for names, side in zip((a, b), sides) for entry, run in zip(names, side)})
     a_RQM, b_RQM = (100 * np.array([[run[i] for i in ids] for run in side]) for side in sides)
     difference_QM = (a_RQM - b_RQM).mean(0)
     low, high = np.percentile(resampled_means(difference_QM, resamples, seed), (2.5, 97.5), axis=0)

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.config_files import config_of_run
 from fgrpo_jax.evaluation import figures
-from fgrpo_jax.evaluation.seeds import command, interval, read, spread
+from fgrpo_jax.evaluation.seeds import command, fields_of, interval, read, same_queries, spread
 from fgrpo_jax.files import path_of, read_json
 
 COSTS = ("parameters", "flops")  # of a list, by method, in metrics.json
-_OTHER_QUERIES = "the runs were not evaluated on the same queries"
 _OF_A_SEED = {"seed", "run_dir", "start_from"}
 
 
@@ -48,7 +48,7 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
             known = f"only of {', '.join(found)}" if found else "nor of others: evaluate again, if that was long ago"
             raise ConfigError(f"{path} knows no number of {x} of {method!r}, {known} (flops are counted of rankers)")
         return found[method]
-    value = read_json(path_of(run_dir) / "config.json", ())
+    value = read_json(config_of_run(path_of(run_dir)))
     for name in x.split("."):
         if isinstance(value, list):
             value = dict(zip(map(str, range(len(value))), value, strict=True))
@@ -60,16 +60,13 @@ def value_of(run_dir: str, x: str, method: str, split: str) -> Any:
 
 def cells(runs: tuple[str, ...], method: str, x: str, metric: str, split: str) -> tuple[list[str], list[Cell]]:
     """The queries, and the values of x in the order of their runs. Raises ConfigError where queries differ."""
+    scores = {run_dir: read(f"{run_dir}:{method}", split, (metric,)) for run_dir in runs}
+    ids = same_queries({f"{run_dir}:{method}": one for run_dir, one in scores.items()})
     found: dict[Any, list[dict[str, list[float]]]] = {}
     for run_dir in runs:
-        scores = read(f"{run_dir}:{method}", split, (metric,))
-        found.setdefault(value_of(run_dir, x, method, split), []).append(scores)
-    ids = sorted(next(iter(found.values()))[0])
-    if any(sorted(scores) != ids for of_value in found.values() for scores in of_value):
-        raise ConfigError(_OTHER_QUERIES)
+        found.setdefault(value_of(run_dir, x, method, split), []).append(scores[run_dir])
     return ids, [
-        Cell(value, 100 * np.array([[scores[i][0] for i in ids] for scores in of_value]))
-        for value, of_value in found.items()
+        Cell(value, 100 * np.array([[one[i][0] for i in ids] for one in of_value])) for value, of_value in found.items()
     ]
 
 
@@ -89,18 +86,12 @@ def _differing(runs: tuple[str, ...], method: str, x: str, split: str) -> list[s
     first: dict[Any, tuple[str, dict[str, Any]]] = {}
     notes = []
     for run_dir in runs:
-        fields = _flat(read_json(path_of(run_dir) / "config.json"))
+        fields = fields_of(run_dir)
         other, known = first.setdefault(value_of(run_dir, x, method, split), (run_dir, fields))
         names = [name for name in sorted({*fields, *known} - _OF_A_SEED) if fields.get(name) != known.get(name)]
         if names:
             notes.append(f"note: {other} and {run_dir} count as seeds of one {x}, and differ in {', '.join(names)}")
     return notes
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {path: x for key, of_key in value.items() for path, x in _flat(of_key, f"{name}.{key}".strip(".")).items()}
 
 
 def study(
@@ -132,13 +123,10 @@ def study(
     if plot:
         figures.check_name(plot)
     of_method = {method: _having(runs, method, split) for method in methods}
-    queries, table = [], {}
+    queries, table = {}, {}
     for method, having in of_method.items():
-        ids, table[method] = cells(having, method, x, metric, split)
-        queries.append(ids)
-    if any(ids != queries[0] for ids in queries):
-        raise ConfigError(_OTHER_QUERIES)
-    lines = [f"{metric}, percent, {len(queries[0])} queries"]
+        queries[f"{having[0]}:{method}"], table[method] = cells(having, method, x, metric, split)
+    lines = [f"{metric}, percent, {len(same_queries(queries))} queries"]
     lines.append(f"{x:24} {'method':14} {'seeds':>5} {'mean':>13}   less the first")
     drawn = {}
     for method, row in table.items():

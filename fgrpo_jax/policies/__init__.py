@@ -15,7 +15,7 @@ from fgrpo_jax.config import RunConfig
 if TYPE_CHECKING:
     from fgrpo_jax.data.datasets import Dataset
     from fgrpo_jax.policies.llm.preview import Preview
-    from fgrpo_jax.types import Policy, Selection
+    from fgrpo_jax.types_of_policies import Policy, Selection
 
 _PREVIEWS = {"llm": "fgrpo_jax.policies.llm.preview"}  # of the systems that read text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgrpo_jax.data.datasets import DataError
-from fgrpo_jax.run import memory, trackers
+from fgrpo_jax.run import memory, own_rewards, trackers
 from fgrpo_jax.run.checkpoint import steps_in
 from fgrpo_jax.run.directory import is_done
 from fgrpo_jax.run.experiment import Experiment
@@ -18,7 +18,8 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
     """Refuse what these data, this mesh and this machine cannot train.
 
     Raises ConfigError for trackers that are not installed, batches that do not fit the mesh, a start that does not
-    fit and for what a policy refuses (Policy.check) or no device has room for, DataError for splits that are not there.
+    fit, for what a policy refuses (Policy.check) or no device has room for and for rewards that cannot be computed,
+    DataError for splits that are not there.
     """
     config, dataset = experiment.config, experiment.dataset
     trackers.check(config.trackers)
@@ -35,6 +36,7 @@ def check_training(experiment: Experiment, run_dir: Path) -> None:
         check_start(experiment, run_dir)
     for policy in experiment.policies.values():
         policy.check(experiment.mesh, dataset, config.eval.split)
+    own_rewards.check(experiment)
 
 
 def _reads_start(experiment: Experiment, run_dir: Path, name: str) -> bool:

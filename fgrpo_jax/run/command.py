@@ -46,8 +46,7 @@ class Judged:
     name: str
     """Data set, as the configuration's data.name."""
     manual_dir: str
-    """Folder with the raw files of the data set (not used by synthetic, next_item, categories
-    and goalrank_world)."""
+    """Folder with the raw files of the data set; one that is made (as synthetic, next_item) reads none."""
     prepared_dir: str
     """Where prepared data sets are kept."""
     pool: Literal["open", "closed"]

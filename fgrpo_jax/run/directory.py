@@ -167,9 +167,7 @@ def _reopen(run_dir: Path, config: RunConfig) -> None:
 def read_config(run_dir: Path) -> RunConfig:
     """Raises ConfigError when the directory is no run, of an incompatible version, or was edited into nonsense."""
     check_reachable(run_dir)
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run directory: it holds no config.json")
+    path = config_files.config_of_run(run_dir)
     try:
         config = config_files.from_json(path.read_bytes().decode("utf-8"))
     except ConfigError as error:

@@ -34,10 +34,12 @@ from fgrpo_jax.run.compute import products
 from fgrpo_jax.run.launch import keep_memory
 from fgrpo_jax.run.validation import Registries
 from fgrpo_jax.stages import reference_of, stages
-from fgrpo_jax.types import Lists, Policy, PyTree, RankingExample
+from fgrpo_jax.types import Lists, PyTree, RankingExample
+from fgrpo_jax.types_of_policies import Policy
 
 KNOWN = Registries(
     datasets=frozenset(datasets.DATASETS),
+    raw_files=lambda name: datasets.builder_class(name).MANUAL_DOWNLOAD_INSTRUCTIONS,
     rewards=frozenset(REWARDS),
     objectives={name: objectives.options(name) for name in objectives.OBJECTIVES},
     schemes={name: scheme.options for name, scheme in SCHEMES.items()},

@@ -10,7 +10,8 @@ from fgrpo_jax.run import directory
 from fgrpo_jax.run.checkpoint import Checkpoints, placed
 from fgrpo_jax.run.experiment import Experiment
 from fgrpo_jax.stages import from_start, stages, start_of
-from fgrpo_jax.types import Policy, PyTree
+from fgrpo_jax.types import PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 
 def place_of(config: RunConfig, run_dir: Path, name: str) -> Path | None:
@@ -18,6 +19,24 @@ def place_of(config: RunConfig, run_dir: Path, name: str) -> Path | None:
     if stages(config)[name].steps:
         return run_dir
     return directory.start_dir(run_dir, config) if config.start_from else None
+
+
+def finished_places(config: RunConfig, run_dir: Path) -> dict[str, Path]:
+    """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
+    places = {name: place_of(config, run_dir, name) for name in stages(config)}
+    return {name: place for name, place in places.items() if place and directory.is_done(place, name)}
+
+
+def last_finished(config: RunConfig, run_dir: Path) -> str:
+    """The last stage that was trained here and is finished. Raises ConfigError where there is none."""
+    own = [name for name in finished_places(config, run_dir) if stages(config)[name].steps]
+    if not own:
+        raise nothing_finished(run_dir)
+    return own[-1]
+
+
+def nothing_finished(run_dir: Path) -> ConfigError:
+    return ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
 
 
 def source_of(config: RunConfig, run_dir: Path, name: str) -> tuple[Path, str] | None:
@@ -63,7 +82,9 @@ def _check_fits(policy: Policy, trained: str, run_dir: Path, name: str) -> RunCo
     """The configuration of a run whose stage is finished, and trained this policy, called `trained`."""
     theirs = directory.read_config(run_dir)
     if not directory.is_done(run_dir, name):
-        raise ConfigError(f"{run_dir} has no finished {name} stage to take parameters from")
+        raise ConfigError(
+            f"{run_dir} has no finished {name} stage to take parameters from: let train.py run to its end there"
+        )
     if name in stages(theirs) and stages(theirs)[name].policy != trained:
         raise ConfigError(f"{run_dir}: its stage {name} trained {stages(theirs)[name].policy!r}, not {trained!r}")
     policy.files.check(run_dir)

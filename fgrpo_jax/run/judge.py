@@ -20,7 +20,8 @@ from fgrpo_jax.run.finished import best_params
 from fgrpo_jax.run.processes import note, warn
 from fgrpo_jax.run.progress import announced, telling
 from fgrpo_jax.stages import credited, stages
-from fgrpo_jax.types import Array, Lists, Policy, PyTree, RankingExample, is_param, num_params
+from fgrpo_jax.types import Array, Lists, PyTree, RankingExample, is_param, num_params
+from fgrpo_jax.types_of_policies import Policy
 
 
 class Opened(NamedTuple):

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from fgrpo_jax.algorithm.rewards import COVERAGE
+from fgrpo_jax.algorithm.rewards import covers
 from fgrpo_jax.data.batches import evaluation_examples
 from fgrpo_jax.errors import TrainingError
 from fgrpo_jax.evaluation.evaluate import score
 from fgrpo_jax.run.experiment import Experiment, Predictor
 from fgrpo_jax.run.likelihood import Likelihood
 from fgrpo_jax.run.log import MetricsLog, sample
+from fgrpo_jax.run.own_rewards import credit_of
 from fgrpo_jax.run.progress import Progress
 from fgrpo_jax.stages import stages
 from fgrpo_jax.types import Mean, PyTree, RankingExample
@@ -33,8 +34,8 @@ class Meter:
         self._name, self._every, self._log, self.progress = name, experiment.config.log_every, log, progress
         stage = stages(experiment.config)[name]
         self._queries = stage.batch_queries
-        covers = [reward in COVERAGE for _, reward, _ in stage.credit.terms]
-        self._rewards = ["reward/slate"] * any(covers) + ["reward/rank"] * (not all(covers))
+        of_slate = [covers(credit_of(experiment.config, stage.credit), term[1]) for term in stage.credit.terms]
+        self._rewards = ["reward/slate"] * any(of_slate) + ["reward/rank"] * (not all(of_slate))
         self._last: tuple[int, dict[str, Mean], Sequence[RankingExample]] | None = None
         self._since: list[dict[str, Mean]] = []
 

@@ -13,13 +13,14 @@ from fgrpo_jax.files import check_reachable
 from fgrpo_jax.run import directory
 from fgrpo_jax.run import experiment as experiments
 from fgrpo_jax.run.experiment import Experiment
-from fgrpo_jax.run.finished import best_params, place_of, prompts_for, prompts_of
+from fgrpo_jax.run.finished import best_params, finished_places, last_finished, prompts_for, prompts_of
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import Policy, PyTree
+from fgrpo_jax.types import PyTree
+from fgrpo_jax.types_of_policies import Policy
 
 
 class Method(NamedTuple):
-    """How lists are made: greedily, and by drawing where that is possible; see types.Policy.
+    """How lists are made: greedily, and by drawing where that is possible; see types_of_policies.Policy.
 
     policy: that encodes the queries. params: what the functions take; table: their Params.
     sampled: (lists of a query) -> (params, frozen, query, key) -> (Rollout, Lists).
@@ -49,23 +50,9 @@ def open_method(config: RunConfig, run_dir: Path, stage: str) -> tuple[Experimen
         (policy,) = experiment.policies.values()
         params = experiments.initial_params(experiment, policy)
         return experiment, _generating("export", policy, params, StageConfig())
-    finished = _finished(config, run_dir)
-    stage = stage or _last(config, run_dir, finished)
+    stage = stage or last_finished(config, run_dir)
     experiment = experiments.assemble(config, prompts_of(config, run_dir), run_dir)
-    return experiment, _method(experiment, finished, stage)
-
-
-def _finished(config: RunConfig, run_dir: Path) -> dict[str, Path]:
-    """Where the results of every finished stage lie, in the order of stages; also those taken from `start_from`."""
-    places = {name: place_of(config, run_dir, name) for name in stages(config)}
-    return {name: place for name, place in places.items() if place and directory.is_done(place, name)}
-
-
-def _last(config: RunConfig, run_dir: Path, finished: dict[str, Path]) -> str:
-    own = [name for name in finished if stages(config)[name].steps]
-    if not own:
-        raise ConfigError(f"{run_dir} has no finished stage yet: let train.py run to its end")
-    return own[-1]
+    return experiment, _method(experiment, finished_places(config, run_dir), stage)
 
 
 def _method(experiment: Experiment, finished: dict[str, Path], name: str) -> Method:

@@ -12,7 +12,8 @@ from fgrpo_jax import shards
 from fgrpo_jax.evaluation.evaluate import Prediction
 from fgrpo_jax.run import sharding
 from fgrpo_jax.run.experiment import Experiment, batches_of, initial_params
-from fgrpo_jax.types import Policy, RankingExample
+from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types_of_policies import Policy
 
 _STEP = 64  # padded lengths of prompts are multiples of it, so that few programs are compiled
 

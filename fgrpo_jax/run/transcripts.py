@@ -13,7 +13,8 @@ from fgrpo_jax.evaluation.report_page.browser import LIKELY, Step
 from fgrpo_jax.run import sharding
 from fgrpo_jax.run.experiment import Experiment, encoded_parts
 from fgrpo_jax.run.judge import Opened
-from fgrpo_jax.types import PHASES, TRAINED, Policy, PyTree, Rollout, Turns
+from fgrpo_jax.types import PHASES, TRAINED, PyTree, Rollout, Turns
+from fgrpo_jax.types_of_policies import Policy
 
 
 def steppable(run: Opened) -> list[str]:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fgrpo_jax import policies
@@ -29,6 +29,7 @@ class Registries(NamedTuple):
     """The names that exist, handed to `validate` by train.py."""
 
     datasets: frozenset[str]
+    raw_files: Callable[[str], str | None]  # those that a data set needs, in words; None: it is made
     rewards: frozenset[str]
     objectives: Mapping[str, Sequence[str]]  # with the options each one reads
     schemes: Mapping[str, Sequence[str]]  # of credit, with the options that each one reads
@@ -84,8 +85,11 @@ def validate(config: RunConfig, known: Registries) -> None:
 
 def problems_of(config: RunConfig, known: Registries) -> list[str]:
     """What is wrong with a configuration, each problem with what to change; empty where it can run."""
-    known = known._replace(rewards=known.rewards | policies.learned_rewards(config))
-    return wrong_types(config) or _impossible(config, known)
+    if problems := wrong_types(config):
+        return problems
+    there = known.rewards | policies.learned_rewards(config)
+    own = [name for name, _, _ in config.reward.own]
+    return _impossible(config, known._replace(rewards=there.union(own))) + _check_own(config.reward, there)
 
 
 def check_types(config: RunConfig) -> None:
@@ -96,12 +100,12 @@ def check_types(config: RunConfig) -> None:
 def check_data(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what reading and judging data need, `data` and `eval`, and of the types of all fields."""
     check_types(config)
-    _refuse(data_problems(config, known.datasets) + own_data_problems(config) + _check_eval(config.eval, known))
+    _refuse(data_problems(config, known) + own_data_problems(config) + _check_eval(config.eval, known))
 
 
 def check_evaluation(config: RunConfig, known: Registries) -> None:
     """As `validate`, of what an evaluation changes: `data` and `eval`."""
-    problems = data_problems(config, known.datasets) + unread(config.data, ["pool"])
+    problems = data_problems(config, known) + unread(config.data, ["pool"])
     _refuse([*problems, *_check_eval(config.eval, known), *_check_rewards(config), *_check_prompted(config)])
 
 
@@ -114,7 +118,7 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     problems = [
         *_check_versus(config),
         *policies.problems(config),
-        *data_problems(config, known.datasets),
+        *data_problems(config, known),
         *own_data_problems(config),
         *_check_eval(config.eval, known),
         *_check_rewards(config),
@@ -126,9 +130,9 @@ def _impossible(config: RunConfig, known: Registries) -> list[str]:
     if config.seed < 0:
         problems.append(f"seed={config.seed} must not be negative")
     problems += _check_places(config)
-    if config.log_every < 1 or config.checkpoint.every < 1 or config.checkpoint.keep < 1:
-        problems.append("log_every, checkpoint.every and checkpoint.keep must be at least 1")
-    return problems
+    c = config.checkpoint
+    counts = {"log_every": config.log_every, "checkpoint.every": c.every, "checkpoint.keep": c.keep}
+    return problems + [f"{name}={value} must be at least 1" for name, value in counts.items() if value < 1]
 
 
 def _check_places(config: RunConfig) -> list[str]:
@@ -183,11 +187,13 @@ def _check_eval(e: EvalConfig, known: Registries) -> list[str]:
     whole = known.whole_metrics | known.more_whole_metrics.intersection(e.metrics)
     problems += unknown("eval.metric", [e.metric], whole | cut)
     problems += unknown("eval.baselines", e.baselines, known.baselines)
-    if e.batch_queries < 1 or e.bootstrap < 1 or min(e.queries, e.train_queries, e.transcripts) < 0:
-        problems.append(
-            "eval.batch_queries, eval.bootstrap must be positive, eval.queries, eval.train_queries, eval.transcripts "
-            "not negative"
-        )
+    for least, meaning, names in (
+        (1, "", ("batch_queries", "bootstrap")),
+        (0, "; 0: all of them", ("queries", "train_queries")),
+        (0, "; 0: none", ("transcripts",)),
+    ):
+        values = {name: getattr(e, name) for name in names}
+        problems += [f"eval.{n}={v} must be at least {least}{meaning}" for n, v in values.items() if v < least]
     if not e.cutoffs or min(e.cutoffs) < 1:
         problems.append(f"eval.cutoffs={e.cutoffs} must hold positive numbers")
     return problems
@@ -207,6 +213,18 @@ def _check_rewards(config: RunConfig) -> list[str]:
         for name in asked
         if name in learned and credited(config, name) is None
     ]
+
+
+def _check_own(r: RewardConfig, there: frozenset[str]) -> list[str]:
+    """there: the names of the other rewards."""
+    problems, names = [], [name for name, _, _ in r.own]
+    for name, _, place in r.own:
+        if name in there or names.count(name) > 1:
+            problems.append(f"reward.own: another reward is called {name!r} too: choose another name")
+        where, _, function = place.rpartition(":")
+        if not where or not function.isidentifier():
+            problems.append(f"reward.own: {name!r} is at {place!r}: write FILE.py:FUNCTION or MODULE:FUNCTION")
+    return problems
 
 
 def _check_reward(r: RewardConfig) -> list[str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from fgrpo_jax.config import DataConfig, InteractionsConfig, IrConfig, RunConfig
 from fgrpo_jax.config_files import differences
+
+if TYPE_CHECKING:
+    from fgrpo_jax.run.validation import Registries
 
 # Settings of `data` that only some data sets read.
 _READERS = {
@@ -33,9 +37,9 @@ def unknown(where: str, names: Iterable[str], known: frozenset[str]) -> list[str
     return [f"{where}: {name!r} is not one of {listed}" for name in names if name not in known]
 
 
-def data_problems(config: RunConfig, datasets: frozenset[str]) -> list[str]:
-    """Of what every data set has; datasets: the names that exist."""
-    d, problems = config.data, unknown("data.name", [config.data.name], datasets)
+def data_problems(config: RunConfig, known: Registries) -> list[str]:
+    """Of what every data set has."""
+    d, problems = config.data, unknown("data.name", [config.data.name], known.datasets)
     if d.prompt_buckets != "auto" and not _ascending(d.prompt_buckets):
         problems.append(f"data.prompt_buckets={d.prompt_buckets} must be ascending, distinct and positive")
     if d.pool_size < 2:
@@ -48,8 +52,8 @@ def data_problems(config: RunConfig, datasets: frozenset[str]) -> list[str]:
         problems.append(f"data.history_dropout={d.history_dropout} must be in [0, 1)")
     if d.history_max < 1:
         problems.append(f"data.history_max={d.history_max} must be at least 1")
-    if d.name in datasets - {"synthetic", "next_item", "categories", "goalrank_world"} and not d.manual_dir:
-        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder")
+    if d.name in known.datasets and not d.manual_dir and (needed := known.raw_files(d.name)):
+        problems.append(f"data.name={d.name!r} reads files: set data.manual_dir to their folder, of {needed}")
     return problems
 
 

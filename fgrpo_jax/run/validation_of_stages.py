@@ -37,12 +37,16 @@ def check_stage(name: str, s: StageConfig, known: Registries) -> list[str]:
     if not 0 <= s.subset[0] < s.subset[1] <= 1:
         problems.append(f"{name}.subset={s.subset}: need 0 <= low < high <= 1")
     if s.objective.epochs < 1:
-        problems.append(f"{name}.objective.epochs must be at least 1")
+        problems.append(f"{name}.objective.epochs={s.objective.epochs} must be at least 1")
     if s.patience < 0:
-        problems.append(f"{name}.patience must not be negative; 0: never stop early")
+        problems.append(f"{name}.patience={s.patience} must not be negative; 0: never stop early")
     o = s.objective
-    if not (0 <= o.kl_weight < math.inf and 0 <= o.clip_low < 1 and o.clip_high >= 0):
-        problems.append(f"{name}.objective: kl_weight and clips must be >= 0 and finite, and clip_low < 1")
+    if not 0 <= o.kl_weight < math.inf:
+        problems.append(f"{name}.objective.kl_weight={o.kl_weight} must be >= 0 and finite; 0: no KL term")
+    if not 0 <= o.clip_low < 1:
+        problems.append(f"{name}.objective.clip_low={o.clip_low} must be in [0, 1), as ratios are clipped at 1 less it")
+    if not o.clip_high >= 0:
+        problems.append(f"{name}.objective.clip_high={o.clip_high} must be >= 0; inf: ratios are not clipped above")
     if o.kl_reference != "start" and not o.kl_weight:
         problems.append(
             f"{name}.objective.kl_reference={o.kl_reference!r}: only a KL term reads it; set {name}.objective.kl_weight"
@@ -74,8 +78,10 @@ def _check_optim(where: str, o: OptimConfig) -> list[str]:
             problems.append(f"{where}.{field}={value} must be positive")
     if not (0 <= o.b1 < 1 and 0 <= o.b2 < 1):
         problems.append(f"{where}: b1={o.b1} and b2={o.b2} must be in [0, 1)")
-    if not (o.warmup_steps >= 0 and 0 <= o.weight_decay < math.inf):
-        problems.append(f"{where}: warmup_steps and weight_decay must be finite and not negative")
+    if o.warmup_steps < 0:
+        problems.append(f"{where}.warmup_steps={o.warmup_steps} must not be negative; 0: none")
+    if not 0 <= o.weight_decay < math.inf:
+        problems.append(f"{where}.weight_decay={o.weight_decay} must be finite and not negative; 0: none")
     return problems
 
 
@@ -129,8 +135,13 @@ def _check_scheme(name: str, s: StageConfig, known: Registries) -> list[str]:
             for phase, reward, _ in c.terms
             if known.sums.get(reward) != phase
         ]
-    if c.scheme in known.imitating and any(weight < 0 for _, _, weight in c.terms):
-        problems.append(f"{where} cannot imitate what is not wanted: give {name}.credit.terms weights above 0")
+    if c.scheme in known.imitating:
+        problems += [
+            f"{where} imitates what weights above 0 say is wanted, and that of ({phase}, {reward}) is {weight}: "
+            f"raise it, or leave the term out of {name}.credit.terms"
+            for phase, reward, weight in c.terms
+            if weight <= 0
+        ]
     if c.scheme in known.by_choice and s.objective.epochs > 1:
         problems.append(f"{where} is on policy: {name}.objective.epochs must be 1, not {s.objective.epochs}")
     return problems

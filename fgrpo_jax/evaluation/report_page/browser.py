@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fgrpo_jax.evaluation.evaluate import ERRORS, Evaluation
+from fgrpo_jax.evaluation.report_page.markup import cut
 from fgrpo_jax.types import RankingExample
 
 CUTS = (2000, 800, 320, 160, 80)  # characters kept of a text: the first at which all texts together fit
@@ -56,10 +57,6 @@ def cut_for(texts: Sequence[str], budget: int = BUDGET) -> int:
     """The characters of a text that are kept."""
     fits = (size for size in CUTS if sum(min(len(text), size) for text in texts) <= budget)
     return next(fits, CUTS[-1])
-
-
-def cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 1] + "…"
 
 
 def content(evaluation: Evaluation, metric: str, transcripts: Transcripts) -> dict[str, object]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fgrpo_jax.evaluation.report_page.markup import escape, tag, void
+from fgrpo_jax.evaluation.report_page.markup import cut, escape, tag, void
 
 COLOURS, DASHES = 8, ("", " dashed", " dotted")
 _WIDTH, _HEIGHT = 340, 180
@@ -130,7 +130,7 @@ def intervals(title: str, rows: Sequence[Interval], unit: str) -> str:
     for i, row in enumerate(rows):
         y = top + line * (i + 0.5)
         apart = "c2" if row.low > 0 else "c4" if row.high < 0 else "c7"
-        parts.append(_text(left - 8, y + 4, _cut(row.label, 19), "end", "name"))
+        parts.append(_text(left - 8, y + 4, cut(row.label, 19), "end", "name"))
         parts.append(void("line", x1=f"{across(row.low):.1f}", x2=f"{across(row.high):.1f}", y1=y, y2=y,
                           class_=f"line {apart}"))  # fmt: skip
         parts.append(void("circle", cx=f"{across(row.point):.1f}", cy=y, r=4, class_=apart))
@@ -165,7 +165,7 @@ def reaches(title: str, rows: Sequence[Reach]) -> str:
     for i, row in enumerate(rows):
         y = top + line * (i + 0.5)
         got, slate, best = (f"{across(v):.1f}" for v in (row.got, row.slate, row.best))
-        parts.append(_text(left - 8, y + 4, _cut(row.label, 19), "end", "name"))
+        parts.append(_text(left - 8, y + 4, cut(row.label, 19), "end", "name"))
         parts.append(void("line", x1=slate, x2=best, y1=y, y2=y, class_="lost-slate"))
         parts.append(void("line", x1=got, x2=slate, y1=y, y2=y, class_="lost-rank"))
         parts.append(void("circle", cx=got, cy=y, r=5, class_="c0"))
@@ -177,7 +177,3 @@ def reaches(title: str, rows: Sequence[Reach]) -> str:
     legend = "".join(tag("li", tag("span", "", class_=f"dot {c}") + escape(text)) for c, text in signs)
     caption = tag("figcaption", tag("b", escape(title)) + tag("ul", legend, class_="legend"))
     return tag("figure", caption + drawn, class_="wide")
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 1] + "…"

@@ -14,6 +14,11 @@ def escape(text: object) -> str:
     return html.escape(_CONTROL.sub("\ufffd", str(text)), quote=True)
 
 
+def cut(text: str, size: int) -> str:
+    """At most so many characters, the last one an ellipsis where it is longer."""
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
 def tag(name: str, content: str = "", **attributes: object) -> str:
     """An element; `content` is markup. Attributes are escaped; `class_` is class, `_` in a name is `-`."""
     return f"<{name}{_written(attributes)}>{content}</{name}>"

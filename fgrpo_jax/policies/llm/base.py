@@ -55,7 +55,10 @@ def check(config: Config, ours: Path, theirs: Path) -> None:
             f"link to it, at {ours / 'base'}"
         )
     if fingerprint(where) != said["weights"]:
-        raise ConfigError(f"{theirs} holds adapters of {said['checkpoint']}, and {where} has other weights")
+        raise ConfigError(
+            f"{theirs} holds adapters of {said['checkpoint']}, and {where} has other weights: put the checkpoint that "
+            f"they were trained on, or a link to it, at {ours / 'base'}"
+        )
 
 
 def fingerprint(where: str) -> str:

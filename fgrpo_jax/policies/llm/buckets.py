@@ -19,7 +19,8 @@ from fgrpo_jax.config import Config, ConfigError, StageConfig
 from fgrpo_jax.data.batches import evaluation_examples, make_batches
 from fgrpo_jax.data.datasets import Dataset
 from fgrpo_jax.files import read_json, write_atomically
-from fgrpo_jax.types import PolicyFiles, RankingExample
+from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types_of_policies import PolicyFiles
 
 SAMPLE, AT_ONCE = 2048, 512  # training queries looked at for the shorter buckets; prompts encoded in one call
 QUANTILES = (0.5, 0.9)

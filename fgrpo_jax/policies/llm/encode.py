@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fgrpo_jax.config import Config
-from fgrpo_jax.data.batches import bucket
+from fgrpo_jax.data.batches import bucket, round_up
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.policies.llm import prompts, serving, transcript
 from fgrpo_jax.policies.llm.query import Query
@@ -52,8 +52,8 @@ def encode(
     size = max(bucket(len(ids), config.data.prompt_buckets, e.query_id) for ids, e in zip(tokens, examples))
     names = [_identifiers(grammar, tokenizer, t.identifier, known, e) for e in examples]
     n_candidates = np.array([len(e.candidates) for e in examples], np.int32)
-    width = _round_up(max(t.identifier_width, *(len(name) for pool in names for name in pool)))
-    most = _round_up(int(n_candidates.max()))
+    width = round_up(max(t.identifier_width, *(len(name) for pool in names for name in pool)))
+    most = round_up(int(n_candidates.max()))
     nothing = blank(grammar)
     prompt = np.full((len(examples), size), nothing.prompt)
     identifiers = np.full((len(examples), most, width), nothing.identifiers)
@@ -106,8 +106,3 @@ def check_width(query_id: str, item: str, name: Sequence[int]) -> None:
             f"query {query_id!r}: the text of candidate {item!r}, which names it, has {len(name):,} tokens, more than "
             f"{LONGEST_NAME}: shorten it, or train with transcript.identifier='index'"
         )
-
-
-def _round_up(n: int) -> int:
-    """A multiple of 4 from 4 on, so that few array shapes (and programs) occur."""
-    return n if n < 4 else -(-n // 4) * 4

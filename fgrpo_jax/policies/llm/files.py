@@ -21,7 +21,8 @@ from fgrpo_jax.models import decoder, flash, gguf, hf, hf_config, peft
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.models.lora import Lora, join, smallest_side
 from fgrpo_jax.policies.llm import base, prompts, tokenizers
-from fgrpo_jax.types import PolicyFiles, PyTree
+from fgrpo_jax.types import PyTree
+from fgrpo_jax.types_of_policies import PolicyFiles
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from

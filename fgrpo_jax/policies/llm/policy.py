@@ -27,7 +27,8 @@ from fgrpo_jax.policies.llm import (
 from fgrpo_jax.policies.llm.encode import blank, encode
 from fgrpo_jax.policies.llm.files import ends_of_answers, policy_files
 from fgrpo_jax.policies.llm.query import Query
-from fgrpo_jax.types import Base, Footprint, Policy, PyTree, num_params
+from fgrpo_jax.types import PyTree, num_params
+from fgrpo_jax.types_of_policies import Base, Footprint, Policy
 
 
 def make(

@@ -53,7 +53,6 @@ def sample(sampler: Sampler, params: PyTree, query: Query, key: Array | None, gr
     length = grammar.length(n_candidates, width)
     options = masks.choices(grammar, query)
     rows_BUD = head.choice_rows(params, options.tokens) if constrained else None
-    last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
 
     def body(loop: _Loop) -> _Loop:
         hidden_BGD, cache = decoder.decode_step(spec, weights, prompt, loop.cache, loop.token, loop.t)
@@ -79,18 +78,22 @@ def sample(sampler: Sampler, params: PyTree, query: Query, key: Array | None, gr
     def unfinished(loop: _Loop) -> Array:
         return (loop.t < length) & (loop.state.at != transcript.FINISHED).any()
 
-    shape = (batch, group, length)
-    first = _Loop(
+    done = jax.lax.while_loop(unfinished, body, _begin(spec, grammar, query, (batch, group, length)))
+    return Rollout(done.actions, done.phase, done.logp), transcript.finish(done.state)
+
+
+def _begin(spec: decoder.DecoderSpec, grammar: transcript.Grammar, query: Query, shape: tuple[int, int, int]) -> _Loop:
+    """Before the first token; shape: [B,G,T] of the transcripts."""
+    last_B = jnp.take_along_axis(query.prompt, query.prompt_len[:, None] - 1, 1)[:, 0]
+    return _Loop(
         t=jnp.int32(0),
-        token=jnp.broadcast_to(last_B[:, None], (batch, group)),
+        token=jnp.broadcast_to(last_B[:, None], shape[:2]),
         cache=decoder.empty_cache(spec, *shape),
-        state=transcript.start(grammar, query, group),
+        state=transcript.start(grammar, query, shape[1]),
         actions=jnp.full(shape, grammar.eos, jnp.int32),
         phase=jnp.full(shape, UNTRAINED, jnp.int32),
         logp=jnp.zeros(shape, jnp.float32),
     )
-    done = jax.lax.while_loop(unfinished, body, first)
-    return Rollout(done.actions, done.phase, done.logp), transcript.finish(done.state)
 
 
 def _next_token(

@@ -13,7 +13,8 @@ from fgrpo_jax.policies.llm.files import has_tokenizer, keeping_beginning, load_
 from fgrpo_jax.policies.llm.policy import make
 from fgrpo_jax.policies.llm.prompted import unprompted
 from fgrpo_jax.policies.llm.validation import problems
-from fgrpo_jax.types import Policy, RankingExample, Selection
+from fgrpo_jax.types import RankingExample
+from fgrpo_jax.types_of_policies import Policy, Selection
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections", "unprompted"]
 

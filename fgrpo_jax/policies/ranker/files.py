@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fgrpo_jax.config import ConfigError
 from fgrpo_jax.files import read_json, write_atomically
 from fgrpo_jax.policies.ranker.network import RankerSpec
-from fgrpo_jax.types import PolicyFiles
+from fgrpo_jax.types_of_policies import PolicyFiles
 
 _ITEMS = "items.json"
 # Not described: how it is computed, which may differ, and what the policies of one run differ in.
@@ -48,15 +48,20 @@ def policy_files(spec: RankerSpec, catalogue: Catalogue) -> PolicyFiles:
         if found is None:
             raise ConfigError(f"{run_dir} holds no {_ITEMS}: give its training command again, which writes it")
         if found.items != catalogue.items:
-            raise ConfigError(f"{run_dir} numbers other items, so its networks cannot read these data")
+            alone = len({*found.items} ^ {*catalogue.items})
+            raise ConfigError(
+                f"{run_dir} numbers other items than these data have ({len(found.items):,} and "
+                f"{len(catalogue.items):,}, {alone:,} of one alone), so its networks cannot read them: restore the "
+                "data that it was trained on, or train anew in another run_dir"
+            )
         if found.counts != catalogue.counts:
             raise ConfigError(
                 f"{run_dir} was trained on other queries: how often they take each item ({_ITEMS}), which its networks "
-                "read, differs from these data"
+                "read, differs from these data: restore those, or train anew in another run_dir"
             )
         theirs = read_json(run_dir / _ITEMS, ("sizes",))["sizes"]
         if differing := [name for name in sizes if theirs.get(name) != sizes[name]]:
             lines = "; ".join(f"{name}: {theirs.get(name)} -> {sizes[name]}" for name in differing)
-            raise ConfigError(f"{run_dir} holds another ranker: {lines}")
+            raise ConfigError(f"{run_dir} holds another ranker: {lines}; configure it as it was, or train anew")
 
     return PolicyFiles(save, check, {})

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import flax.struct
 import numpy as np
 
+from fgrpo_jax.data.batches import round_up
 from fgrpo_jax.data.datasets import DataError
 from fgrpo_jax.types import Array, RankingExample
 
@@ -86,7 +87,7 @@ def _encode(
     def rows(values: Sequence[Sequence], like: np.ndarray, width: int = 1) -> np.ndarray:
         """As wide as the longest, or as `width` is."""
         lengths = np.fromiter(map(len, values), np.int32, len(values))
-        made = np.full((len(values), _round_up(max(width, *lengths))), like.flat[0], like.dtype)
+        made = np.full((len(values), round_up(max(width, *lengths))), like.flat[0], like.dtype)
         there = np.arange(made.shape[1]) < lengths[:, None]
         made[there] = np.fromiter(itertools.chain.from_iterable(values), like.dtype, lengths.sum())
         return made
@@ -95,11 +96,11 @@ def _encode(
         """One list after the other, `list_length` places each."""
         each = rows([x for of_query in values for x in of_query] or [()], like, list_length)[:, :list_length]
         counts = np.fromiter(map(len, values), np.int32, len(values))
-        made = np.full((len(values), _round_up(max(1, *counts)), list_length), like.flat[0], like.dtype)
+        made = np.full((len(values), round_up(max(1, *counts)), list_length), like.flat[0], like.dtype)
         made[np.arange(made.shape[1]) < counts[:, None]] = each[: counts.sum()]
         return made
 
-    width = _round_up(max(map(len, pools)))
+    width = round_up(max(map(len, pools)))
     of_pools = functools.partial(rows, width=width)  # as wide as the pools, also where no example has such values
 
     candidates = of_pools(pools, empty.candidates)
@@ -155,8 +156,3 @@ def _standardised(scores: Sequence[Sequence[float]]) -> list[np.ndarray]:
         for i, of_pool in zip(mine, result.astype(np.float32), strict=True):
             made[i] = of_pool
     return made
-
-
-def _round_up(n: int) -> int:
-    """A multiple of 4 from 4 on, so that few array shapes (and programs) occur."""
-    return n if n < 4 else -(-n // 4) * 4

@@ -22,7 +22,8 @@ from fgrpo_jax.policies.ranker.query import RankerQuery, blank, encoder
 from fgrpo_jax.policies.ranker.rerankers import SCORERS
 from fgrpo_jax.policies.ranker.validation import problems
 from fgrpo_jax.stages import stages
-from fgrpo_jax.types import RANK, Policy, PyTree, Selection, num_params
+from fgrpo_jax.types import RANK, PyTree, num_params
+from fgrpo_jax.types_of_policies import Policy, Selection
 
 __all__ = ["REWARDS", "policies", "problems", "selected", "selections"]
 
