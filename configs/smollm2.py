@@ -5,7 +5,7 @@
     python train.py configs/smollm2.py:scratch     # the same architecture and SFT from random weights
 
 Low-rank adapters are trained; from random weights everything is, at a lower rate. 300 test queries, three seeds:
-NDCG@3 65.8 after SFT, 71.7 after F-GRPO (Random 23), in an hour of CPU time.
+NDCG@3 65.8 after SFT, 71.7 after F-GRPO (Random 23), in 21 minutes on two cores.
 """
 
 import dataclasses
