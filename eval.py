@@ -278,10 +278,10 @@ def _places(example: RankingExample, shown: RankingExample) -> list[int]:
 
 
 def _answers(run: Opened, settings: EvalConfig, examples) -> dict[str, list[Prediction]]:
-    """The rows that eval.prompted asks for; none, which is said, where what the run started from is not there."""
+    """The rows that eval.prompted asks for; none, which is said, where what the run started from cannot be asked."""
     try:
         found = answered(run.experiment, settings.prompted, run.shown)
-    except ModelFilesError as error:
+    except (ModelFilesError, ConfigError) as error:
         if settings.versus in settings.prompted:
             raise
         note(f"no row {' and '.join(settings.prompted)}: {error}")

@@ -29,7 +29,7 @@ import eval as evaluation
 from fgrpo_jax import shards
 from fgrpo_jax.algorithm import advantages, rewards
 from fgrpo_jax.algorithm.credit import SCHEMES
-from fgrpo_jax.algorithm.objectives import OBJECTIVES, has_ratio, options, with_values
+from fgrpo_jax.algorithm.objectives import OBJECTIVES, options, reads_old_logp, with_values
 from fgrpo_jax.algorithm.update import by_parts, describe, make_optimizer, make_update, state_shardings
 from fgrpo_jax.config_files import as_dict, to_json
 from fgrpo_jax.data import datasets
@@ -80,7 +80,7 @@ def make_step(experiment, policy, stage):
         batch = advantages.make_batch(query, rollout, reward_BGR, credit, loss.weighting)
         turns = turns_of(params, frozen, query, rollout) if scheme.by_item else None
         batch = scheme.assign(credit, config.reward.k, broken, batch, lists, turns)
-        if loss.epochs > 1 and has_ratio(loss.name):  # to the policy before the first of several updates
+        if loss.epochs > 1 and reads_old_logp(loss.name):  # to the policy before the first of several updates
             batch = batch.replace(old_logp=logprobs(params, frozen, query, rollout))
         if loss.kl_weight:
             batch = batch.replace(ref_logp=reference_logprobs(frozen["reference"], frozen, query, rollout))

@@ -113,13 +113,16 @@ def _mapped(
     # An axis of one is ours too: kernels can only be where nothing is left for XLA to split.
     ours = {*QUERY_AXES, *(axis for axis in AXES if mesh.shape[axis] == 1)}
 
+    def place_of(name: str, tree: PyTree) -> PyTree:
+        return beside_at.get(name, params_at) if jax.tree.leaves(tree) else tree  # no parameters lie nowhere
+
     @functools.wraps(function)
     def mapped(params: PyTree, frozen: PyTree, *batch: PyTree):
         rows = jax.tree.map(lambda x: PartitionSpec() if _is_key(x) else PartitionSpec(QUERY_AXES), batch)
         return jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(params_at, {name: beside_at.get(name, params_at) for name in frozen}, *rows),
+            in_specs=(params_at, {name: place_of(name, tree) for name, tree in frozen.items()}, *rows),
             out_specs=out_specs(params_at),
             axis_names=ours,
             check_vma=False,  # see over_tensor

@@ -62,6 +62,25 @@ def test_a_chat_template_has_its_own():
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
+THINKING = CHAT + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def test_a_run_keeps_the_turns_of_its_chat(tmp_path):
+    """Also one of an earlier version, which recorded none and let templates have models think first."""
+    tokenizer, config = with_bos(), Config(prompt=PromptConfig(chat=True))
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    record = tmp_path / "prompt_begins.json"
+    record.write_text(json.dumps({"begins": [], "turn": "<bos><user>a<a><think></think>"}))
+    assert files.keeping_beginning(config, tokenizer, tmp_path).prompt.chat
+    record.write_text(json.dumps({"begins": []}))
+    with pytest.raises(ConfigError, match="prompts began as '<bos><user>a<a>', and its chat template makes"):
+        files.keeping_beginning(config, tokenizer, tmp_path)
+    assert files.keeping_beginning(Config(), tokenizer, tmp_path) == Config(prompt=PromptConfig(bos=False))
+    tokenizer.chat_template = CHAT  # without thinking it was the same
+    assert files.keeping_beginning(config, tokenizer, tmp_path).prompt.chat
+
+
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_a_model_that_is_asked_in_words_is_given_it_once(template):
     tokenizer = with_bos()

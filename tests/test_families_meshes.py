@@ -20,6 +20,7 @@ MODEL = """
     from fgrpo_jax.shards import by_query, summed
 
     kinds = {{
+        "llama": {{}},
         "gemma3_text": dict(pattern=(LOCAL, FULL), window=4, local_rope_theta=1e3, num_layers=3),
         "qwen3_5_text": dict(pattern=(DELTA, FULL), delta=(2, 4, 8, 6, 4), rotary_fraction=0.25, num_layers=3),
     }}
@@ -64,6 +65,6 @@ MODEL = """
 """
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text"])
 def test_on_eight_devices_rollouts_and_gradients_are_those_of_one(family):
     assert run_on_8_devices(MODEL.format(tests=str(Path(__file__).parent), family=family)) == ["fine"]

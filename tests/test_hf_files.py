@@ -199,6 +199,6 @@ def test_save_replaces_nothing_and_leaves_nothing_half_written(saved, tokenizer,
     assert "exists and is not empty" in refusal(hf.save, folder, SPEC, params, None, tokenizer)
     assert sorted(p.name for p in folder.iterdir()) == before
     incomplete = {**params, "final_norm": None}
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError):
         hf.save(tmp_path / "new", SPEC, incomplete, None, tokenizer)
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bpe import train_bpe
-from helpers import quick_runs, random_params
-from tiny import changed, rows, run_training, tiny_config, write_world
+from helpers import quick_runs, random_params, run_on_8_devices
+from tiny import ROOT, changed, rows, run_training, tiny_config, write_world
 
 import eval as evaluation
 from fgrpo_jax.config import ConfigError, LoraConfig
@@ -258,6 +258,26 @@ def test_the_reference_of_a_kl_term_is_the_start_or_the_base(made, tmp_path):
             assert run_training(changed(config, one | fields | {"run_dir": str(tmp_path / name)})) == 0
         (kl[name],) = (row["kl"] for row in rows(tmp_path / name) if "kl" in row)
     assert abs(kl["start"]) < 1e-6 and abs(kl["new"]) < 1e-6 and kl["base"] > 1e-5, kl
+    run_on_8_devices(ON_A_MESH.format(root=str(ROOT), run=str(tmp_path / "base")))
+    (on_a_mesh,) = (row["kl"] for row in rows(tmp_path / "base_mesh") if "kl" in row)
+    assert on_a_mesh == pytest.approx(kl["base"], rel=1e-3)
+
+
+ON_A_MESH = """
+    import sys
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    from pathlib import Path
+    import jax
+    import eval as evaluation
+    from fgrpo_jax.run import directory
+    from tiny import changed, run_training
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    evaluation.evaluate_run = lambda *paths: None
+    mesh = {{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}}
+    config = directory.read_config(Path({run!r}))
+    assert run_training(changed(config, mesh | {{"run_dir": {run!r} + "_mesh"}})) == 0
+"""
 
 
 def test_the_base_as_reference_needs_adapters_a_term_and_no_memory(made, tmp_path, capsys):

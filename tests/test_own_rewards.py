@@ -1,5 +1,6 @@
 """Rewards in files of the user's: a run that is credited with them, and what is said of those that cannot be used."""
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -111,8 +112,7 @@ def test_functions_that_cannot_be_used(data, tmp_path, capsys, body, message):
     config = changed(tiny_config(data, data.parent / "prepared", tmp_path / "run", rl_steps=1), fields)
     assert run_training(config) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(line)
+    assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
 
 

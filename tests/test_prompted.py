@@ -184,6 +184,23 @@ SPEC = decoder.DecoderSpec(
 )
 
 
+def test_a_template_that_thinks_in_any_case_is_refused_at_the_start(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    write_world(tmp_path / "data", train=8, validation=4, test=1)
+    source, tokenizer = tmp_path / "model", train_bpe(["bytes alone"], SPEC.vocab_size)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    hf.save(source, SPEC, decoder.init(SPEC, jax.random.key(0)), {"model_type": "qwen3"}, tokenizer)
+    config = changed(
+        tiny_config(tmp_path / "data", tmp_path / "prepared", tmp_path / "run", sft_steps=1),
+        {
+            "model.checkpoint": str(source), "tokenizer": str(source), "transcript.identifier": "index",
+            "transcript.separator": " > ", "data.prompt_buckets": (256,), "eval.prompted": ("zero_shot",),
+        },
+    )  # fmt: skip
+    assert run_training(config) == 2
+    assert "eval.prompted: this chat template begins every answer with <think>" in capsys.readouterr().err
+
+
 def test_a_run_has_rows_of_it(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     write_world(tmp_path / "data", train=8, validation=4, test=1)

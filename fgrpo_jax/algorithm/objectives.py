@@ -10,7 +10,7 @@ Every logged value is a `Mean`, so microbatches and hosts add exactly. "loss" is
 action weight: the optimised value itself where the weights sum to 1 (token, phase).
 
 To add an objective, write its builder and add one line to OBJECTIVES. A builder's keywords are its
-options (`options`), each a field of config.ObjectiveConfig.
+options (`options`), each a field of config.ObjectiveConfig. One that has `ratio` reads `batch.old_logp`.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 }
 
 
-def has_ratio(name: str) -> bool:
-    """Whether it weighs actions by how probable they were before its first update: it reads `batch.old_logp`."""
+def reads_old_logp(name: str) -> bool:
+    """Whether it weighs actions by how probable they were before the first of several updates: it has the option
+    `ratio`, and reads `batch.old_logp`, which is not computed for others."""
     return "ratio" in options(name)
 
 

@@ -80,7 +80,8 @@ class RankingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {}
 
     def split_names(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """By default the roles of its files."""
+        return tuple(self.files)
 
     def catalogue(self) -> tuple[Item, ...]:
         return ()

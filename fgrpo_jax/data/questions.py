@@ -13,8 +13,5 @@ class Questions(RankingBuilder, skip_registration=True):
     kind = "qa"
     instruction = "Choose and rank the passages that are needed to answer the question."
 
-    def split_names(self) -> tuple[str, ...]:
-        return tuple(self.files)
-
     def frozen(self, split: str) -> dict[str, Any]:
         return {"seed": None, "negatives": "the paragraphs of the official file, in its order"}

@@ -26,6 +26,7 @@ ALWAYS = {
     "eval.rewards", "eval.versus", "eval.prompted", "eval.transcripts",
     "checkpoint.every", "checkpoint.keep",
 }  # fmt: skip
+CHOOSING = {"eval.queries", "eval.train_queries", "eval.metric"}
 OF_A_STAGE = {"eval_every", "microbatches"}  # at any time
 
 
@@ -54,6 +55,8 @@ def _reason(name: str, old: RunConfig, new: RunConfig, reached: Mapping[str, Rea
     stage, _, field = name.partition(".")
     if name in ALWAYS:
         return None
+    if name in CHOOSING:
+        return "by it checkpoints were chosen; eval.py may be given another"
     if stage not in reached:
         return ""
     if field in OF_A_STAGE:

@@ -30,8 +30,8 @@ The phase in `own` says which list it reads. As other rewards it counts only whe
 "slate" those of the slate, with "rank" all of them; elsewhere stands reward.broken.
 
 Only training calls it, and a run that is resumed needs it unchanged, which nobody checks; evaluating the run, ranking
-with it and exporting it do not need it. A module (my_package.rewards:first_hit) is one that `import` finds on all
-hosts.
+with it and exporting it do not need it. A file stands alone: others beside it are not found; all hosts have the same,
+which is checked. A module (my_package.rewards:first_hit) is one that `import` finds on all hosts, where it is not.
 """
 
 from __future__ import annotations

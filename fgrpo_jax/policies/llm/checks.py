@@ -25,15 +25,17 @@ from fgrpo_jax.types import RankingExample
 def check_training(config: Config, tokenizer, encode: Callable, mesh: Mesh, dataset: Dataset, split: str) -> None:
     """See Policy.check; `encode` is the policy's.
 
-    Raises ConfigError for attention or weights that this machine cannot compute and for pools with more
-    candidates than letters, where these name them; DataError for pools in which two candidates are named by the same
-    text, and for the longest queries of every split where they fit no bucket. Warns of a tokenizer that merges pieces
-    of transcripts, as a query of `split` shows them, and of one whose tokens for the candidates of `split` are not
-    trained.
+    Raises ConfigError for attention or weights that this machine cannot compute, for a chat template that cannot be
+    answered at once, and for pools with more candidates than letters, where these name them; DataError for pools in
+    which two candidates are named by the same text, and for the longest queries of every split where they fit no
+    bucket. Warns of a tokenizer that merges pieces of transcripts, as a query of `split` shows them, and of one whose
+    tokens for the candidates of `split` are not trained.
     """
     check_attention(config.model)
     _check_bfloat16(config.model, mesh)
     _note_rates(config)
+    if config.eval.prompted and tokenizer.chat_template:
+        prompts.asked(tokenizer, "a", "eval.prompted")
     if config.transcript.identifier == "letter":
         _check_letters(dataset, config.data.pool_size)
     if config.transcript.identifier == "text":

@@ -20,13 +20,14 @@ from fgrpo_jax.files import is_address, is_whole, read_json, send, storing, writ
 from fgrpo_jax.models import decoder, flash, gguf, hf, hf_config, peft
 from fgrpo_jax.models.families import FAMILIES
 from fgrpo_jax.models.lora import Lora, join, smallest_side
-from fgrpo_jax.policies.llm import base, prompts, tokenizers
+from fgrpo_jax.policies.llm import base, prompts, serving, tokenizers
 from fgrpo_jax.types import PyTree
 from fgrpo_jax.types_of_policies import PolicyFiles
 
 _LAST = "tokenizer_config.json"  # of the files of tokenizer/, see `send`
 _ORIGINAL = "hf_config.json"  # config.json of the checkpoint the run started from
-_BEGINS = "prompt_begins.json"  # the special tokens before the run's prompts (prompts.beginning)
+_BEGINS = "prompt_begins.json"  # special tokens before the run's prompts (prompts.beginning), and a turn of its chat
+_PROBE = "a"  # the text of that turn
 
 
 def has_tokenizer(run_dir: Path) -> bool:
@@ -44,7 +45,7 @@ def load_tokenizer(config: Config, dataset: Dataset | None, run_dir: Path) -> An
 def keeping_beginning(config: Config, tokenizer: Any, run_dir: Path) -> Config:
     """The configuration, by which the prompts of a run begin as they always did: of an earlier version with nothing.
 
-    Raises ConfigError where the tokenizer puts something else before a text than when the run began.
+    Raises ConfigError where the tokenizer puts something else before a text than when the run began, or around one.
     """
     began = _began(run_dir)
     if began is None:
@@ -55,7 +56,20 @@ def keeping_beginning(config: Config, tokenizer: Any, run_dir: Path) -> Config:
             f"{run_dir}: its prompts began with the tokens {began}, and its tokenizer puts {now} before a text here: "
             "restore its tokenizer/, or take the version of transformers that it began with"
         )
+    if config.prompt.chat and (turn := serving.chat(_PROBE, tokenizer)) != (before := _turn(run_dir, tokenizer)):
+        raise ConfigError(
+            f"{run_dir}: its prompts began as {before!r}, and its chat template makes {turn!r} here: restore its "
+            "tokenizer/, or take the version of this package or of transformers that it began with"
+        )
     return config
+
+
+def _turn(run_dir: Path, tokenizer: Any) -> str:
+    """The probe as the run's prompts have it; earlier versions let templates tell the date, and models think first."""
+    path = run_dir / _BEGINS
+    said = read_json(path) if path.is_file() else {}
+    turns = [{"role": "user", "content": _PROBE}]
+    return said.get("turn") or tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def _began(run_dir: Path) -> list[int] | None:
@@ -175,7 +189,8 @@ def policy_files(
 
     def save(run_dir: Path) -> None:
         if not has_tokenizer(run_dir):  # without it the other file counts for nothing
-            write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins}) + "\n")
+            turn = {"turn": serving.chat(_PROBE, tokenizer)} if config.prompt.chat else {}
+            write_atomically(run_dir / _BEGINS, json.dumps({"begins": begins} | turn) + "\n")
             _save_tokenizer(tokenizer, run_dir)
         source = config.model.checkpoint
         if source and not (run_dir / _ORIGINAL).is_file() and gguf.locate(source).exists():

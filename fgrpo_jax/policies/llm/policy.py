@@ -42,7 +42,9 @@ def make(
     model = weights.model
 
     def logprobs(params, frozen, query, rollout):
-        return sampling.logprobs(sampler, model(params, frozen), query, rollout)
+        alone = weights.base and not jax.tree.leaves(params)  # Base.bare: a tree that its spec is to agree with
+        used = sampler._replace(spec=spec._replace(lora=None)) if alone else sampler
+        return sampling.logprobs(used, model(params, frozen), query, rollout)
 
     def choices(params, frozen, query, rollout):
         return sampling.choices(sampler, model(params, frozen), query, rollout)
