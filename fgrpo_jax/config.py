@@ -74,7 +74,7 @@ class LoraConfig:
         Literal["q", "k", "v", "o", "gate", "up", "down", "delta_qkv", "delta_z", "delta_o"], ...
     ] = ("q", "k", "v", "o", "gate", "up", "down")  # fmt: skip
     """Weights of every layer that have an adapter, where it has them: recurrent layers (qwen3_5_text) have gate, up and
-    down, and delta_qkv, delta_z and delta_o (in_proj_qkv, in_proj_z and out_proj of a checkpoint)."""
+    down, and those that only they have: delta_qkv, delta_z, delta_o (in_proj_qkv, in_proj_z, out_proj in files)."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the checkpoint's weights in memory; model.param_dtype is that of adapters and moments."""
 

@@ -211,6 +211,14 @@ def test_a_rank_that_a_projection_cannot_have_is_refused(made, tmp_path, capsys)
     assert "note: model.lora.rank" not in capsys.readouterr().out
 
 
+def test_projections_that_a_checkpoint_lacks_are_refused(made, tmp_path, capsys):
+    _, config = made
+    fields = {"run_dir": str(tmp_path / "run"), "model.lora.projections": ("q", "delta_qkv", "delta_o")}
+    assert run_training(changed(config, fields)) == 2
+    said = capsys.readouterr().err
+    assert "model.lora.projections: this checkpoint has no delta_qkv and no delta_o in any layer" in said
+
+
 def test_a_whole_checkpoint_trained_at_the_rate_of_adapters_is_said(made, tmp_path, capsys):
     folder, config = made
     fields = {"run_dir": str(tmp_path / "run"), "model.lora.rank": 0, "model.lora.base_dtype": "float32"}

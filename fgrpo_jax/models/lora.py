@@ -57,7 +57,7 @@ def smallest_side(table: PyTree, lora: Lora) -> tuple[str, int]:
         shape, n = table["layers"][name].shape[1:], AXES_IN.get(name, 1)
         return min(math.prod(shape[:n]), math.prod(shape[n:]))
 
-    name = min((name for name in lora.projections if name in table["layers"]), key=side)
+    name = min(lora.projections, key=side)
     return name, side(name)
 
 

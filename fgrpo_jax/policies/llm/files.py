@@ -98,7 +98,7 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
     numerics = _numerics(model)
     if model.checkpoint:
         spec = hf.read_spec(model.checkpoint, lora=base.make_lora(model), **numerics)
-        _check_rank(spec)
+        _check_adapters(spec)
         return spec
     family = FAMILIES[model.family]
     return decoder.DecoderSpec(
@@ -122,14 +122,20 @@ def make_spec(model: ModelConfig, vocab_size: int, run_dir: Path) -> decoder.Dec
     )
 
 
-def _check_rank(spec: decoder.DecoderSpec) -> None:
-    if spec.lora:
-        name, side = smallest_side(decoder.param_table(spec._replace(lora=None)), spec.lora)
-        if spec.lora.rank > side:
-            raise ConfigError(
-                f"model.lora.rank={spec.lora.rank}: projection {name!r} of this checkpoint has no rank above {side}: "
-                f"set at most that, or leave {name!r} out of model.lora.projections"
-            )
+def _check_adapters(spec: decoder.DecoderSpec) -> None:
+    if not spec.lora:
+        return
+    table = decoder.param_table(spec._replace(lora=None))
+    if lacking := [name for name in spec.lora.projections if name not in table["layers"]]:
+        raise ConfigError(
+            f"model.lora.projections: this checkpoint has no {' and no '.join(lacking)} in any layer: leave that out"
+        )
+    name, side = smallest_side(table, spec.lora)
+    if spec.lora.rank > side:
+        raise ConfigError(
+            f"model.lora.rank={spec.lora.rank}: projection {name!r} of this checkpoint has no rank above {side}: "
+            f"set at most that, or leave {name!r} out of model.lora.projections"
+        )
 
 
 def saved_spec(run_dir: Path, model: ModelConfig) -> decoder.DecoderSpec | None:
