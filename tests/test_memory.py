@@ -4,16 +4,22 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from one_step import build
 from tiny import changed
 
 import train
 from fgrpo_jax.config import ConfigError
+from fgrpo_jax.models import decoder
+from fgrpo_jax.models.families import FAMILIES
+from fgrpo_jax.models.memory import activations
+from fgrpo_jax.policies.llm import sampling
+from fgrpo_jax.policies.llm.query import Query
 from fgrpo_jax.run import host_memory, memory
 from fgrpo_jax.run.checks import check_training
 from fgrpo_jax.run.experiment import assemble, plan
-from fgrpo_jax.types import num_params
+from fgrpo_jax.types import Rollout, num_params
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,28 @@ def test_microbatches_and_remat_lessen_what_is_kept(experiment):
     assert usual["caches"] == tokens * of_token * 4
     assert usual["copies"] == 4 * num_params(experiment.policy("rl").table)  # gathered and cast to decode with
     assert kept(model__dtype="bfloat16")["copies"] == usual["copies"] / 2
+
+
+def test_recurrent_layers_are_told_as_compiled_programs_have_them(grammar):
+    """In bfloat16, of which they make float32: what the gradient of log-probabilities keeps, within a third."""
+    layers = {"pattern": (decoder.DELTA, decoder.FULL), "delta": (2, 4, 16, 16, 4), "rotary_fraction": 0.25}
+    spec = decoder.DecoderSpec(64, 32, 7, 4, 2, 8, 64, remat=True, dtype="bfloat16", **FAMILIES["qwen3_5_text"].spec)
+    spec, sampler_grammar = spec._replace(**layers), grammar._replace(slate_min=10, slate_max=10)
+    queries, prompt, group, pool = 4, 64, 4, 20
+    length = sampler_grammar.length(pool, 2)
+
+    def zeros(*shape, dtype=np.int32):
+        return np.zeros(shape, dtype)
+
+    query = Query(
+        zeros(queries, prompt), zeros(queries), zeros(queries, pool, 2), zeros(queries, pool, dtype=np.float32),
+        zeros(queries),
+    )  # fmt: skip
+    rollout = Rollout(*(zeros(queries, group, length, dtype=dtype) for dtype in (np.int32, np.int32, np.float32)))
+    sampler = sampling.Sampler(spec, sampler_grammar, True)
+    gradient = jax.jit(jax.grad(lambda params: sampling.logprobs(sampler, params, query, rollout).sum()))
+    keeps = gradient.lower(decoder.shapes(spec)).compile().memory_analysis().temp_size_in_bytes
+    assert activations(spec, queries, prompt, group, length) == pytest.approx(keeps, rel=0.33)
 
 
 def test_a_cpu_has_its_share_of_what_is_available(monkeypatch):
