@@ -14,6 +14,7 @@ from tiny import changed, rows, run_training, tiny_config, write_world
 import eval as evaluation
 from fgrpo_jax.algorithm.rewards import broken_values, term_rewards
 from fgrpo_jax.run import own_rewards
+from fgrpo_jax.run.command import parse_run
 from fgrpo_jax.run.experiment import KNOWN
 from fgrpo_jax.run.ranking import Ranker
 from fgrpo_jax.run.validation import problems_of
@@ -154,3 +155,12 @@ def test_a_reward_of_the_slate_outlives_a_broken_ranking(of_slate):
     own = {"own": lambda k: lambda lists, query, frozen: jnp.full((1, 2), 0.5)}
     reward = term_rewards(credit, lists, None, {}, 1, broken, own)
     np.testing.assert_array_equal(reward[..., 0], [[0.5, 0.5 if of_slate else -1.0]])
+
+
+def test_they_are_named_on_the_command_line():
+    arguments = ["--reward.own", "first_hit", "rank", "my_rewards.py:first_hit", "found", "slate", "mine.rewards:found"]
+    config, _ = parse_run(arguments, "")
+    assert config.reward.own == (
+        ("first_hit", "rank", "my_rewards.py:first_hit"),
+        ("found", "slate", "mine.rewards:found"),
+    )
