@@ -12,6 +12,7 @@ import jax
 import pytest
 from tiny import quick_programs
 
+from fgrpo_jax.errors import ModelFilesError
 from fgrpo_jax.evaluation import report
 from fgrpo_jax.evaluation.report_page import training
 from fgrpo_jax.models import decoder
@@ -118,3 +119,11 @@ def quick_runs(curves=False):
         if not curves:
             patch.setattr(training, "section", lambda logs: "")
         yield
+
+
+def refusal(call, *args, **kwargs):
+    """The text, one line, of the ModelFilesError that a call ends with."""
+    with pytest.raises(ModelFilesError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

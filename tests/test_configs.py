@@ -102,6 +102,20 @@ def test_the_pretrained_model_is_compared_with_its_like_from_random_weights():
         load_file(f"{ROOT / 'configs' / 'smollm2.py'}:x")
 
 
+@pytest.mark.parametrize("name", ["qwen", "musique"])
+def test_adapters_differ_from_the_whole_model_in_what_suits_them(name):
+    path = ROOT / "configs" / f"{name}.py"
+    whole, adapters = load_file(f"{path}"), load_file(f"{path}:lora")
+    for config in (whole, adapters):
+        validate(config, KNOWN)
+    assert set(differences(whole, adapters)) == {
+        "run_dir", "prompt.chat", "model.lora.rank", "model.lora.base_dtype",
+        "sft.optim.learning_rate", "rl.optim.learning_rate",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no variant 'x', only lora"):
+        load_file(f"{path}:x")
+
+
 @pytest.mark.parametrize("name", ["ml1m", "hotpotqa", "musique"])
 def test_it_is_configured_for_real_data_on_either_machine(name):
     path = ROOT / "configs" / "smollm2_real.py"

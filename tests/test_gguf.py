@@ -1,27 +1,19 @@
-"""GGUF files are the checkpoints they were made of; broken and foreign ones are refused by name."""
+"""GGUF files are the checkpoints they were made of."""
 
 import functools
 import json
-import sys
 
 import gguf as library
 import jax
 import numpy as np
 import pytest
-from bpe import train_bpe
-from helpers import quick_jit
-from write_gguf import write_gguf
+from helpers import quick_jit, refusal
+from write_gguf import NUMERICS, directories, load_tokenizer, rewritten, write_gguf
 
-from fgrpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, PromptConfig, TranscriptConfig
-from fgrpo_jax.errors import ModelFilesError
+from fgrpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, PromptConfig
 from fgrpo_jax.models import decoder, gguf, head, hf
-from fgrpo_jax.models.families import FAMILIES
-from fgrpo_jax.policies.llm import files, prompts, tokenizers
+from fgrpo_jax.policies.llm import files, prompts
 
-NUMERICS = {
-    "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
-}  # fmt: skip
-WORDS = "amber basil cedar delta ember fjord grove heron ivory jetty kelp lotus maple north olive".split()
 TEXTS = [
     "amber and basil",
     "  two  blanks\n\nand lines\t", "12 345 [7] > [12]", "it's Amber's, isn't it?",
@@ -32,21 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A Hugging Face directory of every family, with random weights."""
-    tokenizer = train_bpe([" ".join(WORDS)] * 3, 320)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    found = {}
-    for number, family in enumerate(gguf.FAMILIES):
-        found[family] = tmp_path_factory.mktemp(family)
-        spec = decoder.DecoderSpec(
-            vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_size=96,
-            rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=bool(number % 2), **FAMILIES[family].spec,
-            rope_scaling=(32.0, 1.0, 4.0, 8192.0) if family == "llama" else (),
-        )  # fmt: skip
-        rng = np.random.default_rng(number)
-        params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), decoder.shapes(spec))
-        hf.save(found[family] / "model", spec, params, {"max_position_embeddings": 777, "eos_token_id": 1}, tokenizer)
-    return {family: folder / "model" for family, folder in found.items()}
+    return directories(tmp_path_factory)
 
 
 @pytest.fixture
@@ -54,19 +32,8 @@ def qwen3(folders):
     return folders["qwen3"]
 
 
-def refusal(call, *args, **kwargs):
-    with pytest.raises(ModelFilesError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b))
-
-
-def load_tokenizer(name):
-    return tokenizers.load(str(name), None, TranscriptConfig(), PromptConfig())
 
 
 # --------------------------------------------------------------------- the same model
@@ -135,14 +102,6 @@ def test_the_tokenizer_equals_that_of_transformers(qwen3, tmp_path, rule):
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
 
 
-def rewritten(folder, source, rule, **options):
-    """A file whose words are split by another rule than its tokenizer's."""
-    with pytest.MonkeyPatch.context() as patch:
-        before = library.GGUFWriter.add_tokenizer_pre
-        patch.setattr(library.GGUFWriter, "add_tokenizer_pre", lambda self, _: before(self, rule))
-        return write_gguf(folder / "other.gguf", source, "qwen3", **options)
-
-
 @pytest.mark.parametrize("rule, begins", [("llama-bpe", [2]), ("qwen2", [])])
 def test_only_llama_3s_texts_begin_with_bos_where_a_file_does_not_say(qwen3, tmp_path, rule, begins):
     tokenizer = load_tokenizer(rewritten(tmp_path, qwen3, rule, more=[("tokenizer.ggml.bos_token_id", 2)]))
@@ -206,130 +165,3 @@ def test_a_file_of_an_installed_package_is_found_by_name(qwen3, tmp_path, monkey
     spec = hf.read_spec("tiny", **NUMERICS)
     assert spec == hf.read_spec(qwen3, **NUMERICS)
     assert same(hf.load("tiny", spec), hf.load(qwen3, spec)) and len(load_tokenizer("tiny")) == 320
-
-
-# --------------------------------------------------------------------- what is refused
-
-
-def test_the_library_is_asked_for(qwen3, tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "is read by the library gguf: pip install -e '.[gguf]'" in refusal(hf.read_config, path)
-
-
-def test_no_gguf_file(tmp_path):
-    assert "nowhere.gguf does not exist" in refusal(hf.read_config, tmp_path / "nowhere.gguf")
-    for content in (b"", b"GG", b"PK\x03\x04 a zip", b"{}"):
-        (tmp_path / "model.gguf").write_bytes(content)
-        for call in (hf.read_config, load_tokenizer):
-            assert "model.gguf is not a GGUF file" in refusal(call, tmp_path / "model.gguf")
-
-
-def test_truncated_anywhere(qwen3, tmp_path):
-    whole = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3", "Q8_0").read_bytes()
-    data = library.GGUFReader(tmp_path / "model.gguf").data_offset
-    for size in (5, 10, 30, 100, 1000, data // 2, data - 70, data, len(whole) // 2, len(whole) - 100):
-        (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        assert "cut.gguf is truncated, damaged" in refusal(hf.read_config, tmp_path / "cut.gguf"), size
-
-
-@pytest.mark.parametrize(
-    "options, complaint",
-    [
-        ({"leave_out": ["block_count"]}, "model.gguf has no qwen3.block_count"),
-        ({"leave_out": ["token_embd.weight"]}, "model.gguf has no tensor token_embd.weight"),
-        ({"more": [("qwen3.rope.dimension_count", 16)], "leave_out": ["rope.dimension_count"]}, "a part of a head"),
-        ({"more": [("qwen3.attention.value_length", 16)], "leave_out": ["attention.value_length"]}, "another length"),
-        ({"more": [("qwen3.rope.scaling.type", "yarn")]}, "'yarn'"),
-        ({"more": [("qwen3.attention.sliding_window", 64)]}, "qwen3.attention.sliding_window is not supported"),
-        ({"more": [("qwen3.expert_count", 8)]}, "qwen3.expert_count is not supported"),
-        ({"more": [("split.count", 3)]}, "is one of 3 files of a split model: join them"),
-        (
-            {"more": [("qwen3.attention.head_count", 0)], "leave_out": ["attention.head_count"]},
-            "attention.head_count=0 must be one positive number",
-        ),
-        (
-            {"more": [("qwen3.block_count", "two")], "leave_out": ["block_count"]},
-            "block_count='two' must be one positive number",
-        ),
-    ],
-)
-def test_models_that_are_refused(qwen3, tmp_path, options, complaint):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3", **options)
-    assert complaint in refusal(hf.read_spec, path, **NUMERICS)
-
-
-def test_another_scaling_than_llama_3s_is_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("write_gguf.llama3_factors", lambda *_, **__: np.linspace(1, 32, 16, dtype=np.float32))
-    path = write_gguf(tmp_path / "model.gguf", folders["llama"], "llama")
-    assert "rope_freqs.weight scales rotary embedding otherwise than Llama 3" in refusal(hf.read_config, path)
-
-
-def test_another_family_is_refused(qwen3, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
-    path.write_bytes(path.read_bytes().replace(b"qwen3", b"gemma"))
-    for call in (hf.read_config, load_tokenizer):
-        assert "architecture 'gemma' is not supported; supported are qwen3, qwen2, llama" in refusal(call, path)
-
-
-def test_tensors_that_are_refused(qwen3, tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3", leave_out=["blk.1.ffn_up.weight"])
-    spec = hf.read_spec(path, **NUMERICS)
-    assert "has no tensor model.layers.1.mlp.up_proj.weight" in refusal(hf.load, path, spec)
-    path = write_gguf(tmp_path / "other.gguf", qwen3, "qwen3")
-    narrow = spec._replace(mlp_size=64)
-    assert "has shape (96, 64), but its metadata give (64, 64)" in refusal(hf.load, path, narrow)
-    assert "no place: model.layers.1." in refusal(hf.load, path, spec._replace(num_layers=1))
-
-
-def test_values_that_cannot_be_dequantized(qwen3, tmp_path, monkeypatch):
-    """I32 is a type of the format, and none of weights."""
-    kinds = library.GGMLQuantizationType
-    monkeypatch.setattr(library.quants, "quantize", lambda array, kind: array.astype(np.int32))
-    with monkeypatch.context() as patch:
-        patch.setattr(library, "GGMLQuantizationType", {"F32": kinds.I32})
-        path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
-    spec = hf.read_spec(path, **NUMERICS)
-    assert "is quantized as I32, which is not read" in refusal(hf.load, path, spec)
-
-
-def test_a_later_part_of_a_split_model_says_so_too(tmp_path):
-    """It has no other metadata."""
-    writer = library.GGUFWriter(tmp_path / "model-00002-of-00003.gguf", "qwen3")
-    writer.kv_data[0].clear()
-    writer.add_uint16("split.count", 3)
-    writer.add_tensor("blk.1.ffn_up.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    for call in (hf.read_config, load_tokenizer):
-        assert "is one of 3 files of a split model" in refusal(call, tmp_path / "model-00002-of-00003.gguf")
-
-
-def test_values_of_a_type_that_the_library_does_not_know(qwen3, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3")
-    name, data = b"token_embd.weight", bytearray(path.read_bytes())
-    at = data.index(name) + len(name) + 4 + 2 * 8  # the number of axes, two sizes
-    assert data[at : at + 4] == bytes(4)  # F32
-    data[at] = 99
-    path.write_bytes(data)
-    assert "quantized as type 99, which gguf " in (said := refusal(hf.read_config, path)) and "--upgrade gguf" in said
-
-
-def test_tokenizers_that_are_refused(qwen3, tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", qwen3, "qwen3", leave_out=["tokenizer"])
-    hf.read_spec(path, **NUMERICS)  # the model can be read, with a tokenizer from elsewhere
-    assert "holds no tokenizer: set `tokenizer` to a Hugging Face directory" in refusal(load_tokenizer, path)
-    path = rewritten(tmp_path, qwen3, "unheard-of")
-    assert "split by the rule 'unheard-of', which is none of gpt-2, smollm" in refusal(load_tokenizer, path)
-    for name, value, complaint in (
-        ("add_tokenizer_model", "llama", "a tokenizer of kind 'llama'"),
-        ("add_eos_token_id", 320, "tokenizer.ggml.eos_token_id=320 is none of 320 tokens"),
-        ("add_token_merges", ["no such pair"], "the merges do not fit the vocabulary"),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            before = getattr(library.GGUFWriter, name)
-            patch.setattr(library.GGUFWriter, name, lambda self, _, before=before, value=value: before(self, value))
-            path = write_gguf(tmp_path / "broken.gguf", qwen3, "qwen3")
-        assert complaint in refusal(load_tokenizer, path)

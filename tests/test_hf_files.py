@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from bpe import train_bpe
-from helpers import random_params
+from helpers import random_params, refusal
 
 from fgrpo_jax.models import decoder, hf
 
@@ -57,12 +57,6 @@ def set_fields(folder, **fields):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({k: v for k, v in config.items() if v != "remove"}))
-
-
-def refusal(call, *args):
-    with pytest.raises(hf.ModelFilesError) as caught:
-        call(*args)
-    return str(caught.value)
 
 
 def read(folder):

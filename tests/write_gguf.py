@@ -3,8 +3,17 @@
 import json
 
 import gguf
+import jax
 import numpy as np
+import pytest
 import safetensors.numpy
+from bpe import train_bpe
+
+from fgrpo_jax.config import PromptConfig, TranscriptConfig
+from fgrpo_jax.models import decoder, hf
+from fgrpo_jax.models.families import FAMILIES
+from fgrpo_jax.models.gguf import FAMILIES as FAMILIES_OF_FILES
+from fgrpo_jax.policies.llm import tokenizers
 
 
 def write_gguf(path, directory, family, quantized="F32", leave_out=(), more=()):
@@ -103,3 +112,39 @@ def llama3_factors(
             smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
             found.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(found, np.float32)
+
+
+WORDS = "amber basil cedar delta ember fjord grove heron ivory jetty kelp lotus maple north olive".split()
+NUMERICS = {
+    "dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "auto", "logit_chunk": 64
+}  # fmt: skip
+
+
+def directories(tmp_path_factory):
+    """A Hugging Face directory of every family, with random weights."""
+    tokenizer = train_bpe([" ".join(WORDS)] * 3, 320)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    found = {}
+    for number, family in enumerate(FAMILIES_OF_FILES):
+        found[family] = tmp_path_factory.mktemp(family)
+        spec = decoder.DecoderSpec(
+            vocab_size=320, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_size=96,
+            rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=bool(number % 2), **FAMILIES[family].spec,
+            rope_scaling=(32.0, 1.0, 4.0, 8192.0) if family == "llama" else (),
+        )  # fmt: skip
+        rng = np.random.default_rng(number)
+        params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), decoder.shapes(spec))
+        hf.save(found[family] / "model", spec, params, {"max_position_embeddings": 777, "eos_token_id": 1}, tokenizer)
+    return {family: folder / "model" for family, folder in found.items()}
+
+
+def load_tokenizer(name):
+    return tokenizers.load(str(name), None, TranscriptConfig(), PromptConfig())
+
+
+def rewritten(folder, source, rule, **options):
+    """A file whose words are split by another rule than its tokenizer's."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = gguf.GGUFWriter.add_tokenizer_pre
+        patch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda self, _: before(self, rule))
+        return write_gguf(folder / "other.gguf", source, "qwen3", **options)

@@ -76,7 +76,7 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
 def ends_of(config: dict[str, Any], source: str | Path) -> tuple[int, ...]:
     """Its eos_token_id: one, several or none. source: what an error names. Raises ModelFilesError for anything else."""
     value = config.get("eos_token_id")
-    ends = (value,) if isinstance(value, int) else tuple(value or ()) if isinstance(value, list | None) else (value,)
+    ends = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
         raise ModelFilesError(f"{source}: eos_token_id={value!r} must be a token's number, or a list of such")
     return ends

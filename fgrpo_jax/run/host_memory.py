@@ -37,17 +37,19 @@ def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"))
 def _left(proc: Path, groups: Path) -> Iterator[int]:
     """What every control group of this process that has a limit leaves it: those around it limit it as well."""
     for folder, names in _own(proc, groups):
-        while True:
-            try:
-                limit, used = ((folder / name).read_text().strip() for name in (names.limit, names.usage))
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                if limit != "max":
-                    yield max(0, int(limit) - int(used) + int(stat.get(names.cached, 0)))
-            except OSError:
-                pass  # the outermost group has no limit, and those outside a container are not seen in it
-            if folder == groups or groups not in folder.parents:
-                break
-            folder = folder.parent
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(groups) and (left := _left_of(group, names)) is not None:
+                yield left
+
+
+def _left_of(group: Path, names: _Files) -> int | None:
+    """None without a limit: of the outermost group, and of those outside a container, which are not seen in it."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in (names.limit, names.usage))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used) + int(stat.get(names.cached, 0)))
 
 
 def _own(proc: Path, groups: Path) -> Iterator[tuple[Path, _Files]]:

@@ -14,7 +14,6 @@ from typing import Any
 from fgrpo_jax.config import ConfigError, PromptConfig
 from fgrpo_jax.data.datasets import DataError, Item, one_line
 from fgrpo_jax.policies.llm import serving
-from fgrpo_jax.policies.llm.serving import LETTERS, beginnings, names_of
 from fgrpo_jax.types import RankingExample
 
 HISTORY, CANDIDATES, QUESTION = "History:", "Candidates:", "Question: "
@@ -28,7 +27,7 @@ def identifier_texts(example: RankingExample, identifier: str) -> list[str]:
     Raises DataError for more candidates than letters, where these name them.
     """
     try:
-        return names_of(identifier, [text for _, text in example.candidates])
+        return serving.names_of(identifier, [text for _, text in example.candidates])
     except ValueError as error:
         raise DataError(f"query {example.query_id!r} has {error}: set transcript.identifier='index'") from None
 
@@ -57,7 +56,7 @@ def shortened(examples: Sequence[RankingExample], most: int, tokenizer: Any) -> 
         return list(examples)
     parts = [part for e in examples for part in (e.candidates, e.history)]
     whole = list(dict.fromkeys(one_line(text) for part in parts for _, text in part))
-    begins = dict(zip(whole, beginnings(whole, most, tokenizer), strict=True))
+    begins = dict(zip(whole, serving.beginnings(whole, most, tokenizer), strict=True))
 
     def cut(items: Sequence[Item]) -> tuple[Item, ...]:
         return tuple((item, begins[one_line(text)]) for item, text in items)
@@ -80,7 +79,7 @@ def template(kind: str, identifier: str) -> str:
     Of `instruction`, `query`, `history` and `candidates`: texts, the last three of one line each.
     Raises ConfigError as `render` does.
     """
-    names = {"index": "[{{ loop.index }}] ", "letter": f" {{{{ '{LETTERS}'[loop.index0] }}}} ", "text": ""}
+    names = {"index": "[{{ loop.index }}] ", "letter": f" {{{{ '{serving.LETTERS}'[loop.index0] }}}} ", "text": ""}
     item = names[identifier] + "{{ text }}\n"
     instruction = "{% if instruction %}{{ instruction }}\n{% endif %}"
     question = "{% if query %}" + QUESTION + "{{ query }}\n{% endif %}"
