@@ -133,3 +133,16 @@ def torch():
     torch = pytest.importorskip("torch", reason="PARITY WITH transformers NOT TESTED: torch is not installed")
     torch.set_num_threads(1)  # the models are tiny; waiting for threads would take longer
     return torch
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Hugging Face directories of small random models, by the families that GGUF files are read of."""
+    from write_gguf import directories
+
+    return directories(tmp_path_factory)
+
+
+@pytest.fixture
+def qwen3(folders):
+    return folders["qwen3"]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import quick_jit, refusal
-from write_gguf import NUMERICS, directories, load_tokenizer, rewritten, write_gguf
+from write_gguf import NUMERICS, load_tokenizer, rewritten, write_gguf
 
 from fgrpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, PromptConfig
 from fgrpo_jax.models import decoder, gguf, head, hf
@@ -20,16 +20,6 @@ TEXTS = [
     "naïve Ünïcode ½ 日本",
     "<SLATE> A B</SLATE><RANK> B</RANK><eos>", "",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return directories(tmp_path_factory)
-
-
-@pytest.fixture
-def qwen3(folders):
-    return folders["qwen3"]
 
 
 def same(a, b):

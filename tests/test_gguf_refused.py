@@ -6,19 +6,9 @@ import gguf as library
 import numpy as np
 import pytest
 from helpers import refusal
-from write_gguf import NUMERICS, directories, load_tokenizer, rewritten, write_gguf
+from write_gguf import NUMERICS, load_tokenizer, rewritten, write_gguf
 
 from fgrpo_jax.models import hf
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return directories(tmp_path_factory)
-
-
-@pytest.fixture
-def qwen3(folders):
-    return folders["qwen3"]
 
 
 def test_the_library_is_asked_for(qwen3, tmp_path, monkeypatch):
